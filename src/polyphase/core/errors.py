@@ -1,0 +1,170 @@
+"""Every error that Polyphase raises on purpose.
+
+    PolyphaseError
+    ├── RequestError                 the caller's fault; nothing was started (4xx)
+    │   ├── InvalidRequest             400  a field is missing, of the wrong type or out of range
+    │   ├── ContextLengthExceeded      400  the prompt does not fit the model
+    │   ├── ModelNotFound              404
+    │   ├── RouteNotFound              404
+    │   ├── MethodNotAllowed           405
+    │   ├── BodyTooLarge               413
+    │   └── UnsupportedMediaType       415
+    ├── Refused                      correct, but not now: rejected before anything was started (429, 503)
+    │   ├── NoWorkers                  503  nothing serves this model
+    │   ├── Overloaded                 429  every worker's queue is full
+    │   └── Draining                   503  this process is going away
+    ├── Lost                         started, and then broken off (500, 503, 504)
+    │   ├── WorkerLost                 503  the worker died or went silent
+    │   ├── EngineFailed               500  the engine raised while it computed
+    │   └── DeadlineExceeded           504
+    ├── TransferError                KV blocks could not be moved, or may not be used
+    ├── KvError                      the block pool was used against its rules: a bug
+    ├── ConfigurationError           a flag, file or folder is wrong; the command ends with exit code 1
+    │   └── ModelLoadError
+    └── WireError                    a message between processes does not have the agreed form
+
+An error says what was wrong, where, and what would be right. `code` is stable and machine-readable; `stage` names the plane in
+which it arose; `is_retryable` says whether the same request may succeed elsewhere or later. `http_status` is used at the frontend only.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PolyphaseError(Exception):
+    """Root of the tree. `message` is one sentence for a person."""
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    is_retryable: ClassVar[bool] = False
+    error_type: ClassVar[str] = "server_error"
+    stage: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.request_id = request_id
+
+
+class RequestError(PolyphaseError):
+    """The caller's fault. `param` names the offending field in the request's own words, for example `messages[0].role`."""
+
+    code = "invalid_request"
+    http_status = 400
+    error_type = "invalid_request_error"
+    stage = "validation"
+
+    def __init__(self, message: str, *, param: str | None = None, request_id: str | None = None) -> None:
+        super().__init__(message, request_id=request_id)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(RequestError):
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(RequestError):
+    code = "model_not_found"
+    http_status = 404
+
+
+class RouteNotFound(RequestError):
+    code = "not_found"
+    http_status = 404
+
+
+class MethodNotAllowed(RequestError):
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class BodyTooLarge(RequestError):
+    code = "body_too_large"
+    http_status = 413
+
+
+class UnsupportedMediaType(RequestError):
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class Refused(PolyphaseError):
+    """Rejected before anything was started. `retry_after_s` becomes the Retry-After header."""
+
+    code = "unavailable"
+    http_status = 503
+    is_retryable = True
+    error_type = "service_unavailable_error"
+    stage = "admission"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, request_id: str | None = None) -> None:
+        super().__init__(message, request_id=request_id)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorkers(Refused):
+    code = "no_workers"
+
+
+class Overloaded(Refused):
+    code = "overloaded"
+    http_status = 429
+    error_type = "rate_limit_error"
+
+
+class Draining(Refused):
+    code = "draining"
+
+
+class Lost(PolyphaseError):
+    """Broken off after it had started."""
+
+    code = "lost"
+    http_status = 500
+    is_retryable = True
+    stage = "serving"
+
+
+class WorkerLost(Lost):
+    code = "worker_lost"
+    http_status = 503
+
+
+class EngineFailed(Lost):
+    code = "engine_failed"
+
+
+class DeadlineExceeded(Lost):
+    code = "deadline_exceeded"
+    http_status = 504
+    is_retryable = False
+
+
+class TransferError(PolyphaseError):
+    code = "transfer_failed"
+    is_retryable = True
+    stage = "transfer"
+
+
+class KvError(PolyphaseError):
+    code = "kv_error"
+    stage = "kv"
+
+
+class ConfigurationError(PolyphaseError):
+    code = "configuration_error"
+    stage = "configuration"
+
+
+class ModelLoadError(ConfigurationError):
+    code = "model_load_failed"
+
+
+class WireError(PolyphaseError):
+    code = "wire_error"
+    stage = "wire"

@@ -1,0 +1,85 @@
+"""What a worker asks of an engine.
+
+An engine is driven on the worker's event loop: `submit` and `abort` are called between steps or during one, never from another
+thread, and return at once. `run` performs steps until it is cancelled and reports each one. Heavy work happens in a thread of the
+engine's own, so that the loop is never blocked for longer than a bookkeeping step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from polyphase.wire.cards import ModelCard
+from polyphase.wire.events import KvEvent, Load
+from polyphase.wire.kv import KvOffer, PoolDescriptor
+from polyphase.wire.requests import SequenceOutput, Submit
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one engine step brought. `released_offers` are offers whose blocks were copied or given up: their leases can go."""
+
+    step: int
+    outputs: list[SequenceOutput]
+    events: list[KvEvent] = field(default_factory=list)
+    released_offers: list[KvOffer] = field(default_factory=list)
+
+
+class BlockSource(Protocol):
+    """Blocks of another worker, opened and ready to be read."""
+
+    def read_blocks(self, block_ids: list[int], generations: list[int], into: memoryview) -> None:
+        """Copy whole blocks, in the given order and back to back, into `into` (`len(block_ids) * block_bytes` bytes, writable).
+
+        Raises: TransferError if a block has another generation after the copy, or the memory cannot be read; what
+            was written to `into` must then not be used.
+        """
+
+
+class Engine(Protocol):
+    """Tokens in, tokens out."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    def submit(self, request: Submit, source: BlockSource | None = None) -> None:
+        """Accept a request; its tokens appear in later step reports.
+
+        `source` comes with `request.offer`, already opened; without it, the engine computes the offered part itself.
+
+        Raises: RequestError if it can never run here; Refused if not now. Then nothing was kept.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """End a request, free its blocks and its lease. The next report carries its `cancelled` output; unknown ids are ignored."""
+
+    def load(self) -> Load: ...
+
+    def cached_hashes(self) -> list[int]:
+        """Sequence hashes of all cached blocks: the truth that the KV events describe, as of the last report."""
+
+    async def run(self, on_step: Callable[[StepReport], None]) -> None:
+        """Step until cancelled; `on_step` is called on the loop after each step, also for steps that only free or cancel.
+
+        A step that raises ends each request that it held in an `error` output and the engine goes on.
+        """
+
+    def close(self) -> None:
+        """Free memory, threads and files. Not called while `run` is active."""
+
+
+class KvExporter(Protocol):
+    """Optional ability: another worker on this host can read this engine's blocks."""
+
+    def pool_fd(self) -> int:
+        """File descriptor of the shared memory; stays the engine's own."""
+
+    def pool_descriptor(self, socket_path: str) -> PoolDescriptor: ...
+
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
+        """Tell the engine what to write into the offers it makes; called once, before `run`."""
+
+    def release_lease(self, lease_id: str) -> None:
+        """Unpin the blocks of a lease; unknown ids (released, run out) are ignored."""

@@ -1,0 +1,61 @@
+"""Who is there and what they serve: registry entries, model cards, worker status."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from polyphase.wire.events import Load
+
+
+class Role(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's page in the registry; small, because it is read on every change. The model card is asked of the worker."""
+
+    worker_id: str
+    epoch: int
+    role: Role
+    model: str
+    pid: int
+    host: str
+    request_endpoint: str  # ZeroMQ ROUTER
+    event_endpoint: str  # ZeroMQ PUB
+    is_draining: bool = False
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
+    """All that a frontend needs to serve a model without seeing its files."""
+
+    name: str
+    tokenizer_json: bytes  # the file of the `tokenizers` library
+    chat_template: str | None  # Jinja2 source; None: the model has none and /v1/chat/completions is refused
+    bos_token: str | None
+    eos_token: str | None
+    bos_token_id: int | None
+    eos_token_ids: list[int]
+    vocab_size: int  # rows of the output layer
+    context_length: int  # prompt and output together, tokens
+    block_size: int  # tokens
+    block_count: int
+    max_batch_tokens: int  # token budget of one step
+    max_running: int  # sequences in one step
+    can_hand_over: bool  # its blocks can be read by another worker
+    block_bytes: int
+    default_temperature: float | None = None  # from the model's generation_config.json
+    default_top_p: float | None = None
+    default_top_k: int | None = None
+    created_unix_s: int = 0
+    engine: str = "torch"
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    entry: WorkerEntry
+    load: Load
+    uptime_s: float
+    rss_bytes: int

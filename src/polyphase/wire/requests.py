@@ -1,0 +1,167 @@
+"""The request channel between a frontend (or a peer worker, or the command line) and a worker.
+
+To the worker go `Submit`, `Cancel`, `ReleaseLease` and `Query`; back come `StepOutputs` (one message per engine step and peer, with
+the new tokens of all that peer's requests) and `Answer`s to queries. Every submitted request ends in exactly one `SequenceOutput`
+whose `finish_reason` is not None.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from polyphase.wire.cards import ModelCard, WorkerStatus
+from polyphase.wire.kv import KvOffer
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen. Ranges are checked by the frontend.
+
+    `seed` is always set: the frontend draws one if the client gave none. The random number for output position i depends on
+    `seed` and i only, so the same seed gives the same tokens in any batch and after a migration.
+    """
+
+    seed: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    top_logprobs: int | None = None  # None: no log-probabilities; 0: of the chosen token only
+
+
+class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """When a sequence ends. Counts are of output tokens, including those already emitted elsewhere."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    stop_strings: list[str] = []
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
+    """Work for a worker.
+
+        token_ids | prompt                      | already emitted elsewhere |
+                  0                 prompt_token_count           len(token_ids)
+
+    A fresh request has nothing behind the prompt; a migrated or handed-over one has. `hand_over` asks for prefill only: the
+    worker computes everything, samples one token, and answers with an offer of the blocks (finish reason `handed_over`), unless that
+    token ended the request. `offer` brings such blocks: the worker pulls them, or computes them itself if that fails.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    prompt_token_count: int
+    sampling: SamplingParams
+    stop: StopConditions
+    cache_salt: str | None = None
+    priority: int = 0  # lower is served first
+    hand_over: bool = False
+    offer: KvOffer | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop a request and free what it holds, its lease included. Answered by a `SequenceOutput` with `cancelled` if it was alive."""
+
+    request_id: str
+
+
+class ReleaseLease(msgspec.Struct, frozen=True, tag="release"):
+    """The reader has its copy (or gave up); the blocks need not be kept for it."""
+
+    lease_id: str
+
+
+class Question(enum.StrEnum):
+    CARD = "card"
+    SNAPSHOT = "snapshot"
+    STATUS = "status"
+
+
+class Query(msgspec.Struct, frozen=True, tag="query"):
+    query_id: int
+    question: Question
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Accept nothing new, finish what runs, then leave the registry and exit."""
+
+
+ToWorker = Submit | Cancel | ReleaseLease | Query | Drain
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # EOS, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the end of the context
+    HANDED_OVER = "handed_over"  # prefill leg done; the request goes on elsewhere
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class WireFailure(msgspec.Struct, frozen=True):
+    """A `PolyphaseError` on its way to another process; `code` is the class's."""
+
+    code: str
+    message: str
+    is_retryable: bool
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # (token id, natural-log probability), most probable first
+
+
+class PhaseStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the first token cost at this worker; sent with the first output of a request."""
+
+    cached_token_count: int = 0  # prompt tokens found in the prefix cache
+    transferred_token_count: int = 0
+    transferred_bytes: int = 0
+    transfer_ms: float = 0.0
+    queue_ms: float = 0.0  # from arrival to the first step that computed something for it
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one request in one step. May carry no token when it only ends the request."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None  # one per new token
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string that matched; None for EOS
+    failure: WireFailure | None = None  # with finish reason `error`
+    offer: KvOffer | None = None  # with finish reason `handed_over`
+    stats: PhaseStats | None = None
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
+    worker_id: str
+    epoch: int
+    step: int
+    outputs: list[SequenceOutput]
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
+    """All that the worker holds, as of event `sequence`: apply only later batches on top of it."""
+
+    worker_id: str
+    epoch: int
+    sequence: int
+    device_hashes: list[int]
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """Reply to the query with this id."""
+
+    query_id: int
+    body: Snapshot | ModelCard | WorkerStatus
+
+
+FromWorker = StepOutputs | Answer
