@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"engines"},
     {"frontend", "worker"},
     {"launch", "twin", "dashboard"},
-    {"cli"},
+    {"cli", "testing"},
 ]
 LEVEL = {plane: level for level, planes in enumerate(LAYERS) for plane in planes}
 COMPOSITION_ROOTS = {"cli", "launch"}  # besides every __main__.py: they may read `config`

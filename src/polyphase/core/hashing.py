@@ -49,9 +49,7 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str | None = N
     seed = root_seed(salt)
     data = memoryview(_token_bytes(token_ids))
     width = 4 * block_size
-    return [
-        BlockHash(xxhash.xxh3_64_intdigest(data[start : start + width], seed)) for start in range(0, len(data) - width + 1, width)
-    ]
+    return [BlockHash(xxhash.xxh3_64_intdigest(data[start : start + width], seed)) for start in range(0, len(data) - width + 1, width)]
 
 
 def sequence_hashes(
