@@ -1,0 +1,27 @@
+"""How processes of one machine find each other and talk: registry, request channel, event stream.
+
+In come entries, messages and batches of the wire plane; out come the same at other processes, or the news that somebody has gone. Nothing
+here knows what a request means, and nothing is retried behind the caller's back.
+"""
+
+from polyphase.runtime.channel import PeerId, WorkerClient, WorkerServer
+from polyphase.runtime.fence import EventSink
+from polyphase.runtime.paths import WorkerPaths
+from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
+from polyphase.runtime.stream import EventPublisher, EventSubscriber
+
+__all__ = [
+    "EventPublisher",
+    "EventSink",
+    "EventSubscriber",
+    "Joined",
+    "Lease",
+    "Left",
+    "PeerId",
+    "Registry",
+    "RegistryChange",
+    "Updated",
+    "WorkerClient",
+    "WorkerPaths",
+    "WorkerServer",
+]

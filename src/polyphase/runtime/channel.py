@@ -1,0 +1,240 @@
+"""The request channel: a ZeroMQ ROUTER at each worker, a DEALER of each peer (frontend, other worker, command line) for each worker.
+
+Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by `send` returning false: its
+requests are then aborted. A worker whose queue at a peer is full raises `WorkerLost` there. Nothing is sent again; messages that do not
+decode are logged, counted and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NewType
+
+import msgspec
+import zmq
+
+from polyphase.core.errors import ConfigurationError, WorkerLost
+from polyphase.runtime.pump import SocketPump
+from polyphase.wire.cards import ModelCard, WorkerStatus
+from polyphase.wire.requests import Answer, FromWorker, Query, Question, Snapshot, StepOutputs, ToWorker
+
+log = logging.getLogger(__name__)
+
+PeerId = NewType("PeerId", bytes)
+AnswerBody = Snapshot | ModelCard | WorkerStatus
+
+MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
+MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
+CLOSING_LINGER_MS = 500
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class WorkerServer:
+    """The worker's end. `handler` is called on the loop with each message, in order per peer, and must not block."""
+
+    def __init__(self, endpoint: str, handler: Callable[[PeerId, ToWorker], None]) -> None:
+        """Raises: ConfigurationError if the endpoint cannot be bound."""
+        self._handler = handler
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # its own, so that `close` can wait for what is on its way
+        self._socket = _socket(self._context, zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            bind(self._socket, endpoint)
+        except ConfigurationError:
+            self._context.term()
+            raise
+        self._pump = SocketPump(self._socket, partial(self._socket.recv_multipart, zmq.NOBLOCK), self._receive)
+        self.undecodable_count = 0
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        self._pump.attach()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._pump.detach()
+
+    def _receive(self, frames: list[bytes]) -> None:
+        peer = PeerId(frames[0])
+        try:
+            if len(frames) != 2:
+                raise msgspec.DecodeError(f"{len(frames)} frames instead of 2")
+            message = self._decoder.decode(frames[1])
+        except msgspec.DecodeError as error:
+            self.undecodable_count += 1
+            log.warning("a message of %s was dropped: %s", peer_name(peer), error)
+            return
+        self._handler(peer, message)
+
+    def send(self, peer: PeerId, message: FromWorker) -> bool:
+        """Queue a message. False: the peer has gone or does not read, and will not get it."""
+        if self._socket.closed:
+            return False
+        data = _encoder.encode(message)
+        try:
+            self._socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)  # fails here or not at all; half the cost of send_multipart
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        self._pump.after_send()
+        return True
+
+    def close(self) -> None:
+        """Last messages still go out, if their peers read them within half a second. Idempotent."""
+        self._pump.detach()
+        self._socket.close(linger=CLOSING_LINGER_MS)
+        self._context.term()
+
+
+@dataclass(slots=True)
+class _Connection:
+    socket: zmq.Socket[bytes]
+    pump: SocketPump[bytes]
+    questions: dict[int, asyncio.Future[AnswerBody]] = field(default_factory=dict)
+
+
+class WorkerClient:
+    """The peer's end: connections to many workers. Used on one event loop.
+
+    Each `connect` makes a peer of its own at the worker, so that a worker sees at once that the earlier one has gone and aborts what it
+    had asked for. Whoever watches the registry calls `connect` and `disconnect`.
+    """
+
+    def __init__(self, on_outputs: Callable[[StepOutputs], None], name: str = "peer") -> None:
+        """`on_outputs` is called on the loop with each worker's outputs, in order. `name` shows in the workers' logs."""
+        self._on_outputs = on_outputs
+        self._name = name
+        self._decoder = msgspec.msgpack.Decoder(FromWorker)
+        self._connections: dict[str, _Connection] = {}
+        self._query_ids = itertools.count(1)
+        self._is_running = False
+        self.undecodable_count = 0
+
+    def connect(self, worker_id: str, endpoint: str) -> None:
+        """Returns at once; what is sent before the connection stands is queued. An existing connection to this worker is replaced."""
+        self.disconnect(worker_id)
+        socket = _socket(zmq.Context.instance(), zmq.DEALER)
+        try:
+            socket.setsockopt(zmq.ROUTING_ID, f"{self._name}-{secrets.token_hex(6)}".encode())
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            raise WorkerLost(f"worker {worker_id} cannot be reached at {endpoint}: {error}") from error
+        connection = _Connection(socket, SocketPump(socket, partial(socket.recv, zmq.NOBLOCK), partial(self._receive, worker_id)))
+        self._connections[worker_id] = connection
+        if self._is_running:
+            connection.pump.attach()
+
+    def disconnect(self, worker_id: str) -> None:
+        """Questions that wait for an answer end in `WorkerLost`. Unknown ids are ignored."""
+        connection = self._connections.pop(worker_id, None)
+        if connection is None:
+            return
+        connection.pump.detach()
+        connection.socket.close(linger=0)
+        for question in connection.questions.values():
+            if not question.done():
+                question.set_exception(WorkerLost(f"worker {worker_id} went away before it answered"))
+
+    def is_connected(self, worker_id: str) -> bool:
+        """Whether `connect` was called and `disconnect` not; the worker may be dead without anybody knowing yet."""
+        return worker_id in self._connections
+
+    def send(self, worker_id: str, message: ToWorker) -> None:
+        """Queue a message.
+
+        Raises: WorkerLost if the worker is not connected or its queue is full.
+        """
+        connection = self._connections.get(worker_id)
+        if connection is None:
+            raise WorkerLost(f"worker {worker_id} is not connected")
+        try:
+            connection.socket.send(_encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise WorkerLost(f"worker {worker_id} does not take messages: {MAX_QUEUED_MESSAGES} are waiting") from None
+        connection.pump.after_send()
+
+    async def ask(self, worker_id: str, question: Question, timeout_s: float = 5) -> AnswerBody:
+        """Ask a worker.
+
+        Raises: WorkerLost if it is not connected, goes away, or does not answer in time.
+        Cancel: a late answer is dropped.
+        """
+        query_id = next(self._query_ids)
+        self.send(worker_id, Query(query_id, question))
+        questions = self._connections[worker_id].questions
+        answer: asyncio.Future[AnswerBody] = asyncio.get_running_loop().create_future()
+        questions[query_id] = answer
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        except TimeoutError:
+            raise WorkerLost(f"worker {worker_id} did not answer the question for its {question.value} within {timeout_s} s") from None
+        finally:
+            del questions[query_id]
+
+    def _receive(self, worker_id: str, data: bytes) -> None:
+        try:
+            message = self._decoder.decode(data)
+        except msgspec.DecodeError as error:
+            self.undecodable_count += 1
+            log.warning("a message of worker %s was dropped: %s", worker_id, error)
+            return
+        if isinstance(message, Answer):
+            connection = self._connections.get(worker_id)
+            waiting = connection.questions.get(message.query_id) if connection else None
+            if waiting is not None and not waiting.done():
+                waiting.set_result(message.body)
+        elif message.outputs:  # a worker sends empty ones to find out whether a peer is still there
+            self._on_outputs(message)
+
+    async def run(self) -> None:
+        """Receive until cancelled."""
+        self._is_running = True
+        for connection in self._connections.values():
+            connection.pump.attach()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._is_running = False
+            for connection in self._connections.values():
+                connection.pump.detach()
+
+    def close(self) -> None:
+        """Disconnect from all workers. Idempotent."""
+        for worker_id in list(self._connections):
+            self.disconnect(worker_id)
+
+
+def bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Raises: ConfigurationError if the endpoint cannot be bound; the socket is closed then."""
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise ConfigurationError(f"the endpoint {endpoint} cannot be bound: {error}") from error
+
+
+def peer_name(peer: PeerId) -> str:
+    """A peer as it shows in the log. Peers choose their ids, so only plain ones are shown as they are."""
+    text = peer.decode("ascii", "backslashreplace")
+    return text if text.isprintable() else peer.hex()
+
+
+def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    return socket
