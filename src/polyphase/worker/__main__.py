@@ -1,0 +1,141 @@
+"""Composition root of a worker process: claims its name, loads the engine, serves until drained.
+
+Exit codes: 0 drained; 1 something given to it is wrong (one sentence on standard error); 2 a flag is wrong; 70 it broke down and may
+be started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import uvloop
+
+from polyphase.core.errors import ConfigurationError
+from polyphase.engines.interface import Engine
+from polyphase.observe import configure_logging
+from polyphase.runtime import Lease, Registry, WorkerPaths
+from polyphase.runtime.lifeline import Lifeline
+from polyphase.runtime.paths import ensure_private_folder
+from polyphase.wire.cards import WorkerEntry
+from polyphase.worker.engines import kv_exporter, load_engine
+from polyphase.worker.host import HostSettings, WorkerHost
+from polyphase.worker.options import WorkerOptions, parse_options
+from polyphase.worker.warm_up import warm_up
+
+log = logging.getLogger("polyphase.worker")
+
+EXIT_CONFIGURATION = 1
+EXIT_BROKEN = 70  # Source: EX_SOFTWARE of sysexits.h
+LIFELINE_CHECK_INTERVAL_S = 1.0
+SAME_WISH_S = 1.0
+
+
+def main() -> int:
+    lifeline = Lifeline()
+    options = parse_options(sys.argv[1:])
+    # While the model loads, a signal ends the process at once, wherever it is: nothing outlives it but a claim that the kernel gives free.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        configure_logging(options.worker_id, options.log_level)
+        _serve(options, lifeline)
+    except ConfigurationError as error:
+        log.error("%s", error.message)
+        return EXIT_CONFIGURATION
+    except Exception:
+        log.exception("the worker broke down")
+        return EXIT_BROKEN
+    log.info("gone")
+    return 0
+
+
+def _serve(options: WorkerOptions, lifeline: Lifeline) -> None:
+    with Registry(options.run_folder).claim(options.worker_id) as lease:
+        paths = WorkerPaths.of(options.run_folder, options.worker_id)
+        ensure_private_folder(paths.request_socket.parent)
+        started_s = time.monotonic()
+        log.info("loading %s with engine %s", options.engine_options.model, options.engine)
+        with closing(load_engine(options.engine, options.engine_options)) as engine, _long_lived_objects_left_alone():
+            log.info("loaded %s in %.1f s", engine.card.name, time.monotonic() - started_s)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_host(engine, lease, paths, options, lifeline))
+
+
+@contextmanager
+def _long_lived_objects_left_alone() -> Iterator[None]:
+    """A model's library makes a million objects that live as long as the process: no need to look through them again and again."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+async def _host(engine: Engine, lease: Lease, paths: WorkerPaths, options: WorkerOptions, lifeline: Lifeline) -> None:
+    entry = WorkerEntry(
+        worker_id=options.worker_id,
+        epoch=time.time_ns(),
+        role=options.role,
+        model=engine.card.name,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        request_endpoint=paths.request_endpoint,
+        event_endpoint=paths.event_endpoint,
+    )
+    exporter = kv_exporter(engine)
+    if exporter is not None:
+        pool = exporter.pool_descriptor(str(paths.pool_socket))
+        exporter.bind_offers(worker_id=entry.worker_id, epoch=entry.epoch, endpoint=entry.request_endpoint, pool=pool)
+    log.info("warming up")
+    await warm_up(engine)
+    host = WorkerHost(engine, lease, HostSettings(entry, paths, options.drain_timeout_s))
+    _drain_on_signals(host, lease, paths)
+    watch = asyncio.create_task(_drain_when_cut(lifeline, host), name="lifeline")
+    try:
+        await host.run()
+    finally:
+        watch.cancel()
+
+
+def _drain_on_signals(host: WorkerHost, lease: Lease, paths: WorkerPaths) -> None:
+    """The first SIGTERM or SIGINT drains; a later one ends the process at once, but tidily.
+
+    What follows the first within a second is the same wish, sent twice: by the supervisor, and by whoever signalled all processes.
+    """
+    first_s: float | None = None
+
+    def on_signal() -> None:
+        nonlocal first_s
+        if first_s is not None:
+            if time.monotonic() - first_s < SAME_WISH_S:
+                return
+            log.warning("asked a second time to end: ending now, requests are broken off")
+            lease.withdraw()
+            paths.remove()
+            os._exit(EXIT_BROKEN)
+        first_s = time.monotonic()
+        host.drain()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+
+
+async def _drain_when_cut(lifeline: Lifeline, host: WorkerHost) -> None:
+    """For systems whose kernel does not tell that the supervisor ended."""
+    while not lifeline.is_cut():  # noqa: ASYNC110  there is no event for it
+        await asyncio.sleep(LIFELINE_CHECK_INTERVAL_S)
+    host.drain()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

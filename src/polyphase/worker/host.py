@@ -1,0 +1,322 @@
+"""Ties one engine to the world: the request channel, the event stream, the registry, other workers' block pools.
+
+    peer ── Submit ──► handle ──► engine.submit          engine ── StepReport ──► on_step ──► one StepOutputs per peer
+                        │                                                           ├──► event stream: KV events, load
+                        └─ offer: open its pool first                               └──► leases of copied offers released
+
+Everything here runs on one event loop, shares the interpreter with the engine's thread, and so does little per step. Every request is
+answered for good exactly once: by the engine's last output, or by an error of the worker's own when the engine refused it, the worker
+drains, or the engine broke.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from polyphase.core.errors import Draining, EngineFailed, InvalidRequest, Lost, PolyphaseError, TransferError, WorkerLost
+from polyphase.engines.interface import BlockSource, Engine, StepReport
+from polyphase.observe import request_context, rss_bytes, uptime_s
+from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
+from polyphase.transfer import OpenedPools, PoolServer
+from polyphase.wire.cards import WorkerEntry, WorkerStatus
+from polyphase.wire.kv import KvOffer
+from polyphase.wire.requests import (
+    Answer,
+    Cancel,
+    Drain,
+    FinishReason,
+    Query,
+    Question,
+    ReleaseLease,
+    SequenceOutput,
+    Snapshot,
+    StepOutputs,
+    Submit,
+    ToWorker,
+    WireFailure,
+)
+from polyphase.worker.engines import kv_exporter
+from polyphase.worker.lease_release import LeaseReleases
+from polyphase.worker.live import LiveRequest, LiveRequests
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_INTERVAL_S = 1.0
+LOAD_INTERVAL_S = 0.1  # between load reports while steps change nothing but token counts
+DRAIN_CHECK_INTERVAL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    entry: WorkerEntry
+    paths: WorkerPaths
+    drain_timeout_s: float
+
+
+class WorkerHost:
+    """One life of a worker. `run` serves until drained; then everything that it took is given back, but for the engine."""
+
+    def __init__(self, engine: Engine, lease: Lease, settings: HostSettings) -> None:
+        """Binds the sockets. Raises: ConfigurationError if one cannot be bound."""
+        self._engine = engine
+        self._exporter = kv_exporter(engine)
+        self._lease = lease
+        self._settings = settings
+        self._entry = settings.entry
+        self._step = 0
+        self._live = LiveRequests()
+        self._last_sent_s: dict[PeerId, float] = {}
+        self._last_load_s = 0.0
+        self._tasks = asyncio.TaskGroup()
+        self._pools = OpenedPools()
+        self._releases = LeaseReleases(self._entry.worker_id)
+        self._draining = asyncio.Event()
+        with contextlib.ExitStack() as stack:
+            stack.callback(settings.paths.remove)
+            self._server = WorkerServer(self._entry.request_endpoint, self._handle)
+            stack.callback(self._server.close)
+            self._publisher = EventPublisher(self._entry.event_endpoint, self._entry.worker_id, self._entry.epoch)
+            stack.callback(self._publisher.close)
+            stack.callback(self._releases.close)
+            stack.callback(self._pools.close)
+            self._closing = stack.pop_all()
+
+    def drain(self) -> None:
+        """Accept nothing new, finish what runs, then leave. Returns at once; `run` returns when done."""
+        if not self._draining.is_set():
+            self._draining.set()
+            log.info("draining: %d requests to finish within %.0f s", len(self._live), self._settings.drain_timeout_s)
+            self._entry = msgspec.structs.replace(self._entry, is_draining=True)
+            try:
+                self._lease.update(self._entry)
+            except OSError as error:  # the run folder may be gone with the supervisor
+                log.warning("the registry cannot be told: %s", error)
+
+    async def run(self) -> None:
+        """Serve until drained, or until something breaks: then that exception, after the peers were told."""
+        pool_server = PoolServer()
+        failure: Lost = WorkerLost(f"worker {self._entry.worker_id} ended before the request was done")
+        try:
+            if self._exporter is not None:
+                await pool_server.start(str(self._settings.paths.pool_socket), self._exporter.pool_fd())
+            async with self._tasks as tasks:
+                parts = {
+                    "server": self._server.run(),
+                    "engine": self._engine.run(self._on_step),
+                    "heartbeat": self._beat(),
+                    "lease": self._lease.renew(),
+                }
+                running = [tasks.create_task(part, name=name) for name, part in parts.items()]
+                self._lease.publish(self._entry)
+                log.info("ready: serving %s as %s worker", self._entry.model, self._entry.role)
+                await self._until_drained()
+                self._fail_all(failure)
+                for task in running:
+                    task.cancel()
+        except BaseExceptionGroup:
+            failure = EngineFailed(f"worker {self._entry.worker_id} broke down")
+            raise
+        finally:
+            self._fail_all(failure)
+            self._lease.withdraw()
+            await pool_server.close()
+            self._closing.close()
+
+    async def _until_drained(self) -> None:
+        """Wait for a drain to be asked for, then for the last request and the last lease, but no longer than the drain's time."""
+        await self._draining.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                while self._live or self._engine.load().leased_block_count:  # noqa: ASYNC110  leases end by time, without an event
+                    await asyncio.sleep(DRAIN_CHECK_INTERVAL_S)
+
+    # From peers
+
+    def _handle(self, peer: PeerId, message: ToWorker) -> None:
+        match message:
+            case Submit():
+                self._accept(peer, message)
+            case Cancel():
+                self._cancel(peer, message.request_id)
+            case ReleaseLease():
+                if self._exporter is not None:
+                    self._exporter.release_lease(message.lease_id)
+            case Query():
+                self._answer(peer, message)
+            case Drain():
+                self.drain()
+
+    def _accept(self, peer: PeerId, request: Submit) -> None:
+        request_id = request.request_id
+        if self._draining.is_set():
+            self._refuse(peer, request, Draining(f"worker {self._entry.worker_id} is going away"))
+            return
+        if self._live.get(request_id) is not None:
+            self._refuse(peer, request, InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}"))
+            return
+        live = self._live.add(request_id, peer)
+        if request.offer is None:
+            self._submit(request, None)
+        else:
+            live.offer = request.offer
+            live.opening = self._tasks.create_task(self._open_and_submit(live, request), name=f"open-{request_id}")
+
+    async def _open_and_submit(self, live: LiveRequest, request: Submit) -> None:
+        """Cancel: nothing has reached the engine; `_stop_opening` forgets the request and releases the lease."""
+        assert request.offer is not None
+        source: BlockSource | None = None
+        try:
+            source = await self._pools.get(request.offer.pool)
+        except TransferError as error:
+            with request_context(request.request_id):
+                log.warning("its offered blocks cannot be read and are computed here: %s", error)
+            self._release(request.offer)
+        live.opening = live.offer = None
+        self._submit(request, source)
+
+    def _submit(self, request: Submit, source: BlockSource | None) -> None:
+        peer_request = self._live.get(request.request_id)
+        assert peer_request is not None
+        try:
+            self._engine.submit(request, source)
+            return
+        except PolyphaseError as error:
+            failure = error
+        except Exception:  # the root of this request's work: whatever it was, the peer gets its answer
+            with request_context(request.request_id):
+                log.exception("the engine failed to accept a request")
+            failure = EngineFailed("the engine failed to accept the request")
+        self._live.remove(request.request_id)
+        self._refuse(peer_request.peer, request, failure)
+
+    def _refuse(self, peer: PeerId, request: Submit, error: PolyphaseError) -> None:
+        with request_context(request.request_id):
+            log.info("refused: %s", error.message)
+        self._release(request.offer)
+        self._send(peer, [_failed(request.request_id, error)])
+
+    def _cancel(self, peer: PeerId, request_id: str) -> None:
+        live = self._live.get(request_id)
+        if live is not None and live.peer != peer:
+            return  # somebody else's request of the same name
+        if live is not None and self._stop_opening(live):
+            self._send(peer, [SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED)])
+        else:
+            self._engine.abort(request_id)  # also frees the lease of one that was handed over already
+
+    def _abort(self, live: LiveRequest) -> None:
+        """Forget a request; what the engine still says of it reaches nobody."""
+        if not self._stop_opening(live):
+            self._live.remove(live.request_id)
+            self._engine.abort(live.request_id)
+
+    def _stop_opening(self, live: LiveRequest) -> bool:
+        """True if the engine does not know the request yet; it is forgotten then, and its offer given back."""
+        if live.opening is None:
+            return False
+        live.opening.cancel()
+        self._release(live.offer)
+        self._live.remove(live.request_id)
+        return True
+
+    def _answer(self, peer: PeerId, query: Query) -> None:
+        match query.question:
+            case Question.CARD:
+                body: Answer = Answer(query.query_id, self._engine.card)
+            case Question.SNAPSHOT:
+                hashes = self._engine.cached_hashes()
+                body = Answer(query.query_id, Snapshot(self._entry.worker_id, self._entry.epoch, self._publisher.sequence, hashes))
+            case Question.STATUS:
+                status = WorkerStatus(entry=self._entry, load=self._engine.load(), uptime_s=uptime_s(), rss_bytes=rss_bytes())
+                body = Answer(query.query_id, status)
+        self._server.send(peer, body)
+
+    # From the engine
+
+    def _on_step(self, report: StepReport) -> None:
+        self._step = report.step
+        has_finished = False
+        for peer, outputs in self._live.group(report.outputs).items():
+            for output in outputs:
+                if output.finish_reason is not None:
+                    has_finished = True
+                    self._finish(output)
+            if not self._send(peer, outputs):
+                self._drop_offers(outputs)
+        for offer in report.released_offers:
+            self._releases.send(offer)
+        if report.events or has_finished or time.monotonic() - self._last_load_s >= LOAD_INTERVAL_S:
+            self._publish(report)
+
+    def _finish(self, output: SequenceOutput) -> None:
+        live = self._live.get(output.request_id)
+        assert live is not None
+        with request_context(output.request_id):
+            if output.failure is not None:
+                log.warning("failed after %d tokens: %s: %s", live.token_count, output.failure.code, output.failure.message)
+            else:
+                log.info("finished: %s, %d tokens", output.finish_reason, live.token_count)
+        self._live.remove(output.request_id)
+
+    def _publish(self, report: StepReport | None) -> None:
+        self._last_load_s = time.monotonic()
+        self._publisher.publish(report.events if report else [], self._engine.load())
+
+    def _send(self, peer: PeerId, outputs: list[SequenceOutput]) -> bool:
+        """False: the peer has gone; its requests are aborted."""
+        self._last_sent_s[peer] = time.monotonic()
+        if self._server.send(peer, StepOutputs(self._entry.worker_id, self._entry.epoch, self._step, outputs)):
+            return True
+        self._last_sent_s.pop(peer, None)
+        requests = self._live.of_peer(peer)
+        if requests:
+            log.warning("a peer went away or does not read; %d requests of it are aborted", len(requests))
+        for live in requests:
+            self._abort(live)
+        return False
+
+    # In the course of time
+
+    async def _beat(self) -> None:
+        """Once a second: report the load, and find out whether peers whose requests only wait are still there."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            self._publish(None)
+            self._releases.close_idle()
+            self._pools.close_idle()
+            now_s = time.monotonic()
+            waiting = self._live.peers()
+            for peer in waiting:
+                if now_s - self._last_sent_s.get(peer, 0.0) >= HEARTBEAT_INTERVAL_S:
+                    self._send(peer, [])
+            self._last_sent_s = {peer: sent_s for peer, sent_s in self._last_sent_s.items() if now_s - sent_s < 60}
+
+    def _fail_all(self, error: Lost) -> None:
+        """End whatever is left with an error that lets the peer try elsewhere."""
+        for peer in self._live.peers():
+            requests = self._live.of_peer(peer)
+            for live in requests:
+                self._abort(live)
+            self._send(peer, [_failed(live.request_id, error) for live in requests])
+
+    def _release(self, offer: KvOffer | None) -> None:
+        """What came with a request is not wanted."""
+        if offer is not None:
+            self._releases.send(offer)
+
+    def _drop_offers(self, outputs: list[SequenceOutput]) -> None:
+        """Offers that nobody received pin blocks for nothing."""
+        for output in outputs:
+            if output.offer is not None and self._exporter is not None:
+                self._exporter.release_lease(output.offer.lease_id)
+
+
+def _failed(request_id: str, error: PolyphaseError) -> SequenceOutput:
+    failure = WireFailure(error.code, error.message, error.is_retryable)
+    return SequenceOutput(request_id=request_id, finish_reason=FinishReason.ERROR, failure=failure)

@@ -1,0 +1,68 @@
+"""Which peer waits for which request, so that a step's outputs find their way and nobody's requests outlive their peer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from polyphase.runtime import PeerId
+from polyphase.wire.kv import KvOffer
+from polyphase.wire.requests import SequenceOutput
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """Accepted, and not answered for good."""
+
+    request_id: str
+    peer: PeerId
+    token_count: int = 0  # sent so far
+    opening: asyncio.Task[None] | None = None  # the offer's pool is being opened; the engine does not know the request yet
+    offer: KvOffer | None = None  # as long as it is being opened
+
+
+class LiveRequests:
+    """By request and by peer."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, LiveRequest] = {}
+        self._by_peer: dict[PeerId, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, request_id: str, peer: PeerId) -> LiveRequest:
+        assert request_id not in self._by_id, request_id
+        request = self._by_id[request_id] = LiveRequest(request_id, peer)
+        self._by_peer.setdefault(peer, set()).add(request_id)
+        return request
+
+    def get(self, request_id: str) -> LiveRequest | None:
+        return self._by_id.get(request_id)
+
+    def remove(self, request_id: str) -> None:
+        """Unknown ids are ignored."""
+        request = self._by_id.pop(request_id, None)
+        if request is not None:
+            of_peer = self._by_peer[request.peer]
+            of_peer.discard(request_id)
+            if not of_peer:
+                del self._by_peer[request.peer]
+
+    def of_peer(self, peer: PeerId) -> list[LiveRequest]:
+        return [self._by_id[request_id] for request_id in self._by_peer.get(peer, ())]
+
+    def peers(self) -> list[PeerId]:
+        """Those who wait for something."""
+        return list(self._by_peer)
+
+    def group(self, outputs: Iterable[SequenceOutput]) -> dict[PeerId, list[SequenceOutput]]:
+        """Outputs by the peer that waits for them; those that nobody waits for any more are left out."""
+        groups: dict[PeerId, list[SequenceOutput]] = {}
+        for output in outputs:
+            request = self._by_id.get(output.request_id)
+            if request is not None:
+                request.token_count += len(output.token_ids)
+                groups.setdefault(request.peer, []).append(output)
+        return groups

@@ -1,0 +1,97 @@
+"""Flags of `python -m polyphase.worker`, which the launcher writes and people may."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyphase.observe.logs import LEVELS
+from polyphase.wire.cards import Role
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is told; `None` and `auto` leave the choice to it. The torch engine's settings say what each means."""
+
+    model: str
+    name: str | None
+    device: str
+    dtype: str
+    block_size: int
+    kv_bytes: int | None
+    max_batch_tokens: int | None
+    max_running: int
+    max_waiting: int
+    context_length: int | None
+    thread_count: int | None
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    run_folder: Path
+    worker_id: str
+    role: Role
+    engine: str
+    engine_options: EngineOptions
+    drain_timeout_s: float
+    log_level: str
+
+
+def parse_options(arguments: Sequence[str]) -> WorkerOptions:
+    """Raises: SystemExit with code 2 and a line on standard error if a flag is wrong; with code 0 after `--help`."""
+    given = _parser().parse_args(arguments)
+    return WorkerOptions(
+        run_folder=given.run_folder,
+        worker_id=given.worker_id,
+        role=Role(given.role),
+        engine=given.engine,
+        engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
+        drain_timeout_s=given.drain_timeout_s,
+        log_level=given.log_level,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="polyphase.worker", description="Serve one model with one engine to the frontends of a run folder."
+    )
+    parser.add_argument("--run-folder", type=Path, required=True, help="private folder of the deployment; created if missing")
+    parser.add_argument("--worker-id", required=True, help="name that outlives restarts, for example decode-0")
+    parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
+    parser.add_argument("--engine", default="torch", help="torch, or module:function that loads another engine (default: torch)")
+    parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--model", required=True, help="folder with a checkpoint, or a name on the hub")
+    engine.add_argument("--name", help="under which the model is served (default: the folder's or the hub's name)")
+    engine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    engine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: float32 on cpu, the checkpoint's on cuda)")
+    engine.add_argument("--block-size", type=_count, default=16, help="tokens in a KV block (default: 16)")
+    engine.add_argument("--kv-bytes", type=_count, help="memory of the KV cache in bytes (default: what suits model and machine)")
+    engine.add_argument("--max-batch-tokens", type=_count, help="tokens in a step (default: 512 on cpu, 2048 on cuda)")
+    engine.add_argument("--max-running", type=_count, default=64, help="sequences in a step (default: 64)")
+    engine.add_argument("--max-waiting", type=_count, default=1024, help="requests that may wait; more are refused (default: 1024)")
+    engine.add_argument("--context-length", type=_count, help="tokens of prompt and output together (default: the model's)")
+    engine.add_argument("--thread-count", type=_count, help="threads that compute (default: all cores, up to 8)")
+    engine.add_argument("--lease-s", type=_seconds, default=30.0, help="how long handed-over blocks are kept (default: 30)")
+    return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return count
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0")
+    return seconds
+
+
+_count.__name__, _seconds.__name__ = "whole number", "number of seconds"  # argparse shows these when the text is no number at all

@@ -1,0 +1,295 @@
+"""A worker moves requests, tokens, events and leases between its peers and its engine; every request ends exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from polyphase.core.hashing import sequence_hashes
+from polyphase.runtime import Registry
+from polyphase.wire.cards import ModelCard, WorkerStatus
+from polyphase.wire.requests import Cancel, Drain, FinishReason, Question, ReleaseLease
+from tests.unit.runtime.waiting import eventually
+from tests.unit.worker.conftest import Hosted, HostStarter
+from tests.unit.worker.fake_engine import (
+    BLOCK_SIZE,
+    CONTEXT_LENGTH,
+    CRASH_ON_SUBMIT,
+    CRASH_THE_LOOP,
+    NEVER_ANSWER,
+    expected_tokens,
+)
+from tests.unit.worker.peer import Peer
+
+
+def connected(peer: Peer, *hosts: Hosted) -> None:
+    for hosted in hosts:
+        peer.connect(hosted.entry)
+
+
+async def test_tokens_come_grouped_by_step_and_peer(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host(step_s=0.01)
+    async with Peer() as other:
+        connected(peer, hosted)
+        connected(other, hosted)
+        ids = [peer.submit("w", [number, 7], max_tokens=4) for number in range(1, 4)]
+        foreign = other.submit("w", [50, 7], max_tokens=4)
+        for request_id, first in zip(ids, range(1, 4), strict=True):
+            assert (await peer.last(request_id)).finish_reason is FinishReason.LENGTH
+            assert peer.tokens(request_id) == expected_tokens([first, 7], 4)
+        await other.last(foreign)
+        assert other.tokens(foreign) == expected_tokens([50, 7], 4)
+        assert set(other.outputs) == {foreign}
+        assert len(peer.reports) < 12  # three requests of four tokens share their steps
+        assert {(report.worker_id, report.epoch) for report in peer.reports} == {("w", 1)}
+
+
+async def test_the_registry_shows_the_worker_and_questions_are_answered(start_host: HostStarter, peer: Peer, run_folder: Path) -> None:
+    hosted = start_host()
+    connected(peer, hosted)
+    card = await peer.client.ask("w", Question.CARD)
+    assert isinstance(card, ModelCard)
+    assert card == hosted.engine.card
+    status = await peer.client.ask("w", Question.STATUS)
+    assert isinstance(status, WorkerStatus)
+    assert status.entry == hosted.entry
+    assert status.rss_bytes > 0
+    assert Registry(run_folder).entries() == [hosted.entry]
+
+
+async def test_events_and_load_reach_listeners(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host()
+    connected(peer, hosted)
+    for number in range(5):
+        await peer.last(peer.submit("w", list(range(number * 10, number * 10 + 9)), max_tokens=2))
+    await eventually(lambda: peer.hashes.get("w") == set(hosted.engine.hashes))
+    prompt = list(range(500, 500 + 2 * BLOCK_SIZE))
+    await peer.last(peer.submit("w", prompt))
+    await eventually(lambda: set(sequence_hashes(prompt, BLOCK_SIZE)) <= peer.hashes["w"])
+    await eventually(lambda: peer.loads["w"].finished_total == 6)
+
+
+async def test_a_cancelled_request_ends_once_and_only_by_its_own_peer(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host(step_s=0.01)
+    connected(peer, hosted)
+    request_id = peer.submit("w", [1, 2], max_tokens=150)
+    await eventually(lambda: len(peer.tokens(request_id)) > 2)
+    async with Peer() as other:
+        connected(other, hosted)
+        other.client.send("w", Cancel(request_id))
+        await other.client.ask("w", Question.STATUS)
+    peer.client.send("w", Cancel(request_id))
+    peer.client.send("w", Cancel(request_id))
+    peer.client.send("w", Cancel("unknown"))
+    assert (await peer.last(request_id)).finish_reason is FinishReason.CANCELLED
+    await peer.client.ask("w", Question.STATUS)
+    assert not hosted.engine.running
+
+
+async def test_what_the_engine_refuses_is_answered(start_host: HostStarter, peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
+    hosted = start_host()
+    connected(peer, hosted)
+    last = await peer.last(peer.submit("w", [1] * CONTEXT_LENGTH))
+    assert last.finish_reason is FinishReason.ERROR
+    assert last.failure is not None
+    assert (last.failure.code, last.failure.is_retryable) == ("context_length_exceeded", False)
+    last = await peer.last(peer.submit("w", [CRASH_ON_SUBMIT]))
+    assert last.failure is not None
+    assert (last.failure.code, last.failure.is_retryable) == ("engine_failed", True)
+    assert "a bug in submit" in caplog.text
+    assert len(hosted.host._live) == 0
+    assert (await peer.last(peer.submit("w", [1, 2]))).finish_reason is FinishReason.LENGTH
+
+
+async def test_a_request_id_in_use_is_refused(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host(step_s=0.01)
+    connected(peer, hosted)
+    async with Peer() as other:
+        connected(other, hosted)
+        request_id = peer.submit("w", [1, 2], max_tokens=50)
+        await eventually(lambda: peer.tokens(request_id))
+        other.submit("w", [3, 4], request_id=request_id)
+        last = await other.last(request_id)
+        assert last.failure is not None
+        assert "runs already" in last.failure.message
+        await peer.last(request_id)
+        assert peer.tokens(request_id) == expected_tokens([1, 2], 50)
+
+
+async def hand_over(peer: Peer, prompt: list[int], max_tokens: int = 5) -> tuple[list[int], str]:
+    """Prefill at `p`, decode at `d`; returns all tokens and the decode leg's id."""
+    first_leg = peer.submit("p", prompt, max_tokens, hand_over=True)
+    last = await peer.last(first_leg)
+    assert last.finish_reason is FinishReason.HANDED_OVER
+    first = peer.tokens(first_leg)
+    second_leg = peer.submit("d", [*prompt, *first], max_tokens, offer=last.offer, emitted=len(first))
+    await peer.last(second_leg)
+    return first + peer.tokens(second_leg), second_leg
+
+
+async def test_blocks_are_handed_over_and_their_lease_released(start_host: HostStarter, peer: Peer) -> None:
+    prefill, decode = start_host("p"), start_host("d")
+    connected(peer, prefill, decode)
+    for start in (0, 100, 200):
+        prompt = list(range(start, start + 11))
+        tokens, leg = await hand_over(peer, prompt)
+        assert tokens == expected_tokens(prompt, 5)
+        stats = peer.outputs[leg][0].stats
+        assert stats is not None
+        assert stats.transferred_token_count == 8
+    await eventually(lambda: not prefill.engine.leases)
+    await eventually(lambda: peer.loads["p"].leased_block_count == 0)
+
+
+async def test_an_unreadable_offer_is_computed_anew_and_released(
+    start_host: HostStarter, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill, decode = start_host("p"), start_host("d")
+    connected(peer, prefill, decode)
+    last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
+    assert last.offer is not None
+    nowhere = msgspec.structs.replace(last.offer.pool, socket_path="/tmp/nowhere", pool_id="0" * 32)
+    broken = msgspec.structs.replace(last.offer, pool=nowhere)
+    leg = peer.submit("d", [*range(9), *last.token_ids], offer=broken, emitted=1)
+    await peer.last(leg)
+    assert last.token_ids + peer.tokens(leg) == expected_tokens(list(range(9)), 5)
+    assert "computed here" in caplog.text
+    await eventually(lambda: not prefill.engine.leases)
+
+
+async def test_a_refused_request_gives_its_offer_back(start_host: HostStarter, peer: Peer) -> None:
+    prefill, decode = start_host("p"), start_host("d")
+    connected(peer, prefill, decode)
+    last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
+    await peer.last(peer.submit("d", [1] * CONTEXT_LENGTH, offer=last.offer))
+    await eventually(lambda: not prefill.engine.leases)
+
+
+async def test_cancelling_while_a_pool_is_opened_ends_the_request(
+    start_host: HostStarter, peer: Peer, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = start_host("p"), start_host("d")
+    connected(peer, prefill, decode)
+
+    async def never(descriptor: object) -> None:
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(decode.host._pools, "get", never)
+    last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
+    request_id = peer.submit("d", [*range(9), 1], offer=last.offer, emitted=1)
+    peer.client.send("d", Cancel(request_id))
+    assert (await peer.last(request_id)).finish_reason is FinishReason.CANCELLED
+    assert not decode.engine.running
+    await eventually(lambda: not prefill.engine.leases)
+
+
+async def test_cancelling_after_the_hand_over_frees_the_lease(start_host: HostStarter, peer: Peer) -> None:
+    prefill = start_host("p")
+    connected(peer, prefill)
+    for release in ("cancel", "release"):
+        request_id = peer.submit("p", list(range(9)), hand_over=True)
+        last = await peer.last(request_id)
+        assert last.offer is not None
+        assert prefill.engine.leases
+        peer.client.send("p", Cancel(request_id) if release == "cancel" else ReleaseLease(last.offer.lease_id))
+        await eventually(lambda: not prefill.engine.leases)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [NEVER_ANSWER]])
+async def test_requests_of_a_peer_that_went_away_are_aborted(start_host: HostStarter, peer: Peer, prompt: list[int]) -> None:
+    """Also those that wait for their first token, when nothing is sent to the peer by itself."""
+    hosted = start_host(step_s=0.02)
+    connected(peer, hosted)
+    request_id = peer.submit("w", prompt, max_tokens=190)
+    await eventually(lambda: request_id in hosted.engine.running)
+    peer.client.disconnect("w")
+    await eventually(lambda: not hosted.engine.running)
+    assert len(hosted.host._live) == 0
+
+
+async def test_an_offer_to_a_peer_that_went_away_pins_nothing(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host("p", step_s=0.3)
+    connected(peer, hosted)
+    request_id = peer.submit("p", list(range(9)), hand_over=True)
+    await eventually(lambda: request_id in hosted.engine.running)
+    peer.client.disconnect("p")
+    await eventually(lambda: not hosted.engine.running)
+    await eventually(lambda: not hosted.engine.leases)
+
+
+async def test_draining_finishes_what_runs_and_refuses_the_rest(start_host: HostStarter, peer: Peer, run_folder: Path) -> None:
+    hosted = start_host(step_s=0.01)
+    connected(peer, hosted)
+    running = peer.submit("w", [1, 2], max_tokens=60)
+    await eventually(lambda: peer.tokens(running))
+    peer.client.send("w", Drain())
+    late = await peer.last(peer.submit("w", [3, 4]))
+    assert late.failure is not None
+    assert (late.failure.code, late.failure.is_retryable) == ("draining", True)
+    assert [entry.is_draining for entry in Registry(run_folder).entries()] == [True]
+    hosted.host.drain()
+    assert (await peer.last(running)).finish_reason is FinishReason.LENGTH
+    assert peer.tokens(running) == expected_tokens([1, 2], 60)
+    async with asyncio.timeout(20):
+        await hosted.task
+    assert Registry(run_folder).entries() == []
+    assert os.listdir(run_folder / "sockets") == []
+    assert os.listdir(run_folder / "workers") == []
+
+
+async def test_what_does_not_finish_in_time_ends_in_an_error_that_may_be_retried(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host(drain_timeout_s=0.05)
+    connected(peer, hosted)
+    request_id = peer.submit("w", [NEVER_ANSWER])
+    await eventually(lambda: request_id in hosted.engine.running)
+    hosted.host.drain()
+    last = await peer.last(request_id)
+    assert last.failure is not None
+    assert (last.failure.code, last.failure.is_retryable) == ("worker_lost", True)
+    async with asyncio.timeout(20):
+        await hosted.task
+
+
+async def test_draining_waits_for_leases_that_are_still_to_be_read(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host("p")
+    connected(peer, hosted)
+    last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
+    hosted.host.drain()
+    await asyncio.sleep(0.2)
+    assert not hosted.task.done()
+    assert last.offer is not None
+    peer.client.send("p", ReleaseLease(last.offer.lease_id))
+    async with asyncio.timeout(20):
+        await hosted.task
+
+
+async def test_draining_without_a_run_folder_still_ends(start_host: HostStarter, run_folder: Path) -> None:
+    hosted = start_host()
+    await asyncio.sleep(0)
+    for folder in ("workers", "sockets"):
+        for name in os.listdir(run_folder / folder):
+            os.unlink(run_folder / folder / name)
+        os.rmdir(run_folder / folder)
+    hosted.host.drain()
+    async with asyncio.timeout(20):
+        await hosted.task
+
+
+async def test_an_engine_that_breaks_ends_the_worker_and_tells_its_peers(start_host: HostStarter, peer: Peer, run_folder: Path) -> None:
+    hosted = start_host(step_s=0.05)
+    connected(peer, hosted)
+    waiting = peer.submit("w", [1, 2], max_tokens=150)
+    await eventually(lambda: peer.tokens(waiting))
+    breaking = peer.submit("w", [CRASH_THE_LOOP])
+    for request_id in (waiting, breaking):
+        last = await peer.last(request_id)
+        assert last.failure is not None
+        assert (last.failure.code, last.failure.is_retryable) == ("engine_failed", True)
+    with pytest.raises(BaseExceptionGroup):
+        await hosted.task
+    assert os.listdir(run_folder / "workers") == []
+    assert os.listdir(run_folder / "sockets") == []
