@@ -3,3 +3,38 @@
 In come worker facts, KV events, load reports and route requests; out go routes with their reasons. It touches no clock, randomness,
 socket or task: the frontend feeds it and acts on what it says.
 """
+
+from polyphase.router.bookings import Booked, Bookings
+from polyphase.router.index import NaivePrefixIndex
+from polyphase.router.policies import POLICIES
+from polyphase.router.router import Router
+from polyphase.router.types import (
+    Candidate,
+    Leg,
+    Placement,
+    PrefixIndex,
+    Route,
+    RouteRequest,
+    RouterSettings,
+    SplitRule,
+    WorkerFacts,
+    WorkerView,
+)
+
+__all__ = [
+    "POLICIES",
+    "Booked",
+    "Bookings",
+    "Candidate",
+    "Leg",
+    "NaivePrefixIndex",
+    "Placement",
+    "PrefixIndex",
+    "Route",
+    "RouteRequest",
+    "Router",
+    "RouterSettings",
+    "SplitRule",
+    "WorkerFacts",
+    "WorkerView",
+]

@@ -1,8 +1,8 @@
 """What the router is told, what it answers, and the contracts of its parts.
 
-    RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
-                    eligible   [0,1]    one
-                    workers    each     worker
+RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
+                eligible   [0,1]    one
+                workers    each     worker
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class WorkerView:
     booked_prefill_tokens: int
     booked_block_count: int
     booked_request_count: int
+    unreported_prefill_tokens: int = 0  # of the booked ones, those that came after `load` was reported
+    unreported_block_count: int = 0
 
 
 class Scorer(Protocol):
@@ -139,3 +141,4 @@ class SplitRule:
 class RouterSettings:
     policy: str = "kv"  # kv | least-loaded | round-robin
     split: SplitRule = field(default_factory=SplitRule)
+    max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests are refused

@@ -1,0 +1,16 @@
+"""From scores to one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from polyphase.router.types import WorkerView
+
+
+class HighestScore:
+    """The best score; equal ones take turns, so that no worker is favoured for its name or its place in a list."""
+
+    def pick(self, scores: Sequence[float], workers: Sequence[WorkerView], turn: int) -> int:
+        best = max(scores)
+        tied = [position for position, score in enumerate(scores) if score == best]
+        return tied[turn % len(tied)]
