@@ -1,0 +1,99 @@
+"""Sequences over the block pool: a prefix hit on the way in, growth while tokens come, names for what is computed.
+
+    tokens    | hit            | to compute        | not known yet
+    blocks    [ b4  b7  b1 ]   [ b9  b12  b13 ]      none
+               retained          allocated
+               named             named one by one as they fill up
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from polyphase.core.ids import BlockId
+from polyphase.kv.chain import PrefixChain
+from polyphase.kv.pool import BlockPool
+
+
+class SequenceBlocks:
+    """One sequence's block table. `block_ids` is int64 in one piece of memory, so that a batch is packed without a loop."""
+
+    __slots__ = ("block_ids", "chain", "named_count")
+
+    def __init__(self, chain: PrefixChain) -> None:
+        self.chain = chain
+        self.block_ids: array[int] = array("q")
+        self.named_count = 0  # leading blocks that need no name any more
+
+    def ids(self) -> list[BlockId]:
+        return [BlockId(i) for i in self.block_ids]
+
+
+class PrefixCache:
+    """Owner: a `SequenceBlocks` that was admitted is closed or detached exactly once before it is admitted again."""
+
+    def __init__(self, pool: BlockPool, block_size: int, namespace: str) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self._namespace = namespace
+
+    def blocks_for(self, token_count: int) -> int:
+        return -(-token_count // self.block_size)
+
+    def open(self, token_ids: Sequence[int], salt: str | None) -> SequenceBlocks:
+        """Names the sequence's full blocks; takes none."""
+        chain = PrefixChain(self.block_size, self._namespace, salt)
+        chain.extend(token_ids)
+        return SequenceBlocks(chain)
+
+    def admit(self, blocks: SequenceBlocks, token_count: int, spare_count: int) -> int | None:
+        """Take blocks for all `token_count` known tokens, cached ones first.
+
+        At least one token is left to compute, because its logits are needed.
+
+        Args:
+            spare_count: blocks that must stay available afterwards.
+
+        Returns: tokens found in the cache; None if the blocks do not suffice, and then nothing was taken.
+        """
+        hit = self.pool.match(blocks.chain.keys[: (token_count - 1) // self.block_size])
+        fresh_count = self.blocks_for(token_count) - len(hit)
+        if fresh_count + spare_count > self.pool.available_count - self.pool.idle_among(hit):
+            return None
+        self.pool.retain(hit)
+        blocks.block_ids = array("q", hit + self.pool.allocate(fresh_count))
+        blocks.named_count = len(hit)
+        return len(hit) * self.block_size
+
+    def grow(self, blocks: SequenceBlocks, token_count: int) -> bool:
+        """Make room for `token_count` tokens. Returns False, having taken nothing, if the pool is exhausted."""
+        missing = self.blocks_for(token_count) - len(blocks.block_ids)
+        if missing <= 0:
+            return True
+        if missing > self.pool.available_count:
+            return False
+        blocks.block_ids.extend(self.pool.allocate(missing))
+        return True
+
+    def commit(self, blocks: SequenceBlocks, token_ids: Sequence[int], computed_count: int) -> None:
+        """Name the blocks that are full now that the KV of `computed_count` tokens is in place."""
+        full_count = computed_count // self.block_size
+        if full_count <= blocks.named_count:
+            return
+        chain = blocks.chain
+        chain.extend(token_ids)
+        for index in range(blocks.named_count, full_count):
+            self.pool.name(BlockId(blocks.block_ids[index]), chain.keys[index], chain.hashes[index])
+        blocks.named_count = full_count
+
+    def detach(self, blocks: SequenceBlocks) -> list[BlockId]:
+        """Give the references to the caller, who releases them."""
+        block_ids = blocks.ids()
+        blocks.block_ids = array("q")
+        blocks.named_count = 0
+        return block_ids
+
+    def close(self, blocks: SequenceBlocks) -> None:
+        """Release all blocks; what is named stays cached until it is evicted. A second call does nothing."""
+        self.pool.release(self.detach(blocks))
