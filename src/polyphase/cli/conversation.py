@@ -12,18 +12,19 @@ SYSTEM_PROMPT = (
 )
 
 CONVERSATION: tuple[str, ...] = (
-    "What does json.dumps do?",
+    "Hello! Who are you?",
+    "What does textwrap.shorten do?",
     "Show me its signature.",
-    "Tell me about another function of that module.",
-    "Give me a tour of the textwrap module.",
+    "How do I read a JSON file?",
+    "What is in the random module?",
 )
 
 # Asked at the same time, each by somebody else.
 VISITORS: tuple[str, ...] = (
     "How do I copy a file?",
     "What does os.path.join do?",
-    "What does random.shuffle do?",
-    "Who are you?",
+    "What is Polyphase?",
+    "What is the capital of France?",
 )
 
 TEMPERATURE = 0.0
