@@ -37,6 +37,7 @@ app = typer.Typer(
 _MODEL = "Processes and model"
 _SERVER = "Server"
 _ENGINE = "Engine"
+_MOCK = "Mock engine"
 
 Name = Annotated[str | None, typer.Option("--name", help="Which deployment, where several run on this machine.")]
 
@@ -75,7 +76,9 @@ def serve(
     start_timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="Longest start, downloads included. [default: 10min]", rich_help_panel=_SERVER)
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="[default: torch]", rich_help_panel=_ENGINE)] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="torch, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: auto]", rich_help_panel=_ENGINE)] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16. [default: auto]", rich_help_panel=_ENGINE)
@@ -97,6 +100,16 @@ def serve(
     ] = None,
     threads: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Threads of each worker. [default: its share of the cores]", rich_help_panel=_ENGINE)
+    ] = None,
+    mock_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="llama-3.1-70b, or parameters=8e9,layers=32,… [default: llama-3.1-8b]", rich_help_panel=_MOCK),
+    ] = None,
+    mock_accelerator: Annotated[
+        str | None, typer.Option(metavar="NAME", help="4xh100, or tflops=989,… [default: h100]", rich_help_panel=_MOCK)
+    ] = None,
+    mock_speedup: Annotated[
+        str | None, typer.Option(metavar="FACTOR", help="10, or inf: steps take no time. [default: 1]", rich_help_panel=_MOCK)
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TOML file with any of these settings; flags and POLYPHASE_… variables win.")

@@ -28,8 +28,8 @@ def _check_policy(policy: str) -> str:
 
 
 def _check_engine(engine: str) -> str:
-    if engine != "torch" and ":" not in engine:
-        raise ValueError(f"there is no engine {engine!r}; write torch, or module:function of an engine of your own")
+    if engine not in ("torch", "mock") and ":" not in engine:
+        raise ValueError(f"there is no engine {engine!r}; write torch, mock, or module:function of an engine of your own")
     return engine
 
 
@@ -76,6 +76,10 @@ class ServeSettings(BaseModel):
     max_batch_tokens: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)  # per worker
+
+    mock_model: str | None = None  # what the mock engine imagines; None: its defaults
+    mock_accelerator: str | None = None
+    mock_speedup: float | None = Field(None, gt=0)
 
     start_timeout: Duration = 600.0  # seconds; a first download from the hub counts
     drain_timeout: Duration = 30.0  # seconds; running requests get this long to finish

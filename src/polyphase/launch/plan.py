@@ -53,7 +53,7 @@ def plan_deployment(settings: ServeSettings, cores: int | None = None, gpus: Seq
     Raises: ConfigurationError if the model is no folder and no possible name.
     """
     model = resolve_model(settings.model)
-    if settings.device not in ("auto", "cuda"):
+    if settings.device not in ("auto", "cuda") or settings.engine == "mock":
         gpus = ()
     elif gpus is None:
         gpus = find_gpus(os.environ)
@@ -112,6 +112,9 @@ def _worker(plan: DeploymentPlan, worker: WorkerPlan, run_folder: Path) -> Proce
         "max-running": settings.max_running,
         "thread-count": plan.threads_per_worker,
         "drain-timeout-s": settings.drain_timeout,
+        "mock-model": settings.mock_model,
+        "mock-accelerator": settings.mock_accelerator,
+        "mock-speedup": settings.mock_speedup,
     }
     environment = _environment(plan.threads_per_worker)
     if share is not None:

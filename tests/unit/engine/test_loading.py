@@ -13,9 +13,9 @@ import torch
 from transformers import Gemma2Config, GPT2Config, MixtralConfig
 
 from polyphase.core.errors import ConfigurationError, ModelLoadError
+from polyphase.engines.batching.sizing import size_cache
 from polyphase.engines.torch import TorchSettings, load_torch_engine
 from polyphase.engines.torch.engine import TorchEngine
-from polyphase.engines.torch.sizing import size_cache
 from tests.unit.engine.tiny import CONTEXT_LENGTH, EOS_ID, Peer, config_of, prompt_of, run_all, save_model, submit
 
 ModelFolder = Callable[[str], str]

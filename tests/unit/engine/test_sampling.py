@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyphase.engines.torch.sampling import SampledToken, SamplingRow, sample
-from polyphase.engines.torch.sampling_state import SamplingState, uniform
+from polyphase.engines.batching.outcome import SampledToken
+from polyphase.engines.batching.sampling_state import SamplingState, uniform
+from polyphase.engines.torch.sampling import SamplingRow, sample
 from polyphase.wire.requests import SamplingParams
 
 VOCAB = 50

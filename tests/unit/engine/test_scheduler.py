@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as InnerTokenizer
 from tokenizers import models
 
 from polyphase.core.errors import KvError, Overloaded
-from polyphase.engines.torch.sampling_state import SamplingState
-from polyphase.engines.torch.scheduler import Row, Scheduler, SchedulerLimits, StepPlan
-from polyphase.engines.torch.sequence import Sequence
-from polyphase.engines.torch.stopping import StopLimits, StopRule
+from polyphase.engines.batching.sampling_state import SamplingState
+from polyphase.engines.batching.scheduler import Row, Scheduler, SchedulerLimits, StepPlan
+from polyphase.engines.batching.sequence import Sequence
+from polyphase.engines.batching.stopping import StopLimits, StopRule
 from polyphase.kv import BlockPool, PrefixCache
 from polyphase.text import Tokenizer
 from polyphase.wire.requests import SamplingParams, StopConditions, Submit

@@ -177,3 +177,11 @@ class TestGpus:
         assert find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
         tool.write_text("#!/bin/sh\nexit 9\n")
         assert find_gpus({}) == []
+
+
+def test_a_mock_engine_takes_no_gpu(tmp_path: Path):
+    made = plan(gpus=[Gpu("0", 80 * 2**30)], engine="mock", mock_accelerator="4xh100", mock_speedup=10)
+    assert made.workers[0].share is None
+    worker = flags_of(process_specs(made, tmp_path)[1].arguments)
+    assert (worker["--engine"], worker["--mock-accelerator"], worker["--mock-speedup"]) == ("mock", "4xh100", "10.0")
+    assert "--mock-model" not in worker

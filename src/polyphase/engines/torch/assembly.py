@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from polyphase.core.errors import ConfigurationError, ModelLoadError
+from polyphase.engines.batching.scheduler import SchedulerLimits
+from polyphase.engines.batching.sizing import size_cache
 from polyphase.engines.torch.card import eos_token_ids, read_text_facts
 from polyphase.engines.torch.engine import EngineParts, TorchEngine
 from polyphase.engines.torch.loading import LoadedModel, load_model
 from polyphase.engines.torch.runner import ModelRunner
-from polyphase.engines.torch.scheduler import SchedulerLimits
 from polyphase.engines.torch.settings import TorchSettings
-from polyphase.engines.torch.sizing import size_cache
 from polyphase.engines.torch.storage import DeviceStorage, HostStorage, KvStorage
 from polyphase.text import Tokenizer
 from polyphase.transfer.memory import available_memory_bytes

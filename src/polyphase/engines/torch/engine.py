@@ -1,15 +1,8 @@
-"""The torch engine: `EngineCore` and the model, stepped on an event loop or by hand.
-
-    loop     begin_step ──┐                   ┌── finish_step ─ on_step(report) ─ begin_step …
-    thread                └─ execute ─────────┘
-
-While a step runs in the engine's own thread, the loop is free: requests come and go, and take effect when the step is finished.
-"""
+"""The torch engine: `EngineCore` and the model, stepped on an event loop or by hand. The model runs in a thread of the engine's own."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +11,14 @@ import torch
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import KvError
+from polyphase.engines.batching.core import EngineCore
+from polyphase.engines.batching.exports import OfferOrigin
+from polyphase.engines.batching.outcome import StepOutcome
+from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
+from polyphase.engines.batching.stepping import StepLoop
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.engines.torch.core import EngineCore
 from polyphase.engines.torch.execution import execute
-from polyphase.engines.torch.exports import OfferOrigin
 from polyphase.engines.torch.runner import ModelRunner
-from polyphase.engines.torch.scheduler import SchedulerLimits, StepPlan
 from polyphase.engines.torch.storage import KvStorage
 from polyphase.text import Tokenizer
 from polyphase.transfer import SharedPool
@@ -62,7 +57,7 @@ class TorchEngine:
             clock=self._clock,
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
-        self._wake = asyncio.Event()
+        self._loop = StepLoop(self.core, self._clock, self._perform)
         self._is_closed = False
 
     @property
@@ -78,11 +73,11 @@ class TorchEngine:
         return self._storage.pages.dtype
 
     def submit(self, request: Submit, source: BlockSource | None = None) -> None:
-        self._wake.set()
+        self._loop.wake()
         self.core.submit(request, source)
 
     def abort(self, request_id: str) -> None:
-        self._wake.set()
+        self._loop.wake()
         self.core.abort(request_id)
 
     def load(self) -> Load:
@@ -100,38 +95,10 @@ class TorchEngine:
 
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Cancel: the step under way is finished and its results are kept, but not reported before the next `run`."""
-        self._wake = asyncio.Event()  # belongs to the loop that runs us
-        while True:
-            self._wake.clear()
-            plan = self.core.begin_step()
-            if plan.is_empty:
-                report = self.core.take_idle_report()
-                if report is not None:
-                    on_step(report)
-                if not plan.preempted:
-                    await self._sleep()
-                continue
-            on_step(await self._execute(plan))
+        await self._loop.run(on_step)
 
-    async def _execute(self, plan: StepPlan) -> StepReport:
-        work = asyncio.get_running_loop().run_in_executor(self._thread, execute, plan, self._storage, self._runner)
-        try:
-            outcome = await asyncio.shield(work)
-        except asyncio.CancelledError:
-            while not work.done():  # the step's results must not be lost, however often we are told to go
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([work])
-            self.core.keep_for_later(self.core.finish_step(work.result(), plan))
-            raise
-        return self.core.finish_step(outcome, plan)
-
-    async def _sleep(self) -> None:
-        """Until something is submitted, aborted or released, or a lease runs out."""
-        expiry_ns = self.core.exports.leases.next_expiry_ns
-        timeout_s = None if expiry_ns is None else max(0.0, (expiry_ns - self._clock.now_ns()) / 1e9) + 1e-3
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
+    def _perform(self, plan: StepPlan) -> asyncio.Future[StepOutcome]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, execute, plan, self._storage, self._runner)
 
     def close(self) -> None:
         if self._is_closed:
@@ -153,7 +120,7 @@ class TorchEngine:
         self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, pool)
 
     def release_lease(self, lease_id: str) -> None:
-        self._wake.set()
+        self._loop.wake()
         self.core.exports.release(lease_id)
 
     def _shared(self) -> SharedPool:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyphase.engines.torch.sampling_state import SamplingState, uniform
+from polyphase.engines.batching.outcome import SampledToken
+from polyphase.engines.batching.sampling_state import SamplingState, uniform
 from polyphase.wire.requests import TokenLogprob
 
 _NUCLEUS_CANDIDATES = 1024  # top_p looks at these first; they nearly always hold enough of the mass
@@ -32,12 +33,6 @@ class SamplingRow:
     state: SamplingState
     position: int  # output tokens before this one
     forbidden_ids: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    token_id: int
-    logprob: TokenLogprob | None = None
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:

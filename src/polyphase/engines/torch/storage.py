@@ -15,28 +15,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from polyphase.engines.batching.storage import BlockStorage
 from polyphase.engines.interface import BlockSource
 from polyphase.transfer import SharedPool
 from polyphase.wire.kv import KvLayout
 
 
-class KvStorage(Protocol):
-    """Blocks that one engine computes into."""
+class KvStorage(BlockStorage, Protocol):
+    """Blocks that one engine computes into, as tensors."""
 
-    layout: KvLayout
-    block_count: int
     pages: Tensor
     slots: Tensor
-    shared: SharedPool | None  # None: no other process can read these blocks
 
-    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> None:
-        """Copy offered blocks into the own blocks `into`.
-
-        Raises: TransferError; what is in `into` must then not be used.
-        """
-
-    def zero(self, block_ids: Sequence[int]) -> None:
-        """Overwrite what the blocks hold."""
+    @property
+    def shared(self) -> SharedPool | None: ...
 
     def close(self) -> None: ...
 

@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
 from polyphase.core.errors import KvError, Overloaded
-from polyphase.engines.torch.sequence import Sequence
+from polyphase.engines.batching.sequence import Sequence
 from polyphase.kv import PrefixCache
 
 

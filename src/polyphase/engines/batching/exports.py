@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from polyphase.core.errors import KvError
 from polyphase.core.ids import BlockId
+from polyphase.engines.batching.storage import Generations
 from polyphase.kv import BlockPool, LeaseTable
-from polyphase.transfer import SharedPool
 from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
 
 
@@ -25,7 +25,7 @@ class OfferOrigin:
 class BlockExports:
     """Owner: the references of offered blocks are held here until their lease is released or runs out."""
 
-    def __init__(self, pool: BlockPool, shared: SharedPool | None, lease_ns: int) -> None:
+    def __init__(self, pool: BlockPool, shared: Generations | None, lease_ns: int) -> None:
         self.leases = LeaseTable()
         self.origin: OfferOrigin | None = None
         self._pool = pool

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 
 from polyphase.core.clock import Clock
 from polyphase.core.errors import EngineFailed, InvalidRequest
+from polyphase.engines.batching.admission import check_request
+from polyphase.engines.batching.exports import BlockExports, can_use
+from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
+from polyphase.engines.batching.sampling_state import SamplingState
+from polyphase.engines.batching.scheduler import Scheduler, SchedulerLimits, StepPlan
+from polyphase.engines.batching.sequence import Sequence
+from polyphase.engines.batching.stopping import Stop, StopLimits, StopRule
+from polyphase.engines.batching.storage import BlockStorage
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.engines.torch.admission import check_request
-from polyphase.engines.torch.execution import PullResult, StepOutcome
-from polyphase.engines.torch.exports import BlockExports, can_use
-from polyphase.engines.torch.sampling import SampledToken
-from polyphase.engines.torch.sampling_state import SamplingState
-from polyphase.engines.torch.scheduler import Scheduler, SchedulerLimits, StepPlan
-from polyphase.engines.torch.sequence import Sequence
-from polyphase.engines.torch.stopping import Stop, StopLimits, StopRule
-from polyphase.engines.torch.storage import KvStorage
 from polyphase.kv import BlockPool, PrefixCache
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
@@ -50,7 +49,7 @@ class EngineCore:
     """Everything that an engine knows, except the model."""
 
     def __init__(
-        self, *, card: ModelCard, storage: KvStorage, tokenizer: Tokenizer, limits: SchedulerLimits, lease_ns: int, clock: Clock
+        self, *, card: ModelCard, storage: BlockStorage, tokenizer: Tokenizer, limits: SchedulerLimits, lease_ns: int, clock: Clock
     ) -> None:
         self._card = card
         self._storage = storage

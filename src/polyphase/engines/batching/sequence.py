@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from polyphase.engines.batching.sampling_state import SamplingState
+from polyphase.engines.batching.stopping import StopRule
 from polyphase.engines.interface import BlockSource
-from polyphase.engines.torch.sampling_state import SamplingState
-from polyphase.engines.torch.stopping import StopRule
 from polyphase.kv import SequenceBlocks
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import PhaseStats, Submit
