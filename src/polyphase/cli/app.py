@@ -48,9 +48,7 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Workers that prefill and decode. [default: 1]", rich_help_panel=_MODEL)] = None,
     prefill: Annotated[int | None, typer.Option(help="Workers that only prefill.", rich_help_panel=_MODEL)] = None,
     decode: Annotated[int | None, typer.Option(help="Workers that decode.", rich_help_panel=_MODEL)] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of this deployment. [default: default]", rich_help_panel=_MODEL)
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of this deployment. [default: default]", rich_help_panel=_MODEL)] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. [default: its folder or hub name]", rich_help_panel=_MODEL)
     ] = None,
@@ -80,9 +78,7 @@ def serve(
         str | None, typer.Option(help="torch, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: auto]", rich_help_panel=_ENGINE)] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16. [default: auto]", rich_help_panel=_ENGINE)
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: auto]", rich_help_panel=_ENGINE)] = None,
     kv_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="KV cache per worker, such as 2GiB. [default: what fits]", rich_help_panel=_ENGINE)
     ] = None,

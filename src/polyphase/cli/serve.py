@@ -28,9 +28,7 @@ def serve_model(flags: Mapping[str, object], config: Path | None) -> None:
     run_in_foreground(plan, console, say_what_next)
 
 
-def run_in_foreground(
-    plan: DeploymentPlan, console: Console, when_ready: Callable[[LocalDeployment], Awaitable[None]]
-) -> None:
+def run_in_foreground(plan: DeploymentPlan, console: Console, when_ready: Callable[[LocalDeployment], Awaitable[None]]) -> None:
     """Run until stopped by a signal, or by `when_ready`, which runs once beside the deployment and is cancelled when that stops.
 
     Raises: ConfigurationError, StartFailed, and whatever `when_ready` raises; the deployment has ended then.

@@ -1,6 +1,6 @@
 """Settings from flags, environment and file, in this order: what stands nearer to the person at the keyboard wins.
 
-    --kv-memory 2GiB   >   POLYPHASE_KV_MEMORY=2GiB   >   kv_memory = "2GiB" in the file of --config   >   default
+--kv-memory 2GiB   >   POLYPHASE_KV_MEMORY=2GiB   >   kv_memory = "2GiB" in the file of --config   >   default
 """
 
 from __future__ import annotations

@@ -87,9 +87,7 @@ class ServeSettings(BaseModel):
     @model_validator(mode="after")
     def _check_roles(self) -> Self:
         if self.workers is not None and (self.prefill is not None or self.decode is not None):
-            raise ValueError(
-                "workers cannot be combined with prefill and decode; write either --workers 2, or --prefill 1 --decode 2"
-            )
+            raise ValueError("workers cannot be combined with prefill and decode; write either --workers 2, or --prefill 1 --decode 2")
         if self.prefill and not self.decode:
             raise ValueError("prefill workers need decode workers to hand over to; write for example --prefill 1 --decode 2")
         if self.decode == 0 or (self.prefill == 0 and self.decode is None):

@@ -12,6 +12,7 @@ import torch
 from polyphase.core.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from polyphase.core.hashing import sequence_hashes
 from polyphase.engines.interface import StepReport
+from polyphase.engines.torch.attention import PackedAttention
 from polyphase.engines.torch.engine import TorchEngine
 from polyphase.wire.events import BlocksRemoved, BlocksStored
 from polyphase.wire.requests import FinishReason, SamplingParams, StopConditions
@@ -162,6 +163,37 @@ class TestCancellation:
         assert answers.tokens("a") == []
         assert answers.reason("a") is FinishReason.CANCELLED
         assert len(answers.tokens("b")) == 2
+        assert_nothing_held(engine)
+
+    @pytest.mark.parametrize("long_count", [300, 30])
+    def test_a_step_that_nobody_wants_is_broken_off(self, make_engine: MakeEngine, peer_of: PeerOf, long_count: int) -> None:
+        engine = make_engine(max_batch_tokens=400)
+        engine.submit(submit("other", prompt_of(17), 6))
+        answers = Answers()
+        for _ in range(2):
+            report = engine.step()
+            assert report is not None
+            answers.add(report)
+        engine.submit(submit("long", prompt_of(long_count), 100))
+        engine.submit(submit("short", prompt_of(100), 2))
+        attention, layers = PackedAttention.attend, []
+
+        def attend(self: PackedAttention, layer: int, *args: Any) -> Any:
+            layers.append(layer)
+            engine.abort("long")
+            return attention(self, layer, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PackedAttention, "attend", attend)
+            report = engine.step()
+        assert report is not None
+        answers.add(report)
+        # The long prompt is most of the step in the first case only: then the others' few tokens are computed again.
+        assert (layers == [0]) == (long_count == 300)
+        assert answers.reason("long") is FinishReason.CANCELLED
+        run_all(engine, answers)
+        assert answers.tokens("other") == peer_of("llama").greedy(prompt_of(17), 6)
+        assert answers.tokens("short") == peer_of("llama").greedy(prompt_of(100), 2)
         assert_nothing_held(engine)
 
 

@@ -65,7 +65,7 @@ class EngineCore:
         self._ended: list[SequenceOutput] = []  # outputs that did not come from a step
         self._released_offers: list[KvOffer] = []
         self._untaken_events: list[KvEvent] = []
-        self._is_stepping = False
+        self._current: StepPlan | None = None  # while it is performed
 
     # What the worker calls.
 
@@ -86,8 +86,9 @@ class EngineCore:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             self.exports.release_request(request_id)
-        elif self._is_stepping:
+        elif self._current is not None:
             sequence.is_cancelled = True
+            self._current.interrupt_if_pointless()
         else:
             self._ended.append(self._end(sequence, FinishReason.CANCELLED))
 
@@ -144,11 +145,11 @@ class EngineCore:
                 ]
             ]
         )
-        self._is_stepping = not plan.is_empty
+        self._current = None if plan.is_empty else plan
         return plan
 
     def finish_step(self, outcome: StepOutcome, plan: StepPlan) -> StepReport:
-        self._is_stepping = False
+        self._current = None
         self._totals.steps += 1
         if outcome.error is not None:
             logger.error("an engine step failed; its %d requests end", len(plan.rows), exc_info=outcome.error)
@@ -216,6 +217,7 @@ class EngineCore:
             logger.warning("request %s: offered blocks could not be read: %s", sequence.request.request_id, result.error)
         else:
             count = result.pull.token_count - sequence.computed_count
+            sequence.computed_count = result.pull.token_count
             self._totals.transferred_tokens += count
             cached_count = sequence.stats.cached_token_count if sequence.stats is not None else 0
             queue_ms = sequence.stats.queue_ms if sequence.stats is not None else 0.0

@@ -1,9 +1,10 @@
 """Which tokens of which sequences are computed in the next step. Decides from counts; knows no tensor and no clock.
 
 A step has a budget of tokens. Sequences that decode get one token each, first of all; what is left goes to prompts in order of
-(priority, arrival), in chunks if they do not fit. While nobody decodes, nobody waits for the step's end either, and the budget may be larger. A sequence is admitted when there are blocks for all its known tokens, so only
-decoding makes it grow; when blocks run out then, the sequence that is last in order gives up all of its own and starts again later,
-mostly from the prefix cache. The first in order is never given up for another, so there is always one that gets on.
+(priority, arrival), in chunks if they do not fit. While nobody decodes, nobody waits for the step's end either, and the budget may be
+larger. A sequence is admitted when there are blocks for all its known tokens, so only decoding makes it grow; when blocks run out then, the
+sequence that is last in order gives up all of its own and starts again later, mostly from the prefix cache. The first in order is never
+given up for another, so there is always one that gets on.
 """
 
 from __future__ import annotations
@@ -48,16 +49,26 @@ class Pull:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What the next step does. Rows of pulled sequences count on the pull: if it fails, the row is left out."""
+    """What the next step does. Rows of pulled sequences count on the pull: if it fails, the row is left out.
+
+    `is_interrupted` may become true while the step is performed: then nobody wants most of it, and it should end as soon as it can, with
+    no row computed.
+    """
 
     rows: list[Row] = field(default_factory=list)
     pulls: list[Pull] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    is_interrupted: bool = False
 
     @property
     def is_empty(self) -> bool:
         return not self.rows
+
+    def interrupt_if_pointless(self) -> None:
+        """To be called when a sequence is cancelled: others compute their few tokens anew rather than wait for many that nobody wants."""
+        unwanted_count = sum(row.count for row in self.rows if row.sequence.is_cancelled)
+        self.is_interrupted = 2 * unwanted_count >= sum(row.count for row in self.rows)
 
 
 class Scheduler:

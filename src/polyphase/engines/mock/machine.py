@@ -1,6 +1,6 @@
 """The mock engine without time of its own: whoever drives it says when a step is over. For event loops and for simulations.
 
-    begin_step ─► StartedStep(duration_ns) ─ … that much later … ─► finish_step ─► StepReport
+begin_step ─► StartedStep(duration_ns) ─ … that much later … ─► finish_step ─► StepReport
 """
 
 from __future__ import annotations

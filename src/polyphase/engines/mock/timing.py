@@ -1,8 +1,8 @@
 """How long a step takes on the imagined accelerator: a roofline over what the step's plan reads and computes.
 
-    linear layers   the slower of reading all weights once and computing all tokens
-  + attention       the slower of reading the KV that the rows see and computing it
-  + what there is besides: for the step, for each layer, for each row
+  linear layers   the slower of reading all weights once and computing all tokens
++ attention       the slower of reading the KV that the rows see and computing it
++ what there is besides: for the step, for each layer, for each row
 """
 
 from __future__ import annotations

@@ -1,6 +1,12 @@
-"""The heavy part of a step, done in the engine's thread: pull offered blocks, run the model, sample. Changes no bookkeeping."""
+"""The heavy part of a step, done in the engine's thread: pull offered blocks, run the model, sample. Changes no bookkeeping.
+
+A step that nobody wants any more is broken off at the model's next layer, so that a client who leaves during a long prompt frees its blocks
+at once.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from polyphase.engines.batching.outcome import SampledToken, StepOutcome
 from polyphase.engines.batching.scheduler import Row, StepPlan
@@ -20,19 +26,21 @@ def execute(plan: StepPlan, storage: KvStorage, runner: ModelRunner) -> StepOutc
         failed = {result.pull.sequence for result in outcome.pulls if result.error is not None}
         rows = [row for row in plan.rows if row.sequence not in failed]
         if rows:
-            outcome.samples = _compute(rows, runner)
+            outcome.samples = _compute(rows, runner, lambda: plan.is_interrupted)
         outcome.computed = rows
     except Exception as error:  # noqa: BLE001  the root of the engine's work: a model may raise anything
-        outcome.error = error
+        # A recorded model wraps what attention raises, so the flag says whether it was the interruption.
+        if not plan.is_interrupted:
+            outcome.error = error
     return outcome
 
 
-def _compute(rows: list[Row], runner: ModelRunner) -> dict[Sequence, SampledToken | None]:
+def _compute(rows: list[Row], runner: ModelRunner, is_interrupted: Callable[[], bool]) -> dict[Sequence, SampledToken | None]:
     packed = [
         PackedRow(row.sequence.token_ids[row.start : row.start + row.count], row.start, row.sequence.blocks.block_ids) for row in rows
     ]
     is_sampled = [row.is_sampled for row in rows]
-    logits, places = runner.forward(packed, is_sampled)
+    logits, places = runner.forward(packed, is_sampled, is_interrupted)
     if not places:
         return {}
     sequences = [rows[place].sequence for place in places]

@@ -10,7 +10,7 @@ it gives wrong answers that look right.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -37,6 +37,23 @@ class PagedAttention(Protocol):
 
         Returns: [1, T, query_heads, head_dim].
         """
+
+
+class StepInterrupted(Exception):
+    """The step under way is not wanted any more."""
+
+
+class InterruptibleAttention:
+    """Asks before each layer whether to go on."""
+
+    def __init__(self, attention: PagedAttention, is_interrupted: Callable[[], bool]) -> None:
+        self._attention = attention
+        self._is_interrupted = is_interrupted
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        if self._is_interrupted():
+            raise StepInterrupted
+        return self._attention.attend(layer, query, key, value, scaling, window)
 
 
 class _Current(threading.local):

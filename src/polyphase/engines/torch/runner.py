@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from polyphase.engines.torch.attention import PackedAttention
 from polyphase.engines.torch.batch import BatchPacker, PackedRow
-from polyphase.engines.torch.hook import attending
+from polyphase.engines.torch.hook import InterruptibleAttention, attending
 from polyphase.engines.torch.storage import KvStorage
 from polyphase.engines.torch.tracing import make_forward
 
@@ -24,15 +24,18 @@ class ModelRunner:
         self._device = device
         self._packer = BatchPacker(storage.layout, device)
 
-    def forward(self, rows: Sequence[PackedRow], is_sampled: Sequence[bool]) -> tuple[Tensor, list[int]]:
+    def forward(
+        self, rows: Sequence[PackedRow], is_sampled: Sequence[bool], is_interrupted: Callable[[], bool]
+    ) -> tuple[Tensor, list[int]]:
         """
         Returns: logits [sampled rows, vocab], and for each of them the index of its row in `rows`.
+        Raises: something, at the next layer, once `is_interrupted` says so.
         """
         with torch.inference_mode():
             batch = self._packer.pack(rows)
             sampled = [(row, last) for row, last in zip(batch.order, batch.last_tokens, strict=True) if is_sampled[row]]
             keep = torch.tensor([last for _, last in sampled], dtype=torch.int64, device=self._device)
-            with attending(PackedAttention(self._storage, batch)):
+            with attending(InterruptibleAttention(PackedAttention(self._storage, batch), is_interrupted)):
                 logits = self._forward(batch.input_ids, batch.position_ids, keep)
         return logits[0], [row for row, _ in sampled]
 
