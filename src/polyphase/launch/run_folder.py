@@ -94,10 +94,16 @@ class RunFolder:
         return folder
 
     def publish(self, record: DeploymentRecord) -> None:
-        """Let others find this deployment."""
+        """Let others find this deployment. Raises: ConfigurationError if the folder cannot be written to."""
         temporary = self.path / "deployment.new"
-        temporary.write_bytes(msgspec.json.encode(record))
-        temporary.rename(self.path / "deployment.json")
+        try:
+            temporary.write_bytes(msgspec.json.encode(record))
+            temporary.rename(self.path / "deployment.json")
+        except OSError as error:
+            raise ConfigurationError(
+                f"the run folder {self.path} cannot be written to: {error.strerror}; "
+                "make room there, or set XDG_RUNTIME_DIR to another folder"
+            ) from error
 
     def release(self, *, keep_logs: bool = False) -> None:
         """Remove the folder; with `keep_logs`, all but the logs. Idempotent."""

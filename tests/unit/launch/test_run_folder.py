@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -111,3 +112,13 @@ def test_a_symbolic_link_is_refused(environment: dict[str, str], runtime_folder:
     (runtime_folder / "polyphase").symlink_to(tmp_path)
     with pytest.raises(ConfigurationError, match="symbolic link"):
         RunFolder.claim("a", environment)
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    def no_room(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunFolder.claim("full", environment) as folder:
+        monkeypatch.setattr(Path, "write_bytes", no_room)
+        with pytest.raises(ConfigurationError, match="No space left on device"):
+            publish(folder, "full")
