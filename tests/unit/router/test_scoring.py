@@ -109,5 +109,3 @@ def test_ties_take_turns_and_only_ties():
 def test_an_unknown_policy_names_those_that_exist():
     with pytest.raises(ConfigurationError, match="kv, least-loaded, round-robin"):
         policy_named("random")
-
-
