@@ -76,7 +76,7 @@ class Fleet:
 
     def _ask(self, conversation: Conversation, number: int) -> None:
         request_id = RequestId(f"r{len(self.records)}")
-        frontend = self._frontends[xxhash.xxh3_64_intdigest(request_id) % len(self._frontends)]  # as a load balancer would, by chance
+        frontend = self._frontends[xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)]  # as a load balancer would, by chance
 
         def go_on() -> None:
             self._open_count -= 1
