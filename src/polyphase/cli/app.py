@@ -145,6 +145,21 @@ def status(
 
 
 @app.command()
+def explain(
+    request_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Header x-request-id, or the answer's id. [default: the latest request]")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="A frontend. [default: the running deployment's]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The record itself.")] = False,
+    name: Name = None,
+) -> None:
+    """Tell why a request went where it went, and what became of it."""
+    from polyphase.cli.explain import show_explanation
+
+    show_explanation(request_id, url=url, name=name, is_json=as_json)
+
+
+@app.command()
 def chat(
     url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server. [default: the running deployment]")] = None,
     model: Annotated[str | None, typer.Option(help="[default: the first that the server lists]")] = None,

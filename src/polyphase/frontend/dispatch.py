@@ -62,11 +62,12 @@ class Dispatcher:
         Owner: the caller calls `cancel` when it wants no more; afterwards nothing arrives.
         """
         flight = Flight(job, inbox, SequenceRecord(self._clock.now_ns()), self._metrics.of(job.model))
+        flight.record.history.note(flight.record.started_ns, "accepted")
         self._flights[job.sequence_id] = flight
         try:
             self._depart(flight)
-        except Refused:
-            self._close(flight)
+        except Refused as refusal:
+            self._close(flight, f"refused: {refusal.message}")
             raise
         loop = asyncio.get_running_loop()
         flight.deadline = loop.call_later(self._settings.request_timeout_s, self._expire, flight)
@@ -123,7 +124,7 @@ class Dispatcher:
                 )
             )
             self._metrics.decision_s.observe(time.perf_counter() - started)
-            flight.route = flight.record.route = route
+            flight.route = route
             self._rename(flight)
             offer = self._usable_offer(flight)
             # Where blocks wait to be taken, no second prefill is wanted.
@@ -132,19 +133,23 @@ class Dispatcher:
             if route.prefill is not None and not splits:
                 self._router.mark_prefill_done(job.sequence_id)
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
+            now_ns = self._clock.now_ns()
+            flight.note_route(route, now_ns, is_split=splits)
             try:
                 self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer))
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
+                flight.note_break(now_ns, error.message)
                 flight.tried.add((place.worker_id, place.epoch))
                 continue
+            flight.record.history.note(now_ns, "sent", place.worker_id, "to compute the prompt" if splits else "to serve it")
             flight.stage = Stage.PREFILL if splits else Stage.SERVING
             self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
             return
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
         if output.stats is not None:
-            flight.record.note_stats(output.stats)
+            flight.note_stats(output.stats, now_ns)
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
@@ -161,11 +166,11 @@ class Dispatcher:
         if output.token_ids or end is not None:
             self._take_tokens(flight, output, now_ns, end)
         if end is not None:
-            self._close(flight)
+            self._close(flight, _how(end))
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
-            self._hand_over(flight, output.offer)
+            self._hand_over(flight, output.offer, now_ns)
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)
@@ -173,13 +178,14 @@ class Dispatcher:
             if not flight.emitted:
                 self._router.mark_prefill_done(flight.job.sequence_id)
                 flight.metrics.ttft_s.observe((now_ns - flight.record.started_ns) / 1e9)
+                flight.record.history.note(now_ns, "first token", flight.worker_id)
             gap_ms = flight.record.note_tokens(count, now_ns)
             if gap_ms is not None:
                 flight.metrics.itl_s.observe(gap_ms / 1e3)
             flight.emitted += output.token_ids
         flight.inbox.put(Arrival(flight.job.index, output.token_ids, output.logprobs or [], end))
 
-    def _hand_over(self, flight: Flight, offer: KvOffer | None) -> None:
+    def _hand_over(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
         """Prefill is done: on to the decode worker that was chosen with it, or to another if that is gone."""
         flight.offer = offer
         assert flight.route is not None
@@ -191,6 +197,8 @@ class Dispatcher:
                 self._send(place.worker_id, flight.submit(offer=offer))
             except WorkerLost as error:
                 self._break_off(flight, error)
+                return
+            flight.record.history.note(now_ns, "handed over", place.worker_id)
             return
         flight.worker_id, flight.epoch = place.worker_id, place.epoch
         self._break_off(flight, WorkerLost(f"worker {place.worker_id} was lost before it could take the request over"))
@@ -198,6 +206,7 @@ class Dispatcher:
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
         flight.tried.add((flight.worker_id, flight.epoch))
+        flight.note_break(self._clock.now_ns(), cause.message)
         if flight.remaining_tokens <= 0:  # all is there but the word that it ended
             self._finish(flight, End(FinishReason.LENGTH))
             return
@@ -235,13 +244,14 @@ class Dispatcher:
 
     def _finish(self, flight: Flight, end: End) -> None:
         flight.inbox.put(Arrival(flight.job.index, end=end))
-        self._close(flight)
+        self._close(flight, _how(end))
 
-    def _close(self, flight: Flight) -> None:
+    def _close(self, flight: Flight, how: str = "cancelled") -> None:
         """It is over: booking, blocks that nobody took, names and timers go."""
         flight.stage = Stage.OVER
         self._release_offer(flight)
         flight.record.ended_ns = self._clock.now_ns()
+        flight.record.history.note(flight.record.ended_ns, "ended", detail=how)
         self._router.release(flight.job.sequence_id)
         self._flights.pop(flight.job.sequence_id, None)
         self._by_wire_id.pop(flight.wire_id, None)
@@ -284,6 +294,10 @@ class Dispatcher:
             self._send(worker_id, message)
         except WorkerLost as error:
             log.debug("not sent: %s", error.message)
+
+
+def _how(end: End) -> str:
+    return f"error: {end.error.message}" if end.error is not None else str(end.finish_reason)
 
 
 def _lost(cause: PolyphaseError, refusal: Refused) -> PolyphaseError:

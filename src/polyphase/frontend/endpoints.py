@@ -175,11 +175,18 @@ def _joined(pieces: list[Piece]) -> Piece:
 
 
 def _places(record: RequestRecord) -> dict[str, str]:
-    """Where the phases run, as far as it is known when the answer begins."""
-    route = record.sequences[0].route if record.sequences else None
-    if route is None:
+    """Where the phases run and why, as far as it is known when the answer begins. Figures are tokens, of the first sequence."""
+    first = record.sequences[0] if record.sequences else None
+    route = first.route if first else None
+    if first is None or route is None:
         return {}
-    return {"x-polyphase-prefill-worker": prefill_worker(route) or "", "x-polyphase-decode-worker": route.decode.worker_id}
+    return {
+        "x-polyphase-prefill-worker": prefill_worker(route) or "",
+        "x-polyphase-decode-worker": route.decode.worker_id,
+        "x-polyphase-route": route.rule or ("split" if route.prefill else "whole"),
+        "x-polyphase-predicted-cached-tokens": str(first.predicted_cached_tokens),
+        "x-polyphase-cached-tokens": str(first.cached_tokens),
+    }
 
 
 async def _write(send: Send, data: bytes, *, is_last: bool = False) -> None:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.frontend.history import Attempt
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import ModelMetrics
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import SamplingParams, StopConditions, Submit
+from polyphase.wire.requests import PhaseStats, SamplingParams, StopConditions, Submit
 
 NO_ID, NOBODY, NEVER = RequestId(""), WorkerId(""), Epoch(0)
 
@@ -64,6 +65,7 @@ class Flight:
     waits_until_ns: int = 0
     deadline: asyncio.TimerHandle | None = None
     retry: asyncio.TimerHandle | None = None
+    cause: str | None = None  # why the latest attempt was broken off
 
     @property
     def is_over(self) -> bool:
@@ -98,3 +100,21 @@ class Flight:
             hand_over=hand_over,
             offer=offer,
         )
+
+    # For people who ask why
+
+    def note_route(self, route: Route, now_ns: int, *, is_split: bool) -> None:
+        token_count = len(self.job.prompt_ids) + len(self.emitted)
+        self.record.history.add(Attempt(route, now_ns, token_count, self.job.block_size, is_split, self.cause))
+
+    def note_stats(self, stats: PhaseStats, now_ns: int) -> None:
+        record, is_prefill = self.record, self.stage is Stage.PREFILL
+        record.note_stats(stats)
+        record.history.attempts[-1].note_stats(stats, of_prefill_leg=is_prefill)
+        if stats.transferred_token_count:
+            took = f"{stats.transferred_token_count} tokens of KV in {stats.transfer_ms:.1f} ms"
+            record.history.note(now_ns, "transferred", self.worker_id, took)
+
+    def note_break(self, now_ns: int, cause: str) -> None:
+        self.cause = cause
+        self.record.history.note(now_ns, "broken off", self.worker_id, cause)

@@ -53,7 +53,10 @@ class Pages:
         return Response(self._services.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def records(self, request: Request) -> Response:
-        return _json({"data": [record.as_json() for record in self._services.records.latest(LATEST_COUNT)]})
+        """The latest 50; with `?limit=N`, fewer."""
+        wanted = request.query_params.get("limit", "")
+        count = min(int(wanted), LATEST_COUNT) if wanted.isascii() and wanted.isdecimal() and len(wanted) < 6 else LATEST_COUNT
+        return _json({"data": [record.as_json() for record in self._services.records.latest(count)]})
 
     async def record(self, request: Request) -> Response:
         wanted = request.path_params["name"]
@@ -61,7 +64,7 @@ class Pages:
         if record is None:
             limit = self._services.settings.record_count
             raise RouteNotFound(f"there is no record of request {wanted[:100]!r}; only the latest {limit:,} are kept")
-        return _json(record.as_json())
+        return _json(record.details())
 
 
 def _model(model: ServedModel) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polyphase.core.ids import RequestId
-from polyphase.router import Candidate, Route
+from polyphase.frontend.history import Attempt, History, candidates_json
+from polyphase.router import Route
 from polyphase.wire.requests import PhaseStats
 
 MAX_GAPS = 8192  # inter-token times kept of one sequence while it runs
-MAX_CANDIDATES = 16
+MAX_CHOICES_SHOWN = 16
 
 
 @dataclass(slots=True)
@@ -20,7 +21,7 @@ class SequenceRecord:
     """One sequence: written by the dispatcher as things happen. Times are of the monotonic clock."""
 
     started_ns: int
-    route: Route | None = None
+    history: History = field(default_factory=History)
     stats: PhaseStats | None = None  # of the leg that computed the prompt
     transferred_tokens: int = 0
     kv_bytes_moved: int = 0
@@ -31,6 +32,23 @@ class SequenceRecord:
     gaps_ms: list[float] = field(default_factory=list)  # time between tokens, at this frontend
     migrations: int = 0
     ended_ns: int = 0
+
+    @property
+    def route(self) -> Route | None:
+        """The latest one."""
+        attempts = self.history.attempts
+        return attempts[-1].route if attempts else None
+
+    @property
+    def attempt(self) -> Attempt | None:
+        attempts = self.history.attempts
+        return attempts[-1] if attempts else None
+
+    @property
+    def predicted_cached_tokens(self) -> int:
+        """Where the prompt is computed."""
+        attempt = self.attempt
+        return attempt.predicted_cached_tokens(attempt.prompt_leg) if attempt else 0
 
     @property
     def cached_tokens(self) -> int:
@@ -91,7 +109,9 @@ class RequestRecord:
             "decode_worker": route.decode.worker_id if route else None,
             "split": bool(route and route.prefill),
             "reason": route.reason if route else None,
+            "rule": route.rule if route else None,
             "prompt_tokens": self.prompt_tokens,
+            "predicted_cached_tokens": first.predicted_cached_tokens if first else 0,
             "cached_tokens": first.cached_tokens if first else 0,
             "transferred_tokens": sum(sequence.transferred_tokens for sequence in self.sequences),
             "kv_bytes_moved": sum(sequence.kv_bytes_moved for sequence in self.sequences),
@@ -105,7 +125,20 @@ class RequestRecord:
             "choices": len(self.sequences),
             "finish_reason": self.finish_reason,
             "error": self.error,
-            "candidates": _candidates(route),
+            "candidates": _candidates(first.attempt if first else None),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """All of `as_json`, and the way of the first sequence: attempts with their candidates, and what happened when."""
+        first = self.sequences[0] if self.sequences else None
+        history = first.history if first else History()
+        started_ns = first.started_ns if first else 0
+        return {
+            **self.as_json(),
+            "duration_ms": _rounded((first.ended_ns - started_ns) / 1e6) if first and first.ended_ns else None,
+            "routes": [attempt.as_json(started_ns) for attempt in history.attempts],
+            "timeline": [moment.as_json(started_ns) for moment in history.moments],
+            "other_choices": [_place(sequence.route) for sequence in self.sequences[1 : 1 + MAX_CHOICES_SHOWN]],
         }
 
 
@@ -116,23 +149,18 @@ def prefill_worker(route: Route | None) -> str | None:
     return (route.prefill or route.decode).worker_id
 
 
-def _candidates(route: Route | None) -> list[dict[str, Any]]:
-    placements = [placement for placement in (route.prefill, route.decode) if placement is not None] if route else []
-    return [
-        {"leg": placement.leg.value, **_candidate(candidate)}
-        for placement in placements
-        for candidate in placement.candidates[:MAX_CANDIDATES]
-    ]
+def _candidates(attempt: Attempt | None) -> list[dict[str, Any]]:
+    if attempt is None:
+        return []
+    placements = [placement for placement in (attempt.route.prefill, attempt.route.decode) if placement is not None]
+    return [row for placement in placements for row in candidates_json(placement, attempt.token_count, attempt.block_size)]
 
 
-def _candidate(candidate: Candidate) -> dict[str, Any]:
+def _place(route: Route | None) -> dict[str, Any]:
     return {
-        "worker": candidate.worker_id,
-        "score": round(candidate.score, 4),
-        "overlap_blocks": candidate.overlap_block_count,
-        "booked_prefill_tokens": candidate.booked_prefill_tokens,
-        "booked_blocks": candidate.booked_block_count,
-        "booked_requests": candidate.booked_request_count,
+        "prefill_worker": prefill_worker(route),
+        "decode_worker": route.decode.worker_id if route else None,
+        "reason": route.reason if route else None,
     }
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router import filters
 from polyphase.router.bookings import Bookings, LegBooking
-from polyphase.router.cost import block_count_needed, uncached_tokens
+from polyphase.router.cost import block_count_needed, queued_prefill_tokens, uncached_tokens, used_block_count
 from polyphase.router.index import NaivePrefixIndex
 from polyphase.router.policies import policy_named
 from polyphase.router.types import (
@@ -146,7 +146,8 @@ class Router:
         if reason_against is not None:
             self._advance(request.model, is_prefill=False)
             self._book(request, whole)
-            return Route(request.request_id, whole.placement, None, reason_against)
+            rule, reason = reason_against
+            return Route(request.request_id, whole.placement, None, reason, rule)
 
         decode = self._choose(request, Leg.DECODE, servers)
         prefill = self._choose(request, Leg.PREFILL, helpers)
@@ -155,7 +156,7 @@ class Router:
         self._book(request, decode, prefill)
         to_compute = uncached_tokens(request, prefill.worker)
         reason = f"split: {to_compute} of {request.prompt_token_count} prompt tokens to compute away from decoding requests"
-        return Route(request.request_id, decode.placement, prefill.placement, reason)
+        return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
 
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
@@ -210,15 +211,15 @@ class Router:
         return known is not None and known.facts.epoch == epoch
 
 
-def why_not_split(rule: SplitRule, request: RouteRequest, worker: WorkerView, *, has_prefill_workers: bool) -> str | None:
-    """Why `worker`, the best one for the whole request, does all of it; None if prefill belongs elsewhere."""
+def why_not_split(rule: SplitRule, request: RouteRequest, worker: WorkerView, *, has_prefill_workers: bool) -> tuple[str, str] | None:
+    """Why `worker`, the best one for the whole request, does all of it, in short and in words; None if prefill belongs elsewhere."""
     if not has_prefill_workers:
-        return "whole: no prefill worker is available beside the decode workers"
+        return "no-prefill-worker", "whole: no prefill worker is available beside the decode workers"
     to_compute, prompt = uncached_tokens(request, worker), request.prompt_token_count
     if to_compute < rule.min_uncached_tokens:
-        return f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"
+        return "short-prompt", f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"
     if to_compute < rule.min_uncached_fraction * prompt:
-        return f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {worker.facts.worker_id}"
+        return "cached", f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {worker.facts.worker_id}"
     return None
 
 
@@ -230,4 +231,6 @@ def _candidate(worker: WorkerView, score: float) -> Candidate:
         booked_prefill_tokens=worker.booked_prefill_tokens,
         booked_block_count=worker.booked_block_count,
         booked_request_count=worker.booked_request_count,
+        queued_prefill_tokens=queued_prefill_tokens(worker),
+        used_block_count=used_block_count(worker),
     )
