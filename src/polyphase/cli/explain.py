@@ -1,8 +1,8 @@
 """`polyphase explain`: what became of one request and why, from the frontend's record of it, for people who have never seen the code.
 
-    a paragraph      which worker did what, why it and not the next best, what came of it
-    candidates       all workers that might have had it, with the figures behind their scores
-    timeline         accepted, queued, sent, first token, handed over, transferred, ended
+a paragraph      which worker did what, why it and not the next best, what came of it
+candidates       all workers that might have had it, with the figures behind their scores
+timeline         accepted, queued, sent, first token, handed over, transferred, ended
 """
 
 from __future__ import annotations

@@ -49,9 +49,7 @@ class Fleet:
         parts = assemble_mock(settings.engine, is_shared=False)  # holds no memory, so that all workers can share it
         parts = replace(parts, card=msgspec.structs.replace(parts.card, vocab_size=_VOCAB_SIZE))
         names = [WorkerId(f"worker-{number}") for number in range(settings.worker_count)]
-        self.workers = {
-            name: SimulatedWorker(name, MockMachine(parts, self.timeline), self.timeline, settings.delays) for name in names
-        }
+        self.workers = {name: SimulatedWorker(name, MockMachine(parts, self.timeline), self.timeline, settings.delays) for name in names}
         self._frontends = [
             SimulatedFrontend(make_routing(self.timeline), self.workers, self.timeline, settings.delays)
             for _ in range(settings.frontend_count)
@@ -76,7 +74,9 @@ class Fleet:
 
     def _ask(self, conversation: Conversation, number: int) -> None:
         request_id = RequestId(f"r{len(self.records)}")
-        frontend = self._frontends[xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)]  # as a load balancer would, by chance
+        frontend = self._frontends[
+            xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)
+        ]  # as a load balancer would, by chance
 
         def go_on() -> None:
             self._open_count -= 1
