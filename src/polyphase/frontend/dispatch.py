@@ -24,9 +24,10 @@ from polyphase.frontend.failures import error_of
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
 from polyphase.frontend.inbox import Arrival, End, Inbox
 from polyphase.frontend.metrics import Metrics
+from polyphase.frontend.predictions import Prediction, Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Router, RouteRequest
+from polyphase.router import Route, Router, RouteRequest
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker
 
@@ -45,6 +46,7 @@ class Dispatcher:
         self._metrics = metrics
         self._settings = settings
         self._clock = clock or MonotonicClock()
+        self.predictions = Predictions(router, metrics, self._clock)
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
         self._by_wire_id: dict[RequestId, Flight] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
@@ -135,6 +137,7 @@ class Dispatcher:
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
+            flight.predictions = self._predictions_of(flight, route, now_ns)
             try:
                 self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer))
             except WorkerLost as error:
@@ -150,6 +153,9 @@ class Dispatcher:
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
         if output.stats is not None:
             flight.note_stats(output.stats, now_ns)
+            prediction = flight.predictions.pop(flight.worker_id, None)
+            if prediction is not None:
+                self.predictions.note_report(prediction, output.stats.cached_token_count)
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
@@ -261,6 +267,24 @@ class Dispatcher:
         flight.deadline = flight.retry = None
 
     # Odds and ends
+
+    def _predictions_of(self, flight: Flight, route: Route, now_ns: int) -> dict[WorkerId, Prediction]:
+        """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
+        job = flight.job
+        return {
+            place.worker_id: Prediction(
+                worker_id=place.worker_id,
+                epoch=place.epoch,
+                routed_ns=now_ns,
+                hashes=job.hashes,
+                prompt_tokens=len(job.prompt_ids),
+                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
+                removed_before=self.predictions.removed_block_count(place.worker_id),
+                is_salted=job.cache_salt is not None,
+            )
+            for place in (route.prefill, route.decode)
+            if place is not None
+        }
 
     def _rename(self, flight: Flight) -> None:
         self._by_wire_id.pop(flight.wire_id, None)
