@@ -187,6 +187,7 @@ class Fleet:
         self._router.report_load(WorkerId(worker_id), Epoch(epoch), load)
         assert self._dispatcher is not None
         self._dispatcher.predictions.note_load(WorkerId(worker_id), load)
+        self._dispatcher.worker_reported(WorkerId(worker_id))
 
 
 def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
