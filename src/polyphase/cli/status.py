@@ -1,14 +1,20 @@
-"""`polyphase status`: asks each worker of a deployment for its state, over the run folder, so that it works without a frontend."""
+"""`polyphase status`: asks each worker of a deployment for its state, over the run folder, so that it works without a frontend.
+
+A frontend that is there adds what its router complains of.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import httpx
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -20,6 +26,8 @@ from polyphase.launch import DeploymentRecord, find_deployment
 from polyphase.runtime import Registry, WorkerClient
 from polyphase.wire.cards import WorkerStatus
 from polyphase.wire.requests import Question
+
+log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 2.0
 WATCH_INTERVAL_S = 1.0
@@ -33,7 +41,7 @@ def show_status(name: str | None, *, is_watching: bool) -> None:
     record = find_deployment(name, os.environ)
     console = Console(highlight=False)
     if not is_watching:
-        console.print(_view(record, asyncio.run(ask_workers(Path(record.run_folder))), console.width))
+        console.print(asyncio.run(_look(record, console.width)))
         return
     with suppress(KeyboardInterrupt):
         asyncio.run(_watch(record, console))
@@ -42,12 +50,42 @@ def show_status(name: str | None, *, is_watching: bool) -> None:
 async def _watch(record: DeploymentRecord, console: Console) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(_view(record, await ask_workers(Path(record.run_folder)), console.width), refresh=True)
+            live.update(await _look(record, console.width), refresh=True)
             await asyncio.sleep(WATCH_INTERVAL_S)
             try:
                 find_deployment(record.name, os.environ)
             except ConfigurationError:
                 raise ConfigurationError(f"the deployment {record.name!r} has ended") from None
+
+
+async def _look(record: DeploymentRecord, width: int) -> Group:
+    answers, warnings = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
+    return _view(record, answers, warnings, width)
+
+
+async def ask_frontend(url: str) -> list[str]:
+    """What the router has to complain of; nothing if there is no frontend, because the workers can be seen without one."""
+    try:
+        async with httpx.AsyncClient(timeout=ANSWER_TIMEOUT_S, trust_env=False) as client:
+            page = (await client.get(f"{url}/health")).json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        log.debug("the frontend at %s tells nothing: %s", url, error)
+        return []
+    return _warnings(page)
+
+
+def _warnings(page: Any) -> list[str]:
+    models = page.get("models") if isinstance(page, dict) else None
+    workers = {
+        worker_id: worker
+        for model in (models.values() if isinstance(models, dict) else ())
+        for worker_id, worker in model.get("workers", {}).items()
+    }
+    return [
+        f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
+        for worker_id, worker in sorted(workers.items())
+        if worker.get("drift")
+    ]
 
 
 async def ask_workers(run_folder: Path) -> Answers:
@@ -73,10 +111,11 @@ async def _ask(client: WorkerClient, worker_id: str) -> WorkerStatus | None:
     return answer if isinstance(answer, WorkerStatus) else None
 
 
-def _view(record: DeploymentRecord, answers: Answers, width: int) -> Group:
+def _view(record: DeploymentRecord, answers: Answers, warnings: list[str], width: int) -> Group:
     up_s = time.time() - record.started_unix_s
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
-    return Group(Text(head, "bold"), status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS), Text(LEGEND, "dim"))
+    table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
+    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(warning, "yellow") for warning in warnings))
 
 
 def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:

@@ -6,6 +6,8 @@
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
+A worker that is full refuses in its first answer, with its true load: another one is tried at once, and that is no migration.
+
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
 """
@@ -16,6 +18,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import DeadlineExceeded, Lost, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
@@ -24,15 +27,17 @@ from polyphase.frontend.failures import error_of
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
 from polyphase.frontend.inbox import Arrival, End, Inbox
 from polyphase.frontend.metrics import Metrics
+from polyphase.frontend.predictions import Prediction, Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Router, RouteRequest
+from polyphase.router import Route, Router, RouteRequest
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker
+from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
 log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.1
+FULL_FOR_NS = 1_000_000_000  # a worker that refused is asked again after its next load report, or after this time
 Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 
 
@@ -45,9 +50,11 @@ class Dispatcher:
         self._metrics = metrics
         self._settings = settings
         self._clock = clock or MonotonicClock()
+        self.predictions = Predictions(router, metrics, self._clock)
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
         self._by_wire_id: dict[RequestId, Flight] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
+        self._full: dict[WorkerId, int] = {}  # workers that refused, until when that is believed
 
     @property
     def active_count(self) -> int:
@@ -89,6 +96,11 @@ class Dispatcher:
 
     def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
         self._epochs[worker_id] = epoch
+        self._full.pop(worker_id, None)
+
+    def worker_reported(self, worker_id: WorkerId) -> None:
+        """Its load is known again: if it refused before, the router judges anew."""
+        self._full.pop(worker_id, None)
 
     def worker_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """This life of the worker is over: what it had goes on elsewhere."""
@@ -113,16 +125,15 @@ class Dispatcher:
         hashes = flight.hashes()
         while True:
             started = time.perf_counter()
-            route = self._router.route(
-                RouteRequest(
-                    request_id=job.sequence_id,
-                    model=job.model,
-                    sequence_hashes=hashes,
-                    prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
-                    max_output_tokens=flight.remaining_tokens,
-                    excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
-                )
+            request = RouteRequest(
+                request_id=job.sequence_id,
+                model=job.model,
+                sequence_hashes=hashes,
+                prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
+                max_output_tokens=flight.remaining_tokens,
+                excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
             )
+            route = self._route_around_full_ones(request)
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)
@@ -135,6 +146,7 @@ class Dispatcher:
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
+            flight.predictions = self._predictions_of(flight, route, now_ns)
             try:
                 self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer))
             except WorkerLost as error:
@@ -150,9 +162,15 @@ class Dispatcher:
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
         if output.stats is not None:
             flight.note_stats(output.stats, now_ns)
+            prediction = flight.predictions.pop(flight.worker_id, None)
+            if prediction is not None:
+                self.predictions.note_report(prediction, output.stats.cached_token_count)
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
+        if output.failure is not None and output.failure.code == Overloaded.code and output.failure.is_retryable:
+            self._turn_away(flight, output.failure, now_ns)
+            return
         end: End | None = None
         error: PolyphaseError | None = None
         if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -183,6 +201,7 @@ class Dispatcher:
             if gap_ms is not None:
                 flight.metrics.itl_s.observe(gap_ms / 1e3)
             flight.emitted += output.token_ids
+            flight.waits_until_ns = 0
         flight.inbox.put(Arrival(flight.job.index, output.token_ids, output.logprobs or [], end))
 
     def _hand_over(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
@@ -220,6 +239,33 @@ class Dispatcher:
         flight.stage = Stage.WAITING
         flight.waits_until_ns = self._clock.now_ns() + int(self._settings.migration_patience_s * 1e9)
         self._depart_again(flight, cause)
+
+    def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
+        """The worker's queue is full: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        worker_id = flight.worker_id
+        flight.record.history.note(now_ns, "refused", worker_id, failure.message)
+        self._metrics.refusals.labels(worker_id).inc()
+        self._full[worker_id] = now_ns + FULL_FOR_NS
+        if failure.load is not None:
+            self._router.report_load(worker_id, flight.epoch, failure.load)
+        flight.stage = Stage.WAITING
+        if not flight.waits_until_ns:
+            flight.waits_until_ns = now_ns + int(self._settings.migration_patience_s * 1e9)
+        self._depart_again(flight, error_of(failure))
+
+    def _route_around_full_ones(self, request: RouteRequest) -> Route:
+        """Raises: NoWorkers, Overloaded."""
+        if not self._full:
+            return self._router.route(request)
+        now_ns = self._clock.now_ns()
+        full = {worker_id for worker_id, until_ns in self._full.items() if until_ns > now_ns}
+        try:
+            return self._router.route(replace(request, excluded=request.excluded | full))
+        except NoWorkers:
+            if full <= request.excluded:
+                raise
+        names = ", ".join(sorted(full - request.excluded))
+        raise Overloaded(f"no worker has room; refused by {names} a moment ago", retry_after_s=2, request_id=request.request_id)
 
     def _depart_again(self, flight: Flight, cause: PolyphaseError) -> None:
         """As `_depart`, but a refusal is waited out for a while: the client has been promised an answer."""
@@ -261,6 +307,24 @@ class Dispatcher:
         flight.deadline = flight.retry = None
 
     # Odds and ends
+
+    def _predictions_of(self, flight: Flight, route: Route, now_ns: int) -> dict[WorkerId, Prediction]:
+        """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
+        job = flight.job
+        return {
+            place.worker_id: Prediction(
+                worker_id=place.worker_id,
+                epoch=place.epoch,
+                routed_ns=now_ns,
+                hashes=job.hashes,
+                prompt_tokens=len(job.prompt_ids),
+                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
+                removed_before=self.predictions.removed_block_count(place.worker_id),
+                is_salted=job.cache_salt is not None,
+            )
+            for place in (route.prefill, route.decode)
+            if place is not None
+        }
 
     def _rename(self, flight: Flight) -> None:
         self._by_wire_id.pop(flight.wire_id, None)

@@ -16,6 +16,7 @@ from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.core.ids import Epoch, SequenceHash, WorkerId
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.models import Models, ServedModel, identity_of, without_tokenizer
+from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Router, WorkerFacts
 from polyphase.runtime import EventSubscriber, Joined, Left, RegistryChange, Updated, WorkerClient
@@ -59,6 +60,7 @@ class Fleet:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.run(), name="request-channel")
                 tasks.create_task(self._subscriber.run(), name="event-stream")
+                tasks.create_task(self._check_predictions(dispatcher), name="predictions")
                 async for change in self._registry.watch():
                     self._on_change(change, tasks)
         finally:
@@ -109,7 +111,9 @@ class Fleet:
         assert self._dispatcher is not None
         self._cards[worker_id] = without_tokenizer(card)
         self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch))
-        self._router.upsert_worker(_facts(self._entries[worker_id], card))
+        facts = _facts(self._entries[worker_id], card)
+        self._router.upsert_worker(facts)
+        self._dispatcher.predictions.worker_joined(facts)
         self._subscriber.connect(entry)
         log.info("worker %s joined: %s, role %s", worker_id, entry.model, entry.role.value)
 
@@ -138,6 +142,8 @@ class Fleet:
         self._cards.pop(worker_id, None)
         self._router.remove_worker(WorkerId(worker_id))
         self._models.remove_worker(worker_id)
+        assert self._dispatcher is not None
+        self._dispatcher.predictions.worker_left(WorkerId(worker_id))
         self._subscriber.disconnect(worker_id)
         timer = asyncio.get_running_loop().call_later(LAST_WORDS_S, self._forget, worker_id)
         self._leaving[worker_id] = (epoch, timer)
@@ -162,6 +168,11 @@ class Fleet:
             return answer
         raise WorkerLost(f"worker {worker_id} answered the question for a snapshot with {type(answer).__name__}")
 
+    async def _check_predictions(self, dispatcher: Dispatcher) -> None:
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            dispatcher.predictions.check(self._subscriber.repair_count)
+
     # runtime.EventSink
 
     def on_snapshot(self, worker_id: str, epoch: int, hashes: list[int]) -> None:
@@ -169,9 +180,14 @@ class Fleet:
 
     def on_events(self, worker_id: str, epoch: int, events: list[KvEvent]) -> None:
         self._router.apply(WorkerId(worker_id), Epoch(epoch), events)
+        assert self._dispatcher is not None
+        self._dispatcher.predictions.note_events(WorkerId(worker_id), events)
 
     def on_load(self, worker_id: str, epoch: int, load: Load) -> None:
         self._router.report_load(WorkerId(worker_id), Epoch(epoch), load)
+        assert self._dispatcher is not None
+        self._dispatcher.predictions.note_load(WorkerId(worker_id), load)
+        self._dispatcher.worker_reported(WorkerId(worker_id))
 
 
 def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:

@@ -16,6 +16,7 @@ from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.frontend.history import Attempt
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import ModelMetrics
+from polyphase.frontend.predictions import Prediction
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.kv import KvOffer
@@ -65,6 +66,7 @@ class Flight:
     waits_until_ns: int = 0
     deadline: asyncio.TimerHandle | None = None
     retry: asyncio.TimerHandle | None = None
+    predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
     cause: str | None = None  # why the latest attempt was broken off
 
     @property

@@ -62,6 +62,20 @@ class Metrics:
         self.cancellations = counter("model_cancellation", "Requests whose client went away")
         self.rejections = counter("model_rejection", "Requests refused before anything was started, by error code", ("code",))
         self.routes = Counter("polyphase_router_routes", "Decisions of the router", ("model", "kind"), registry=self.registry)
+        self.refusals = Counter(
+            "polyphase_router_worker_refusals", "Requests that a worker sent back: its queue was full", ("worker",), registry=self.registry
+        )
+        predicted, reported = "polyphase_router_predicted_cached_tokens", "polyphase_router_reported_cached_tokens"
+        self.predicted_cached_tokens = Counter(
+            predicted, "Prompt tokens expected in a worker's cache when routed", ("worker",), registry=self.registry
+        )
+        self.reported_cached_tokens = Counter(reported, "Prompt tokens that the engine found there", ("worker",), registry=self.registry)
+        self.prediction_drift = Gauge(
+            "polyphase_router_prediction_drift",
+            "1 while predicted and reported cached tokens of a worker drift apart, with the likely reason",
+            ("worker", "reason"),
+            registry=self.registry,
+        )
         self.decision_s = Histogram(
             "polyphase_router_overhead_seconds", "Time of one decision", buckets=_DECISION_S, registry=self.registry
         )

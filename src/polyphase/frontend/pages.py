@@ -12,7 +12,7 @@ from polyphase.frontend.answers import encode
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import ServedModel
-from polyphase.router import Router, WorkerView
+from polyphase.router import Drift, Router, WorkerView
 
 LATEST_COUNT = 50
 
@@ -39,7 +39,8 @@ class Pages:
         can_serve = False
         for view in self._router.workers():
             workers = models.setdefault(view.facts.model, {"workers": {}})["workers"]
-            workers[view.facts.worker_id] = _worker(view)
+            drift = self._services.dispatcher.predictions.drifts.get(view.facts.worker_id)
+            workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift)}
             can_serve = can_serve or not view.facts.is_draining
         is_draining = self._services.door.is_closed
         status = "draining" if is_draining else "healthy" if can_serve else "unhealthy"
@@ -96,6 +97,10 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         shown = {"running_count", "waiting_count", "block_count", "used_block_count"}
         page.update({name: getattr(load, name) for name in load.__struct_fields__ if name not in shown})
     return page
+
+
+def _drift(drift: Drift | None) -> dict[str, Any] | None:
+    return None if drift is None else {"reason": drift.reason.value, "message": drift.message}
 
 
 def _json(page: Any, status: int = 200) -> Response:

@@ -122,6 +122,13 @@ class Router:
         """Whether a living worker has this model, be it draining or full."""
         return any(known.facts.model == model for known in self._known.values())
 
+    def cached_block_count(self, worker_id: WorkerId, hashes: Sequence[SequenceHash]) -> int:
+        """Leading blocks of `hashes` that this worker is known to hold now."""
+        return self._index.match(hashes).get(worker_id, 0)
+
+    def indexed_block_count(self, worker_id: WorkerId) -> int:
+        return self._index.block_count(worker_id)
+
     # Requests
 
     def route(self, request: RouteRequest) -> Route:

@@ -39,6 +39,7 @@ class WorkerOptions:
     role: Role
     engine: str
     engine_options: EngineOptions
+    max_waiting_prefill_tokens: int | None
     drain_timeout_s: float
     log_level: str
 
@@ -52,6 +53,7 @@ def parse_options(arguments: Sequence[str]) -> WorkerOptions:
         role=Role(given.role),
         engine=given.engine,
         engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
+        max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,
         drain_timeout_s=given.drain_timeout_s,
         log_level=given.log_level,
     )
@@ -66,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
     parser.add_argument("--engine", default="torch", help="torch, mock, or module:function that loads another (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
+    parser.add_argument(
+        "--max-waiting-prefill-tokens",
+        type=_count,
+        metavar="TOKENS",
+        help="prompt tokens that may wait; fresh requests beyond are refused (default: what 16 steps compute)",
+    )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", required=True, help="folder with a checkpoint, or a name on the hub")

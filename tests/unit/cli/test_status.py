@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from polyphase.cli.status import format_age, format_count
+from polyphase.cli.status import _warnings, ask_frontend, format_age, format_count
 from polyphase.launch.run_folder import DeploymentRecord, RunFolder
 from polyphase.runtime import PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.runtime.paths import ensure_private_folder
@@ -118,3 +118,21 @@ def test_counts(count: int, text: str):
 @pytest.mark.parametrize(("seconds", "text"), [(-1, "0s"), (59.9, "59s"), (60, "1m00s"), (7500, "2h05m"), (356400, "4d03h")])
 def test_ages(seconds: float, text: str):
     assert format_age(seconds) == text
+
+
+def test_what_the_router_complains_of(polyphase: CommandLine, folder: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    drift = {"reason": "block-size", "message": "of 20 requests, 20 found other cached tokens than predicted"}
+    page = {"models": {"demo": {"workers": {"decode-0": {"drift": drift}, "decode-1": {"drift": None}, "old": {}}}}}
+
+    async def ask(url: str) -> list[str]:
+        assert url == "http://127.0.0.1:8000"
+        return _warnings(page)
+
+    monkeypatch.setattr("polyphase.cli.status.ask_frontend", ask)
+    lines = polyphase("status").output.splitlines()
+    assert lines[-1] == "decode-0: cache predictions drift (block-size): of 20 requests, 20 found other cached tokens than predicted"
+    assert _warnings({"error": {"message": "not a frontend"}}) == _warnings([]) == []
+
+
+async def test_a_frontend_that_is_not_there():
+    assert await ask_frontend("http://127.0.0.1:1") == []
