@@ -5,12 +5,13 @@ socket or task: the frontend feeds it and acts on what it says.
 """
 
 from polyphase.router.bookings import Booked, Bookings
-from polyphase.router.index import NaivePrefixIndex
+from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.policies import POLICIES
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
     Leg,
+    Overlaps,
     Placement,
     PrefixIndex,
     Route,
@@ -28,7 +29,9 @@ __all__ = [
     "Candidate",
     "Leg",
     "NaivePrefixIndex",
+    "Overlaps",
     "Placement",
+    "PredictedPrefixIndex",
     "PrefixIndex",
     "Route",
     "RouteRequest",
@@ -37,4 +40,6 @@ __all__ = [
     "SplitRule",
     "WorkerFacts",
     "WorkerView",
+    "default_index",
+    "native_index",
 ]

@@ -17,7 +17,7 @@ from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router import filters
 from polyphase.router.bookings import Bookings, LegBooking
 from polyphase.router.cost import block_count_needed, uncached_tokens
-from polyphase.router.index import NaivePrefixIndex
+from polyphase.router.indexes import default_index
 from polyphase.router.policies import policy_named
 from polyphase.router.types import (
     Candidate,
@@ -57,7 +57,7 @@ class Router:
         self.bookings = Bookings()
         self._settings = settings
         self._policy = policy_named(settings.policy)
-        self._index: PrefixIndex = NaivePrefixIndex() if index is None else index
+        self._index: PrefixIndex = default_index() if index is None else index
         self._known: dict[WorkerId, _Known] = {}
         self._turns: Counter[tuple[str, bool]] = Counter()  # decisions so far, by model and whether for prefill
 
@@ -134,7 +134,7 @@ class Router:
         """
         self.bookings.release(request.request_id)
         free = filters.available(request, [known.facts for known in self._known.values()])
-        overlaps = self._index.match(request.sequence_hashes)
+        overlaps = self._index.match(request.sequence_hashes).as_dict()
         able = filters.able_to_serve_whole(free)
         servers = self._roomy_views(able, overlaps)
         if not servers:

@@ -8,13 +8,13 @@ RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.wire.cards import Role
-from polyphase.wire.events import Load
+from polyphase.wire.events import Load, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +84,53 @@ class Route:
     reason: str
 
 
+class Overlaps(Protocol):
+    """What a match found: how many leading blocks of a prompt each worker holds.
+
+    A tier counts together with the faster ones: device <= host <= disk <= object. A block counts only if all blocks before it do, so
+    what a slower tier adds is the difference to the faster one. Keeps what was true at the match.
+    """
+
+    def depth(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int:
+        """0 for a worker that holds none, or is unknown."""
+
+    def depths(self, worker_ids: Sequence[WorkerId], tier: Tier = Tier.DEVICE) -> list[int]:
+        """In the order of `worker_ids`; a tuple that is asked for again and again is fastest."""
+
+    def as_dict(self, tier: Tier = Tier.DEVICE) -> dict[WorkerId, int]:
+        """Without the workers that hold none."""
+
+
 class PrefixIndex(Protocol):
-    """Which worker holds which prefixes. A sequence hash stands for its whole prefix."""
+    """Which worker holds which prefixes, in which tier. A sequence hash stands for its whole prefix.
 
-    def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash]) -> None: ...
+    A store that many workers share is a holder of its own, under a name that no worker has. Hashes are in [0, 2**64). Beyond
+    `capacity` blocks, some are forgotten for all workers: that costs hits, and is counted.
+    """
 
-    def remove(self, worker_id: WorkerId, hashes: Iterable[SequenceHash]) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def size(self) -> int:
+        """What counts against `capacity`: different blocks that are held by anybody, whoever and how many."""
+
+    @property
+    def forgotten(self) -> int:
+        """Blocks lost for want of room, ever."""
+
+    def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
+        """In any order; quickest in the order of the prompt."""
+
+    def remove(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
+        """Hashes that this worker does not hold are ignored: a snapshot may already have left them out."""
 
     def clear(self, worker_id: WorkerId) -> None:
-        """Forget all that this worker holds."""
+        """Forget all that this worker holds, in all tiers."""
 
-    def match(self, hashes: Sequence[SequenceHash]) -> Mapping[WorkerId, int]:
-        """Leading blocks of `hashes` that each worker holds; workers with none are left out."""
+    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps: ...
 
-    def block_count(self, worker_id: WorkerId) -> int: ...
+    def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
