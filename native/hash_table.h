@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "big_pages.h"
+
 namespace polyphase {
 
 struct Place {
@@ -78,7 +80,7 @@ private:
     size_t home(uint64_t hash) const { return ((hash * 0x9E3779B97F4A7C15U) >> 20) & mask_; }
 
     void grow() {
-        std::vector<Slot> old(slots_.size() * 2);
+        std::vector<Slot, BigPageAllocator<Slot>> old(slots_.size() * 2);
         old.swap(slots_);
         mask_ = slots_.size() - 1;
         for (const Slot& slot : old) {
@@ -89,7 +91,7 @@ private:
         }
     }
 
-    std::vector<Slot> slots_;
+    std::vector<Slot, BigPageAllocator<Slot>> slots_;
     size_t mask_;
     size_t size_ = 0;
 };

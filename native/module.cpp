@@ -160,10 +160,12 @@ public:
 
     const uint64_t* upto(size_t end) override {
         if (end > ready_) {
-            PyObject** items = PySequence_Fast_ITEMS(sequence_.ptr());
-            for (; ready_ < end; ++ready_) {
-                if (!read_u64(items[ready_], converted_[ready_])) throw py::error_already_set();
+            PyObject* const* items = PySequence_Fast_ITEMS(sequence_.ptr());
+            uint64_t* const words = converted_.get();
+            for (size_t i = ready_; i < end; ++i) {
+                if (!read_u64(items[i], words[i])) throw py::error_already_set();
             }
+            ready_ = end;
         }
         return words_;
     }

@@ -17,6 +17,10 @@ uint64_t ones(size_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} <
 size_t popcount(uint64_t mask) { return static_cast<size_t>(__builtin_popcountll(mask)); }
 uint32_t lowest(uint64_t mask) { return static_cast<uint32_t>(__builtin_ctzll(mask)); }
 
+void prefetch_words(const uint64_t* words, size_t count) {
+    for (size_t i = 0; i < count; i += 8) __builtin_prefetch(words + i);
+}
+
 void require(bool holds, const char* what) {
     if (!holds) throw std::logic_error(std::string("prefix index: ") + what);
 }
@@ -375,20 +379,29 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
     for (size_t level = 0; level < depths.level_count; ++level) alive_[level].assign(word_count, ~uint64_t{0});
     steps_.clear();
     size_t position = 0;
-    while (position < size) {
-        const Place* place = table_.find(*(chain.upto(position + 1) + position));
-        if (place == nullptr) break;
+    // Most runs are full, so the places of the next two are looked up while this one is compared: memory answers meanwhile.
+    struct Guess {
+        size_t position;
+        const Place* place;
+    };
+    Guess next{0, nullptr}, later{0, nullptr};
+    const Place* place = size > 0 ? table_.find(*chain.upto(1)) : nullptr;
+    while (place != nullptr) {
         Run& run = runs_[place->run];
         run.matched = true;
         const uint64_t live = run.live >> place->offset;
         const size_t limit = std::min<size_t>(size - position, ~live == 0 ? kRunBlocks : lowest(~live));
-        // The next run's place is fetched while this one is compared.
-        const size_t peek = std::min(position + limit + 1, size);
-        const uint64_t* asked = chain.upto(peek) + position;
-        table_.prefetch(asked[peek - position - 1]);
+        const size_t end = position + limit;
+        const uint64_t* hashes = chain.upto(std::min(end + 2 * kRunBlocks + 1, size));
+        const auto guess = [&](size_t at) { return Guess{at, at < size ? table_.find(hashes[at]) : nullptr}; };
+        if (end + 2 * kRunBlocks < size) table_.prefetch(hashes[end + 2 * kRunBlocks]);
+        next = later.position == end ? later : guess(end);
+        later = guess(end + kRunBlocks);
+        if (later.place != nullptr) __builtin_prefetch(&runs_[later.place->run]);
+        if (next.place != nullptr) prefetch_words(runs_[next.place->run].hashes.get() + next.place->offset, kRunBlocks);
         const uint64_t* known = run.hashes.get() + place->offset;
         size_t equal = 1;
-        while (equal < limit && known[equal] == asked[equal]) ++equal;
+        while (equal < limit && known[equal] == hashes[position + equal]) ++equal;
         steps_.push_back(Step{*place, static_cast<uint32_t>(equal)});
         bool has_survivors = false;
         for (size_t level = 0; level < depths.level_count; ++level) {
@@ -396,6 +409,7 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
         }
         if (!has_survivors) break;
         position += equal;
+        place = equal == limit ? next.place : table_.find(hashes[position]);
     }
     for (size_t level = 0; level < depths.level_count && position > 0; ++level) {
         for (size_t word = 0; word < word_count; ++word) {

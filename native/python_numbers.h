@@ -28,10 +28,10 @@ constexpr bool kLayoutKnown = false;
 
 // Returns false with a Python error set: TypeError for what is no int, OverflowError for what does not fit.
 inline bool read_u64(PyObject* number, uint64_t& word) {
-    if (kLayoutKnown && PyLong_CheckExact(number)) {
+    if (__builtin_expect(kLayoutKnown && PyLong_CheckExact(number), 1)) {
         const Py_ssize_t count = signed_digit_count(number);
         const digit* digits = digits_of(number);
-        if (count == 3 && digits[2] < 16) {
+        if (__builtin_expect(count == 3 && digits[2] < 16, 1)) {
             word = digits[0] | static_cast<uint64_t>(digits[1]) << 30 | static_cast<uint64_t>(digits[2]) << 60;
             return true;
         }
