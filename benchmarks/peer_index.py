@@ -72,7 +72,7 @@ def measure(worker_count, block_count, rounds):
                 cold = (rng.choice(chains) + chain(rng, length))[:length]
                 for prompt in (cold, hot[:length]):
                     sum(prompt)
-                    total += cpu_us(lambda prompt=prompt: tree.find_matches(prompt).scores)
+                    total += cpu_us(lambda tree=tree, prompt=prompt: tree.find_matches(prompt).scores)
             found.append(total / LOOKUPS)
     return statistics.median(rates), {length: statistics.median(found) for length, found in lookups.items()}, weight
 
