@@ -48,11 +48,15 @@ inline bool read_u64(PyObject* number, uint64_t& word) {
     return word != UINT64_MAX || PyErr_Occurred() == nullptr;
 }
 
+// An int in [1, 2**30). Returns false, without an error, for any other.
+inline bool read_short(PyObject* number, uint32_t& word) {
+    if (!kLayoutKnown || !PyLong_CheckExact(number) || signed_digit_count(number) != 1) return false;
+    word = digits_of(number)[0];
+    return true;
+}
+
 inline bool read_u32(PyObject* number, uint32_t& word) {
-    if (kLayoutKnown && PyLong_CheckExact(number) && signed_digit_count(number) == 1) {
-        word = digits_of(number)[0];
-        return true;
-    }
+    if (read_short(number, word)) return true;
     uint64_t wide = 0;
     if (!read_u64(number, wide)) return false;
     if (wide > UINT32_MAX) {

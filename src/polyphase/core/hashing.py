@@ -14,7 +14,6 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import blake3
 import xxhash
@@ -69,7 +68,8 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str | None = N
     """Hash of each full block on its own; arguments and errors as in `hash_tokens`."""
     _check_block_size(block_size)
     if native.extension is not None:
-        return cast("list[BlockHash]", native.extension.block_hashes(token_ids, block_size, root_seed(salt)))
+        blocks: list[BlockHash] = native.extension.block_hashes(token_ids, block_size, root_seed(salt))
+        return blocks
     return python_block_hashes(token_ids, block_size, salt)
 
 
@@ -82,7 +82,8 @@ def sequence_hashes(
     """
     _check_block_size(block_size)
     if native.extension is not None:
-        return cast("list[SequenceHash]", native.extension.sequence_hashes(token_ids, block_size, root_seed(salt), parent))
+        sequences: list[SequenceHash] = native.extension.sequence_hashes(token_ids, block_size, root_seed(salt), parent)
+        return sequences
     return python_sequence_hashes(token_ids, block_size, salt, parent)
 
 

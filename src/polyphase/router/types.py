@@ -1,4 +1,4 @@
-"""What the router is told, what it answers, and the contracts of its parts.
+"""What the router is told, what it answers, and the contract of its index. The contracts of its scoring parts are in `lineup`.
 
 RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
                 eligible   [0,1]    one
@@ -43,6 +43,7 @@ class RouteRequest:
     prompt_token_count: int
     max_output_tokens: int
     excluded: frozenset[WorkerId] = frozenset()  # tried in vain
+    now_ns: int = 0  # for an index that predicts; any clock that goes forward
 
 
 class Leg(enum.StrEnum):
@@ -65,13 +66,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One leg of a route: the worker chosen, and all candidates, best first."""
+    """One leg of a route: the worker chosen, and all candidates, best first (put in order when they are first looked at)."""
 
     leg: Leg
     worker_id: WorkerId
     epoch: Epoch
     overlap_block_count: int
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,11 @@ class Overlaps(Protocol):
 
     def depths(self, worker_ids: Sequence[WorkerId], tier: Tier = Tier.DEVICE) -> list[int]:
         """In the order of `worker_ids`; a tuple that is asked for again and again is fastest."""
+
+    def tokens_beyond(
+        self, worker_ids: Sequence[WorkerId], block_size: int, token_count: int, at_least: int = 0, tier: Tier = Tier.DEVICE
+    ) -> list[int]:
+        """Of a prompt of `token_count` tokens, those behind the blocks that each worker holds; not fewer than `at_least`."""
 
     def as_dict(self, tier: Tier = Tier.DEVICE) -> dict[WorkerId, int]:
         """Without the workers that hold none."""
@@ -146,20 +152,21 @@ class WorkerView:
     unreported_prefill_tokens: int = 0  # of the booked ones, those that came after `load` was reported
     unreported_block_count: int = 0
 
-
-class Scorer(Protocol):
-    """One reason to prefer a worker. Scores are in [0, 1], higher is better, comparable within one call only."""
-
-    @property
-    def name(self) -> str: ...
-
-    def score(self, request: RouteRequest, leg: Leg, workers: Sequence[WorkerView]) -> Sequence[float]: ...
-
-
-class Picker(Protocol):
-    """Chooses among scored workers. `turn` counts the router's decisions: the source of anything like a tie-break."""
-
-    def pick(self, scores: Sequence[float], workers: Sequence[WorkerView], turn: int) -> int: ...
+    def with_overlap(self, overlap_block_count: int) -> WorkerView:
+        """The same worker, for a request that has so many blocks there."""
+        if overlap_block_count == self.overlap_block_count:
+            return self
+        # As `replace` would, at a third of its cost.
+        return WorkerView(
+            self.facts,
+            self.load,
+            overlap_block_count,
+            self.booked_prefill_tokens,
+            self.booked_block_count,
+            self.booked_request_count,
+            self.unreported_prefill_tokens,
+            self.unreported_block_count,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,11 @@ class NaiveOverlaps:
         found = self._by_tier[tier]
         return [found.get(worker_id, 0) for worker_id in worker_ids] if found else [0] * len(worker_ids)
 
+    def tokens_beyond(
+        self, worker_ids: Sequence[WorkerId], block_size: int, token_count: int, at_least: int = 0, tier: Tier = Tier.DEVICE
+    ) -> list[int]:
+        return [max(token_count - depth * block_size, at_least) for depth in self.depths(worker_ids, tier)]
+
     def as_dict(self, tier: Tier = Tier.DEVICE) -> dict[WorkerId, int]:
         return dict(self._by_tier[tier])
 

@@ -40,6 +40,17 @@ def test_the_same_answer_in_three_forms(index: PrefixIndex):
         assert overlaps.depths(worker_ids) == [2, 0, 4]
 
 
+def test_tokens_behind_what_is_held(index: PrefixIndex):
+    index.store(A, prefix(1, 4))
+    index.store(B, prefix(1, 2))
+    index.store(C, prefix(1, 3), Tier.HOST)
+    overlaps = index.match(prefix(1, 4))
+    assert overlaps.tokens_beyond((A, B, C), 16, 70) == [6, 38, 70]
+    assert overlaps.tokens_beyond([A, B], 16, 64, at_least=1) == [1, 32]
+    assert overlaps.tokens_beyond((A, B), 16, 40) == [0, 8]
+    assert overlaps.tokens_beyond((A, C), 16, 70, tier=Tier.HOST) == [6, 22]
+
+
 def test_an_answer_keeps_what_was_true(index: PrefixIndex):
     order = (A, B, C)
     index.store(A, prefix(1, 4))
