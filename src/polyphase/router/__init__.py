@@ -7,12 +7,13 @@ socket or task: the frontend feeds it and acts on what it says.
 from polyphase.router.bookings import Booked, Bookings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
-from polyphase.router.index import NaivePrefixIndex
+from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.policies import POLICIES
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
     Leg,
+    Overlaps,
     Placement,
     PrefixIndex,
     Route,
@@ -33,7 +34,9 @@ __all__ = [
     "DriftWatch",
     "Leg",
     "NaivePrefixIndex",
+    "Overlaps",
     "Placement",
+    "PredictedPrefixIndex",
     "PrefixIndex",
     "Route",
     "RouteRequest",
@@ -44,4 +47,6 @@ __all__ = [
     "StreamFacts",
     "WorkerFacts",
     "WorkerView",
+    "default_index",
+    "native_index",
 ]

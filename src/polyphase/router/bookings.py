@@ -35,10 +35,10 @@ class Booked:
     block_count: int = 0
     request_count: int = 0
 
-    def add(self, leg: LegBooking, sign: int = 1) -> None:
-        self.prefill_tokens += sign * leg.prefill_tokens
-        self.block_count += sign * leg.block_count
-        self.request_count += sign
+    def add(self, prefill_tokens: int, block_count: int, request_count: int) -> None:
+        self.prefill_tokens += prefill_tokens
+        self.block_count += block_count
+        self.request_count += request_count
 
     def is_zero(self) -> bool:
         return not (self.prefill_tokens or self.block_count or self.request_count)
@@ -48,6 +48,7 @@ class Booked:
 class _Entry:
     leg: LegBooking
     report: int  # reports of the worker so far when this was booked
+    prefill_tokens: int  # of the leg, until its prefill ends
 
 
 class _WorkerLedger:
@@ -61,9 +62,17 @@ class _WorkerLedger:
         self.report = 0
 
     def add(self, entry: _Entry, sign: int) -> None:
-        self.all.add(entry.leg, sign)
+        prefill_tokens, block_count = sign * entry.prefill_tokens, sign * entry.leg.block_count
+        self.all.add(prefill_tokens, block_count, sign)
         if entry.report == self.report:
-            self.unreported.add(entry.leg, sign)
+            self.unreported.add(prefill_tokens, block_count, sign)
+
+    def end_prefill(self, entry: _Entry) -> None:
+        """The leg stays, without its prefill tokens."""
+        self.all.prefill_tokens -= entry.prefill_tokens
+        if entry.report == self.report:
+            self.unreported.prefill_tokens -= entry.prefill_tokens
+        entry.prefill_tokens = 0
 
 
 class Bookings:
@@ -73,6 +82,12 @@ class Bookings:
         self._entries: dict[RequestId, list[_Entry]] = {}
         self._ledgers: dict[WorkerId, _WorkerLedger] = {}
         self._requests: dict[WorkerId, set[RequestId]] = {}
+        self._changed: set[WorkerId] = set()
+
+    def take_changed(self) -> set[WorkerId]:
+        """Workers whose sums changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def book(self, request_id: RequestId, legs: Sequence[LegBooking]) -> None:
         """Replaces what this request had booked before: a migrated request is booked anew. One leg per worker.
@@ -82,30 +97,41 @@ class Bookings:
         self.release(request_id)
         entries = []
         for leg in legs:
-            ledger = self._ledgers.setdefault(leg.worker_id, _WorkerLedger())
-            entry = _Entry(leg, ledger.report)
+            worker_id = leg.worker_id
+            ledger = self._ledgers.get(worker_id)
+            if ledger is None:
+                ledger = self._ledgers[worker_id] = _WorkerLedger()
+            if worker_id not in self._requests:
+                self._requests[worker_id] = set()
+            entry = _Entry(leg, ledger.report, leg.prefill_tokens)
             ledger.add(entry, +1)
+            self._changed.add(worker_id)
+            self._requests[worker_id].add(request_id)
             entries.append(entry)
-            self._requests.setdefault(leg.worker_id, set()).add(request_id)
         if entries:
             self._entries[request_id] = entries
 
     def end_prefill(self, request_id: RequestId) -> None:
         """The first token is there: no prefill tokens remain, and a leg that was for prefill only is over."""
-        kept = []
-        for entry in self._entries.get(request_id, []):
+        entries = self._entries.get(request_id)
+        if entries is None:
+            return
+        is_over = False
+        for entry in entries:
             leg = entry.leg
-            self._ledgers[leg.worker_id].add(entry, -1)
+            self._changed.add(leg.worker_id)
             if leg.ends_with_prefill:
+                is_over = True
+                self._ledgers[leg.worker_id].add(entry, -1)
                 self._requests[leg.worker_id].discard(request_id)
-                continue
-            entry.leg = LegBooking(leg.worker_id, 0, leg.block_count)
-            self._ledgers[leg.worker_id].add(entry, +1)
-            kept.append(entry)
-        self._keep(request_id, kept)
+            else:
+                self._ledgers[leg.worker_id].end_prefill(entry)
+        if is_over:
+            self._keep(request_id, [entry for entry in entries if not entry.leg.ends_with_prefill])
 
     def release(self, request_id: RequestId) -> None:
-        for entry in self._entries.pop(request_id, []):
+        for entry in self._entries.pop(request_id, ()):
+            self._changed.add(entry.leg.worker_id)
             self._ledgers[entry.leg.worker_id].add(entry, -1)
             self._requests[entry.leg.worker_id].discard(request_id)
 
@@ -114,12 +140,14 @@ class Bookings:
         for request_id in self._requests.pop(worker_id, set()):
             self._keep(request_id, [entry for entry in self._entries[request_id] if entry.leg.worker_id != worker_id])
         self._ledgers.pop(worker_id, None)
+        self._changed.add(worker_id)
 
     def mark_reported(self, worker_id: WorkerId) -> None:
         """The worker has told its load: what is booked from now on is not in that figure."""
         ledger = self._ledgers.setdefault(worker_id, _WorkerLedger())
         ledger.report += 1
         ledger.unreported = Booked()
+        self._changed.add(worker_id)
 
     def of(self, worker_id: WorkerId) -> Booked:
         ledger = self._ledgers.get(worker_id)

@@ -1,8 +1,8 @@
 """What a request would cost at a worker, in tokens of prefill: the one currency in which cached prefixes and load are weighed.
 
     cost = tokens to compute for this request          (prompt less what is cached there; on a decode leg: moved, not computed)
-         + prefill tokens queued ahead of it
-         + DECODE_WEIGHT x tokens of KV in use there   (every one of them is read in each decode step)
+         + prefill tokens queued ahead of it         ┐
+         + DECODE_WEIGHT x tokens of KV in use there ┘ load, whatever the request (every KV token is read in each decode step)
          + tokens for which the pool has no room       (they will wait, or push somebody out)
 
 A shared system prompt therefore draws requests to the worker that holds it until the queue and the sequences there outweigh it; then
@@ -23,13 +23,23 @@ ASSUMED_OUTPUT_TOKENS = 128
 
 
 def uncached_tokens(request: RouteRequest, worker: WorkerView) -> int:
-    """Prompt tokens that must be computed; at least one, because the last token's output is wanted even if all is cached."""
-    return max(request.prompt_token_count - worker.overlap_block_count * worker.facts.block_size, min(request.prompt_token_count, 1))
+    """Prompt tokens that must be computed."""
+    return max(request.prompt_token_count - worker.overlap_block_count * worker.facts.block_size, uncached_at_least(request))
+
+
+def uncached_at_least(request: RouteRequest) -> int:
+    """One token, because the last one's output is wanted even if all is cached."""
+    return min(request.prompt_token_count, 1)
+
+
+def tokens_needed(request: RouteRequest, leg: Leg) -> int:
+    """Tokens whose KV the request will fill there, as far as one can say."""
+    output_tokens = 0 if leg is Leg.PREFILL else min(request.max_output_tokens, ASSUMED_OUTPUT_TOKENS)
+    return request.prompt_token_count + output_tokens
 
 
 def block_count_needed(request: RouteRequest, block_size: int, leg: Leg) -> int:
-    output_tokens = 0 if leg is Leg.PREFILL else min(request.max_output_tokens, ASSUMED_OUTPUT_TOKENS)
-    return -(-(request.prompt_token_count + output_tokens) // block_size)
+    return -(-tokens_needed(request, leg) // block_size)
 
 
 def queued_prefill_tokens(worker: WorkerView) -> int:
@@ -43,14 +53,11 @@ def used_block_count(worker: WorkerView) -> int:
     return max(worker.booked_block_count, reported + worker.unreported_block_count)
 
 
-def load_tokens(request: RouteRequest, leg: Leg, worker: WorkerView) -> float:
-    """What the worker has to do besides this request."""
-    used = used_block_count(worker)
-    lacking = max(used + block_count_needed(request, worker.facts.block_size, leg) - worker.facts.block_count, 0)
-    return queued_prefill_tokens(worker) + worker.facts.block_size * (DECODE_WEIGHT * used + lacking)
+def load_tokens(worker: WorkerView) -> float:
+    """What the worker has to do besides any new request."""
+    return queued_prefill_tokens(worker) + DECODE_WEIGHT * worker.facts.block_size * used_block_count(worker)
 
 
-def request_tokens(request: RouteRequest, leg: Leg, worker: WorkerView) -> float:
-    """What the worker has to do for this request before its first token there."""
-    weight = MOVE_WEIGHT if leg is Leg.DECODE else 1.0
-    return weight * uncached_tokens(request, worker)
+def room_tokens(worker: WorkerView) -> int:
+    """Tokens that its pool could still take; negative where more is booked than there is."""
+    return worker.facts.block_size * (worker.facts.block_count - used_block_count(worker))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from polyphase.core.errors import NoWorkers, Overloaded
-from polyphase.router.types import RouteRequest, WorkerFacts, WorkerView
+from polyphase.router.types import RouteRequest, WorkerFacts
 from polyphase.wire.cards import Role
 
 
@@ -55,11 +55,6 @@ def able_to_prefill(workers: Sequence[WorkerFacts]) -> list[WorkerFacts]:
     if all(facts.role is Role.PREFILL for facts in workers):
         return []
     return [facts for facts in workers if facts.role is Role.PREFILL and facts.can_hand_over]
-
-
-def with_room(workers: Sequence[WorkerView], max_waiting_requests: int) -> list[WorkerView]:
-    """Leaves out workers whose queue is full."""
-    return [worker for worker in workers if worker.booked_request_count < worker.facts.max_running + max_waiting_requests]
 
 
 def refuse_full(request: RouteRequest, worker_count: int, max_waiting_requests: int) -> Overloaded:

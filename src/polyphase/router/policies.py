@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from polyphase.core.errors import ConfigurationError
+from polyphase.router.lineup import Lineup, Picker, Scorer
 from polyphase.router.pickers import HighestScore
 from polyphase.router.scorers import LeastLoaded, PrefixAndLoad
-from polyphase.router.types import Leg, Picker, RouteRequest, Scorer, WorkerView
+from polyphase.router.types import Leg, RouteRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,16 @@ class Policy:
     scorers: tuple[WeightedScorer, ...] = ()
     picker: Picker = field(default_factory=HighestScore)
 
-    def score(self, request: RouteRequest, leg: Leg, workers: Sequence[WorkerView]) -> list[float]:
+    def score(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float]:
         """Weighted mean of the scorers, in [0, 1]."""
         if not self.scorers:
             return [1.0] * len(workers)
+        if len(self.scorers) == 1:
+            return self.scorers[0].scorer.score(request, leg, workers)
         sums = [0.0] * len(workers)
         for weighted in self.scorers:
-            for position, score in enumerate(weighted.scorer.score(request, leg, workers)):
-                sums[position] += weighted.weight * score
+            scores = weighted.scorer.score(request, leg, workers)
+            sums = [total + weighted.weight * score for total, score in zip(sums, scores, strict=True)]
         whole = sum(weighted.weight for weighted in self.scorers)
         return [total / whole for total in sums]
 

@@ -10,17 +10,18 @@ One owner, no awaiting: the frontend's event loop calls it, and each call leaves
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router import filters
 from polyphase.router.bookings import Bookings, LegBooking
-from polyphase.router.cost import block_count_needed, queued_prefill_tokens, uncached_tokens, used_block_count
-from polyphase.router.index import NaivePrefixIndex
+from polyphase.router.cost import block_count_needed, uncached_tokens
+from polyphase.router.indexes import PredictedPrefixIndex, default_index
+from polyphase.router.lineup import Candidates, Lineup, Standings
 from polyphase.router.policies import policy_named
 from polyphase.router.types import (
-    Candidate,
     Leg,
     Placement,
     PrefixIndex,
@@ -31,7 +32,7 @@ from polyphase.router.types import (
     WorkerFacts,
     WorkerView,
 )
-from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load, Tier
+from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load
 
 
 @dataclass(slots=True)
@@ -40,6 +41,14 @@ class _Known:
 
     facts: WorkerFacts
     load: Load | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Eligible:
+    """Who may serve a request, and who may prefill for it."""
+
+    servers: Standings
+    helpers: Standings
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +66,9 @@ class Router:
         self.bookings = Bookings()
         self._settings = settings
         self._policy = policy_named(settings.policy)
-        self._index: PrefixIndex = NaivePrefixIndex() if index is None else index
+        self.index: PrefixIndex = default_index() if index is None else index
         self._known: dict[WorkerId, _Known] = {}
+        self._eligible: dict[str, _Eligible] = {}  # by model, for requests that exclude nobody; made when first wanted
         self._turns: Counter[tuple[str, bool]] = Counter()  # decisions so far, by model and whether for prefill
 
     # What is known of the workers
@@ -73,17 +83,19 @@ class Router:
             return
         if known is not None and facts.epoch == known.facts.epoch:
             known.facts = facts
-            return
-        self.remove_worker(facts.worker_id)
-        self._known[facts.worker_id] = _Known(facts)
+        else:
+            self.remove_worker(facts.worker_id)
+            self._known[facts.worker_id] = _Known(facts)
+        self._eligible.clear()
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its blocks and bookings go with it. Unknown workers are ignored."""
         known = self._known.pop(worker_id, None)
         if known is None:
             return
-        self._index.clear(worker_id)
+        self.index.clear(worker_id)
         self.bookings.drop_worker(worker_id)
+        self._eligible.clear()
         if not self.serves(known.facts.model):
             for is_prefill in (False, True):
                 self._turns.pop((known.facts.model, is_prefill), None)
@@ -91,23 +103,21 @@ class Router:
     def replace_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash]) -> None:
         """The worker holds exactly these."""
         if self._is_current(worker_id, epoch):
-            self._index.clear(worker_id)
-            self._index.store(worker_id, hashes)
+            self.index.clear(worker_id)
+            self.index.store(worker_id, hashes)
 
     def apply(self, worker_id: WorkerId, epoch: Epoch, events: list[KvEvent]) -> None:
-        """Blocks of the device tier come and go; lower tiers are not credited yet."""
+        """Blocks come and go, in each tier by itself."""
         if not self._is_current(worker_id, epoch):
             return
         for event in events:
             match event:
-                case BlocksStored(tier=Tier.DEVICE):
-                    self._index.store(worker_id, map(SequenceHash, event.sequence_hashes))
-                case BlocksRemoved(tier=Tier.DEVICE):
-                    self._index.remove(worker_id, map(SequenceHash, event.sequence_hashes))
+                case BlocksStored():
+                    self.index.store(worker_id, cast("list[SequenceHash]", event.sequence_hashes), event.tier)
+                case BlocksRemoved():
+                    self.index.remove(worker_id, cast("list[SequenceHash]", event.sequence_hashes), event.tier)
                 case AllCleared():
-                    self._index.clear(worker_id)
-                case _:
-                    pass
+                    self.index.clear(worker_id)
 
     def report_load(self, worker_id: WorkerId, epoch: Epoch, load: Load) -> None:
         if self._is_current(worker_id, epoch):
@@ -116,7 +126,7 @@ class Router:
 
     def workers(self) -> list[WorkerView]:
         """All known workers in the order of their names, for people to look at; no request, so no overlap."""
-        return [self._view(self._known[worker_id].facts, {}) for worker_id in sorted(self._known)]
+        return [self._view(worker_id) for worker_id in sorted(self._known)]
 
     def serves(self, model: str) -> bool:
         """Whether a living worker has this model, be it draining or full."""
@@ -124,10 +134,10 @@ class Router:
 
     def cached_block_count(self, worker_id: WorkerId, hashes: Sequence[SequenceHash]) -> int:
         """Leading blocks of `hashes` that this worker is known to hold now."""
-        return self._index.match(hashes).get(worker_id, 0)
+        return self.index.match(hashes).depth(worker_id)
 
     def indexed_block_count(self, worker_id: WorkerId) -> int:
-        return self._index.block_count(worker_id)
+        return self.index.block_count(worker_id)
 
     # Requests
 
@@ -140,13 +150,13 @@ class Router:
         Owner: the caller calls `release` at the request's end, however it ends.
         """
         self.bookings.release(request.request_id)
-        free = filters.available(request, [known.facts for known in self._known.values()])
-        overlaps = self._index.match(request.sequence_hashes)
-        able = filters.able_to_serve_whole(free)
-        servers = self._roomy_views(able, overlaps)
-        if not servers:
-            raise filters.refuse_full(request, len(able), self._settings.max_waiting_requests)
-        helpers = self._roomy_views(filters.able_to_prefill(free), overlaps)
+        eligible = self._eligible_for(request)
+        roomy = eligible.servers.with_room()
+        if not roomy:
+            raise filters.refuse_full(request, len(eligible.servers), self._settings.max_waiting_requests)
+        overlaps = self.index.match(request.sequence_hashes)
+        servers = Lineup(roomy, overlaps)
+        helpers = Lineup(eligible.helpers.with_room(), overlaps)
 
         whole = self._choose(request, Leg.BOTH, servers)
         reason_against = why_not_split(self._settings.split, request, whole.worker, has_prefill_workers=bool(helpers))
@@ -171,13 +181,34 @@ class Router:
     def release(self, request_id: RequestId) -> None:
         self.bookings.release(request_id)
 
-    def _choose(self, request: RouteRequest, leg: Leg, workers: Sequence[WorkerView]) -> _Choice:
+    def _eligible_for(self, request: RouteRequest) -> _Eligible:
+        """Raises: NoWorkers."""
+        for worker_id in self.bookings.take_changed():
+            if worker_id in self._known:
+                view = self._view(worker_id)
+                eligible = self._eligible.get(view.facts.model)
+                if eligible is not None:
+                    eligible.servers.note(view)
+                    eligible.helpers.note(view)
+        if request.excluded:
+            return self._filter(request)
+        if request.model not in self._eligible:
+            self._eligible[request.model] = self._filter(request)
+        return self._eligible[request.model]
+
+    def _filter(self, request: RouteRequest) -> _Eligible:
+        free = filters.available(request, [known.facts for known in self._known.values()])
+
+        def standings(workers: Iterable[WorkerFacts]) -> Standings:
+            return Standings((self._view(facts.worker_id) for facts in workers), self._settings.max_waiting_requests)
+
+        return _Eligible(standings(filters.able_to_serve_whole(free)), standings(filters.able_to_prefill(free)))
+
+    def _choose(self, request: RouteRequest, leg: Leg, workers: Lineup) -> _Choice:
         scores = self._policy.score(request, leg, workers)
         picked = self._policy.picker.pick(scores, workers, self._turns[request.model, leg is Leg.PREFILL])
         worker = workers[picked]
-        # The chosen one stands first among equals.
-        order = sorted(range(len(workers)), key=lambda position: (-scores[position], position != picked, position))
-        candidates = tuple(_candidate(workers[position], scores[position]) for position in order)
+        candidates = Candidates(workers, scores, picked)
         return _Choice(worker, Placement(leg, worker.facts.worker_id, worker.facts.epoch, worker.overlap_block_count, candidates))
 
     def _book(self, request: RouteRequest, decode: _Choice, prefill: _Choice | None = None) -> None:
@@ -189,23 +220,24 @@ class Router:
             prefill_tokens = 0 if leg is Leg.DECODE else uncached_tokens(request, choice.worker)
             blocks = block_count_needed(request, facts.block_size, leg)
             legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, ends_with_prefill=leg is Leg.PREFILL))
+            if isinstance(self.index, PredictedPrefixIndex):
+                self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
         self.bookings.book(request.request_id, legs)
 
-    def _roomy_views(self, workers: Sequence[WorkerFacts], overlaps: Mapping[WorkerId, int]) -> list[WorkerView]:
-        return filters.with_room([self._view(facts, overlaps) for facts in workers], self._settings.max_waiting_requests)
-
-    def _view(self, facts: WorkerFacts, overlaps: Mapping[WorkerId, int]) -> WorkerView:
-        booked = self.bookings.of(facts.worker_id)
-        unreported = self.bookings.unreported_of(facts.worker_id)
+    def _view(self, worker_id: WorkerId) -> WorkerView:
+        """Without a request, so without overlap."""
+        known = self._known[worker_id]
+        booked = self.bookings.of(worker_id)
+        unreported = self.bookings.unreported_of(worker_id)
         return WorkerView(
-            facts=facts,
-            load=self._known[facts.worker_id].load,
-            overlap_block_count=overlaps.get(facts.worker_id, 0),
-            booked_prefill_tokens=booked.prefill_tokens,
-            booked_block_count=booked.block_count,
-            booked_request_count=booked.request_count,
-            unreported_prefill_tokens=unreported.prefill_tokens,
-            unreported_block_count=unreported.block_count,
+            known.facts,
+            known.load,
+            0,
+            booked.prefill_tokens,
+            booked.block_count,
+            booked.request_count,
+            unreported.prefill_tokens,
+            unreported.block_count,
         )
 
     def _advance(self, model: str, *, is_prefill: bool) -> None:
@@ -228,16 +260,3 @@ def why_not_split(rule: SplitRule, request: RouteRequest, worker: WorkerView, *,
     if to_compute < rule.min_uncached_fraction * prompt:
         return "cached", f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {worker.facts.worker_id}"
     return None
-
-
-def _candidate(worker: WorkerView, score: float) -> Candidate:
-    return Candidate(
-        worker_id=worker.facts.worker_id,
-        score=score,
-        overlap_block_count=worker.overlap_block_count,
-        booked_prefill_tokens=worker.booked_prefill_tokens,
-        booked_block_count=worker.booked_block_count,
-        booked_request_count=worker.booked_request_count,
-        queued_prefill_tokens=queued_prefill_tokens(worker),
-        used_block_count=used_block_count(worker),
-    )

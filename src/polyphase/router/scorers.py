@@ -1,21 +1,22 @@
-"""Reasons to prefer a worker, each one a `Scorer`: figures of the workers in, scores in [0, 1] out.
-
-A cost becomes a score by (lowest + 1) / (cost + 1): the best worker gets 1, one that costs twice as much about one half, and equal
-costs equal scores. The 1 is one token.
-"""
+"""Reasons to prefer a worker, each one a `Scorer`: figures of the workers in, scores in [0, 1] out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from polyphase.router.cost import load_tokens, request_tokens
-from polyphase.router.types import Leg, RouteRequest, WorkerView
+from polyphase.router.columns import scores_of_costs
+from polyphase.router.cost import MOVE_WEIGHT, tokens_needed, uncached_at_least
+from polyphase.router.lineup import Lineup
+from polyphase.router.types import Leg, RouteRequest
 
 
-def scores_of_costs(costs: Sequence[float]) -> list[float]:
-    """Costs are not negative."""
-    lowest = min(costs, default=0.0)
-    return [(lowest + 1.0) / (cost + 1.0) for cost in costs]
+def load_costs(request: RouteRequest, leg: Leg, workers: Lineup) -> list[float]:
+    """Per worker, what it has to do besides this request, and the tokens for which it has no room."""
+    standings = workers.standings
+    needed = tokens_needed(request, leg)
+    if needed <= min(standings.room_tokens, default=0):
+        return standings.load_tokens
+    return [load + (needed - room if needed > room else 0) for load, room in zip(standings.load_tokens, standings.room_tokens, strict=True)]
 
 
 class PrefixAndLoad:
@@ -23,8 +24,9 @@ class PrefixAndLoad:
 
     name = "prefix-and-load"
 
-    def score(self, request: RouteRequest, leg: Leg, workers: Sequence[WorkerView]) -> Sequence[float]:
-        return scores_of_costs([request_tokens(request, leg, worker) + load_tokens(request, leg, worker) for worker in workers])
+    def score(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float]:
+        to_compute = workers.tokens_beyond(request.prompt_token_count, at_least=uncached_at_least(request))
+        return scores_of_costs(load_costs(request, leg, workers), to_compute, MOVE_WEIGHT if leg is Leg.DECODE else 1.0)
 
 
 class LeastLoaded:
@@ -32,5 +34,5 @@ class LeastLoaded:
 
     name = "least-loaded"
 
-    def score(self, request: RouteRequest, leg: Leg, workers: Sequence[WorkerView]) -> Sequence[float]:
-        return scores_of_costs([load_tokens(request, leg, worker) for worker in workers])
+    def score(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float]:
+        return scores_of_costs(load_costs(request, leg, workers), [0] * len(workers))

@@ -1,4 +1,4 @@
-"""What the router is told, what it answers, and the contracts of its parts.
+"""What the router is told, what it answers, and the contract of its index. The contracts of its scoring parts are in `lineup`.
 
 RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
                 eligible   [0,1]    one
@@ -8,13 +8,13 @@ RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.wire.cards import Role
-from polyphase.wire.events import Load
+from polyphase.wire.events import Load, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class RouteRequest:
     prompt_token_count: int
     max_output_tokens: int
     excluded: frozenset[WorkerId] = frozenset()  # tried in vain
+    now_ns: int = 0  # for an index that predicts; any clock that goes forward
 
 
 class Leg(enum.StrEnum):
@@ -67,13 +68,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One leg of a route: the worker chosen, and all candidates, best first."""
+    """One leg of a route: the worker chosen, and all candidates, best first (put in order when they are first looked at)."""
 
     leg: Leg
     worker_id: WorkerId
     epoch: Epoch
     overlap_block_count: int
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +88,58 @@ class Route:
     rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | no-prefill-worker
 
 
+class Overlaps(Protocol):
+    """What a match found: how many leading blocks of a prompt each worker holds.
+
+    A tier counts together with the faster ones: device <= host <= disk <= object. A block counts only if all blocks before it do, so
+    what a slower tier adds is the difference to the faster one. Keeps what was true at the match.
+    """
+
+    def depth(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int:
+        """0 for a worker that holds none, or is unknown."""
+
+    def depths(self, worker_ids: Sequence[WorkerId], tier: Tier = Tier.DEVICE) -> list[int]:
+        """In the order of `worker_ids`; a tuple that is asked for again and again is fastest."""
+
+    def tokens_beyond(
+        self, worker_ids: Sequence[WorkerId], block_size: int, token_count: int, at_least: int = 0, tier: Tier = Tier.DEVICE
+    ) -> list[int]:
+        """Of a prompt of `token_count` tokens, those behind the blocks that each worker holds; not fewer than `at_least`."""
+
+    def as_dict(self, tier: Tier = Tier.DEVICE) -> dict[WorkerId, int]:
+        """Without the workers that hold none."""
+
+
 class PrefixIndex(Protocol):
-    """Which worker holds which prefixes. A sequence hash stands for its whole prefix."""
+    """Which worker holds which prefixes, in which tier. A sequence hash stands for its whole prefix.
 
-    def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash]) -> None: ...
+    A store that many workers share is a holder of its own, under a name that no worker has. Hashes are in [0, 2**64). Beyond
+    `capacity` blocks, some are forgotten for all workers: that costs hits, and is counted.
+    """
 
-    def remove(self, worker_id: WorkerId, hashes: Iterable[SequenceHash]) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def size(self) -> int:
+        """What counts against `capacity`: different blocks that are held by anybody, whoever and how many."""
+
+    @property
+    def forgotten(self) -> int:
+        """Blocks lost for want of room, ever."""
+
+    def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
+        """In any order; quickest in the order of the prompt."""
+
+    def remove(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
+        """Hashes that this worker does not hold are ignored: a snapshot may already have left them out."""
 
     def clear(self, worker_id: WorkerId) -> None:
-        """Forget all that this worker holds."""
+        """Forget all that this worker holds, in all tiers."""
 
-    def match(self, hashes: Sequence[SequenceHash]) -> Mapping[WorkerId, int]:
-        """Leading blocks of `hashes` that each worker holds; workers with none are left out."""
+    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps: ...
 
-    def block_count(self, worker_id: WorkerId) -> int: ...
+    def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +155,21 @@ class WorkerView:
     unreported_prefill_tokens: int = 0  # of the booked ones, those that came after `load` was reported
     unreported_block_count: int = 0
 
-
-class Scorer(Protocol):
-    """One reason to prefer a worker. Scores are in [0, 1], higher is better, comparable within one call only."""
-
-    @property
-    def name(self) -> str: ...
-
-    def score(self, request: RouteRequest, leg: Leg, workers: Sequence[WorkerView]) -> Sequence[float]: ...
-
-
-class Picker(Protocol):
-    """Chooses among scored workers. `turn` counts the router's decisions: the source of anything like a tie-break."""
-
-    def pick(self, scores: Sequence[float], workers: Sequence[WorkerView], turn: int) -> int: ...
+    def with_overlap(self, overlap_block_count: int) -> WorkerView:
+        """The same worker, for a request that has so many blocks there."""
+        if overlap_block_count == self.overlap_block_count:
+            return self
+        # As `replace` would, at a third of its cost.
+        return WorkerView(
+            self.facts,
+            self.load,
+            overlap_block_count,
+            self.booked_prefill_tokens,
+            self.booked_block_count,
+            self.booked_request_count,
+            self.unreported_prefill_tokens,
+            self.unreported_block_count,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,10 +122,10 @@ class BookingsMachine(RuleBasedStateMachine):
             everything, unreported = Booked(), Booked()
             for kept in self.model:
                 if kept.leg.worker_id == worker_id:
-                    everything.add(kept.leg)
-                    total.add(kept.leg)
+                    everything.add(kept.leg.prefill_tokens, kept.leg.block_count, 1)
+                    total.add(kept.leg.prefill_tokens, kept.leg.block_count, 1)
                     if not kept.is_reported:
-                        unreported.add(kept.leg)
+                        unreported.add(kept.leg.prefill_tokens, kept.leg.block_count, 1)
             assert self.bookings.of(worker_id) == everything
             assert self.bookings.unreported_of(worker_id) == unreported
         assert self.bookings.total() == total
