@@ -9,7 +9,7 @@ import resource
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyphase.config import format_bytes
+from polyphase.core import native
 from polyphase.core.errors import ConfigurationError
 from polyphase.launch.cores import core_count
 from polyphase.launch.ports import is_port_free
@@ -60,7 +61,7 @@ def show_checks() -> int:
 def examine() -> Iterator[Finding]:
     for check in (
         _python, _cores, _memory, _shared_memory, _inotify, _open_files, _run_folder, _port,
-        _engine_packages, _tokenizers, _openai, _accelerator, _compiler,
+        _engine_packages, _tokenizers, _openai, _accelerator, _native_code,
     ):  # fmt: skip
         found = check()
         yield from (found if isinstance(found, list) else [found])
@@ -177,7 +178,7 @@ def _accelerator() -> Finding:
     return Finding("accelerator", None, "none that torch can use", "models run on the CPU; for a GPU, install torch's CUDA build")
 
 
-def _compiler() -> Finding:
-    found: Callable[[str], str | None] = shutil.which
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := found(name))), None)
-    return Finding("C++ compiler", True if compiler else None, compiler or "none", "not needed: everything runs in Python too")
+def _native_code() -> Finding:
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    mend = "routing works without it, slower; to build it: " + ("" if compiler else "install a C++ compiler and Python's headers, then ")
+    return Finding("C++ extension", native.is_native() or None, native.status(), f"{mend}pip install --force-reinstall --no-deps polyphase")
