@@ -1,9 +1,9 @@
 """Sequences over the block pool: a prefix hit on the way in, growth while tokens come, names for what is computed.
 
-    tokens    | hit            | to compute        | not known yet
-    blocks    [ b4  b7  b1 ]   [ b9  b12  b13 ]      none
-               retained          allocated
-               named             named one by one as they fill up
+tokens    | hit            | to compute        | not known yet
+blocks    [ b4  b7  b1 ]   [ b9  b12  b13 ]      none
+           retained          allocated
+           named             named one by one as they fill up
 """
 
 from __future__ import annotations

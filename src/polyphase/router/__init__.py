@@ -5,6 +5,8 @@ socket or task: the frontend feeds it and acts on what it says.
 """
 
 from polyphase.router.bookings import Booked, Bookings
+from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
+from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.policies import POLICIES
 from polyphase.router.router import Router
@@ -27,6 +29,9 @@ __all__ = [
     "Booked",
     "Bookings",
     "Candidate",
+    "Drift",
+    "DriftReason",
+    "DriftWatch",
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",
@@ -37,7 +42,9 @@ __all__ = [
     "RouteRequest",
     "Router",
     "RouterSettings",
+    "Sample",
     "SplitRule",
+    "StreamFacts",
     "WorkerFacts",
     "WorkerView",
     "default_index",

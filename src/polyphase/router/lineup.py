@@ -188,4 +188,6 @@ def _candidate(view: WorkerView, overlaps: Overlaps, score: float) -> Candidate:
         booked_prefill_tokens=view.booked_prefill_tokens,
         booked_block_count=view.booked_block_count,
         booked_request_count=view.booked_request_count,
+        queued_prefill_tokens=cost.queued_prefill_tokens(view),
+        used_block_count=cost.used_block_count(view),
     )

@@ -10,7 +10,7 @@ One owner, no awaiting: the frontend's event loop calls it, and each call leaves
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -132,6 +132,13 @@ class Router:
         """Whether a living worker has this model, be it draining or full."""
         return any(known.facts.model == model for known in self._known.values())
 
+    def cached_block_count(self, worker_id: WorkerId, hashes: Sequence[SequenceHash]) -> int:
+        """Leading blocks of `hashes` that this worker is known to hold now."""
+        return self.index.match(hashes).depth(worker_id)
+
+    def indexed_block_count(self, worker_id: WorkerId) -> int:
+        return self.index.block_count(worker_id)
+
     # Requests
 
     def route(self, request: RouteRequest) -> Route:
@@ -156,7 +163,8 @@ class Router:
         if reason_against is not None:
             self._advance(request.model, is_prefill=False)
             self._book(request, whole)
-            return Route(request.request_id, whole.placement, None, reason_against)
+            rule, reason = reason_against
+            return Route(request.request_id, whole.placement, None, reason, rule)
 
         decode = self._choose(request, Leg.DECODE, servers)
         prefill = self._choose(request, Leg.PREFILL, Lineup(can_prefill, overlaps))
@@ -165,7 +173,7 @@ class Router:
         self._book(request, decode, prefill)
         to_compute = uncached_tokens(request, prefill.worker)
         reason = f"split: {to_compute} of {request.prompt_token_count} prompt tokens to compute away from decoding requests"
-        return Route(request.request_id, decode.placement, prefill.placement, reason)
+        return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
 
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
@@ -242,13 +250,13 @@ class Router:
         return known is not None and known.facts.epoch == epoch
 
 
-def why_not_split(rule: SplitRule, request: RouteRequest, worker: WorkerView, *, has_prefill_workers: bool) -> str | None:
-    """Why `worker`, the best one for the whole request, does all of it; None if prefill belongs elsewhere."""
+def why_not_split(rule: SplitRule, request: RouteRequest, worker: WorkerView, *, has_prefill_workers: bool) -> tuple[str, str] | None:
+    """Why `worker`, the best one for the whole request, does all of it, in short and in words; None if prefill belongs elsewhere."""
     if not has_prefill_workers:
-        return "whole: no prefill worker is available beside the decode workers"
+        return "no-prefill-worker", "whole: no prefill worker is available beside the decode workers"
     to_compute, prompt = uncached_tokens(request, worker), request.prompt_token_count
     if to_compute < rule.min_uncached_tokens:
-        return f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"
+        return "short-prompt", f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"
     if to_compute < rule.min_uncached_fraction * prompt:
-        return f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {worker.facts.worker_id}"
+        return "cached", f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {worker.facts.worker_id}"
     return None

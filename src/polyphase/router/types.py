@@ -62,6 +62,8 @@ class Candidate:
     booked_prefill_tokens: int
     booked_block_count: int
     booked_request_count: int
+    queued_prefill_tokens: int | None = None  # ahead of the request, those of other frontends included
+    used_block_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class Route:
     decode: Placement
     prefill: Placement | None
     reason: str
+    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | no-prefill-worker
 
 
 class Overlaps(Protocol):

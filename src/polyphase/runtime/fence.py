@@ -49,6 +49,7 @@ class StreamFence:
         self._sequence = 0  # last applied
         self._load_sequence = 0
         self._buffer: deque[EventBatch] = deque(maxlen=MAX_BUFFERED_BATCHES)
+        self.gap_count = 0  # how often the stream had to be mended after it had been whole
 
     @property
     def is_synced(self) -> bool:
@@ -67,6 +68,7 @@ class StreamFence:
             if batch.sequence == self._sequence + 1:
                 self._apply(batch)
                 return False
+            self.gap_count += 1
         self._buffer.append(batch)
         return self._want_snapshot()
 

@@ -16,7 +16,7 @@ import zmq
 log = logging.getLogger(__name__)
 
 MAX_MESSAGES_PER_TURN = 256  # then others on the loop have a turn
-
+_POLLIN = int(zmq.POLLIN)  # arithmetic on the enumeration itself costs more than the system call
 
 Message = TypeVar("Message")
 
@@ -49,7 +49,7 @@ class SocketPump(Generic[Message]):
             self._schedule()
 
     def _has_input(self) -> bool:
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
     def _schedule(self) -> None:
         if self._loop is not None and not self._is_scheduled:

@@ -99,6 +99,11 @@ class EventSubscriber:
         fence = self._fences.get(worker_id)
         return fence is not None and fence.is_synced
 
+    def repair_count(self, worker_id: str) -> int:
+        """How often this life's stream had to be mended by a snapshot after it had been whole."""
+        fence = self._fences.get(worker_id)
+        return 0 if fence is None else fence.gap_count
+
     def _receive(self, data: bytes) -> None:
         try:
             batch = self._decoder.decode(data)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from polyphase.core.errors import ConfigurationError
@@ -23,6 +24,12 @@ class PieceForm(enum.Enum):
     TEXT = "text"  # pieces are text
 
 
+class _DecoderOfFile(msgspec.Struct):
+    """The one part of the file that is looked at here; a large vocabulary is not made into Python objects for it."""
+
+    decoder: dict[str, Any] | None = None
+
+
 class Tokenizer:
     """Over the `tokenizers` library. Safe to use from several threads at once.
 
@@ -35,6 +42,7 @@ class Tokenizer:
         self._inner = inner
         self.form = form
         self._special_ids = frozenset(token_id for token_id, token in inner.get_added_tokens_decoder().items() if token.special)
+        self._longest_piece = max(map(len, inner.get_vocab(with_added_tokens=True)), default=1)  # characters
         self._bytes: dict[int, bytes | None] = {}  # filled on first use; at most one entry for each id of the vocabulary
 
     @classmethod
@@ -47,7 +55,7 @@ class Tokenizer:
             raise ConfigurationError(f"tokenizer.json is not UTF-8: {error}") from error
         except Exception as error:  # the library raises nothing more exact
             raise ConfigurationError(f"tokenizer.json cannot be read by tokenizers {tokenizers.__version__}: {error}") from error
-        return cls(inner, _piece_form(json.loads(text).get("decoder")))
+        return cls(inner, _piece_form(msgspec.json.decode(data, type=_DecoderOfFile).decoder))
 
     @property
     def vocab_size(self) -> int:
@@ -58,6 +66,10 @@ class Tokenizer:
         """Cost: about 1 s for each 1-5 million characters; releases the interpreter's lock meanwhile."""
         ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def least_token_count(self, text: str) -> int:
+        """How many tokens `text` has at the very least; known without tokenising it."""
+        return math.ceil(len(text) / max(self._longest_piece, 1))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence. Ids that the tokenizer does not know stand for nothing."""

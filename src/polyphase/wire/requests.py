@@ -12,6 +12,7 @@ import enum
 import msgspec
 
 from polyphase.wire.cards import ModelCard, WorkerStatus
+from polyphase.wire.events import Load
 from polyphase.wire.kv import KvOffer
 
 
@@ -105,11 +106,12 @@ class FinishReason(enum.StrEnum):
 
 
 class WireFailure(msgspec.Struct, frozen=True):
-    """A `PolyphaseError` on its way to another process; `code` is the class's."""
+    """A `PolyphaseError` on its way to another process; `code` is the class's. A worker that is `overloaded` adds its load of now."""
 
     code: str
     message: str
     is_retryable: bool
+    load: Load | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

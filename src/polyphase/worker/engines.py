@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from typing import cast
 
 from polyphase.core.errors import ConfigurationError
@@ -16,28 +16,53 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
     """Load the model and allocate what the engine needs.
 
     Args:
-        name: `torch`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
+        name: `torch`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
     Owner: the caller closes the engine.
     """
     if name == "torch":
         return _load_torch(options)
+    if name == "mock":
+        return _load_mock(options)
     if ":" in name:
         return _foreign_loader(name)(options)
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, or module:function of an engine's loader")
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, mock, or module:function of an engine's loader")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
     try:
         from polyphase.engines.torch import TorchSettings, load_torch_engine
 
-        engine: Engine = load_torch_engine(TorchSettings(**asdict(options)))
+        wanted = {field.name: getattr(options, field.name) for field in fields(TorchSettings)}
+        engine: Engine = load_torch_engine(TorchSettings(**wanted))
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"the torch engine needs the package {error.name!r}, which is not installed; install it with: pip install 'polyphase[torch]'"
         ) from error
     return engine
+
+
+def _load_mock(options: EngineOptions) -> Engine:
+    from polyphase.engines.mock import MockSettings
+    from polyphase.engines.mock.engine import load_mock_engine
+
+    return load_mock_engine(
+        MockSettings(
+            model=options.model,
+            name=options.name,
+            shape=options.mock_model,
+            accelerator=options.mock_accelerator,
+            speedup=options.mock_speedup,
+            block_size=options.block_size,
+            kv_bytes=options.kv_bytes,
+            max_batch_tokens=options.max_batch_tokens,
+            max_running=options.max_running,
+            max_waiting=options.max_waiting,
+            context_length=options.context_length,
+            lease_s=options.lease_s,
+        )
+    )
 
 
 def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from polyphase.core.errors import Draining, EngineFailed, InvalidRequest, Lost, PolyphaseError, TransferError, WorkerLost
+from polyphase.core.errors import Draining, EngineFailed, InvalidRequest, Lost, Overloaded, PolyphaseError, TransferError, WorkerLost
 from polyphase.engines.interface import BlockSource, Engine, StepReport
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
 from polyphase.transfer import OpenedPools, PoolServer
 from polyphase.wire.cards import WorkerEntry, WorkerStatus
+from polyphase.wire.events import Load
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Answer,
@@ -44,6 +45,7 @@ from polyphase.wire.requests import (
 from polyphase.worker.engines import kv_exporter
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
+from polyphase.worker.room import QueueLimits
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class HostSettings:
     entry: WorkerEntry
     paths: WorkerPaths
     drain_timeout_s: float
+    limits: QueueLimits | None = None  # None: the engine alone refuses
 
 
 class WorkerHost:
@@ -184,6 +187,8 @@ class WorkerHost:
         peer_request = self._live.get(request.request_id)
         assert peer_request is not None
         try:
+            if self._settings.limits is not None:  # nothing is awaited from here to the engine's own bookkeeping
+                self._settings.limits.refuse_if_full(request, self._engine.load())
             self._engine.submit(request, source)
             return
         except PolyphaseError as error:
@@ -198,6 +203,9 @@ class WorkerHost:
     def _refuse(self, peer: PeerId, request: Submit, error: PolyphaseError) -> None:
         with request_context(request.request_id):
             log.info("refused: %s", error.message)
+        if isinstance(error, Overloaded):  # the peer goes elsewhere at once, and takes the offer along
+            self._send(peer, [_failed(request.request_id, error, self._engine.load())])
+            return
         self._release(request.offer)
         self._send(peer, [_failed(request.request_id, error)])
 
@@ -317,6 +325,6 @@ class WorkerHost:
                 self._exporter.release_lease(output.offer.lease_id)
 
 
-def _failed(request_id: str, error: PolyphaseError) -> SequenceOutput:
-    failure = WireFailure(error.code, error.message, error.is_retryable)
+def _failed(request_id: str, error: PolyphaseError, load: Load | None = None) -> SequenceOutput:
+    failure = WireFailure(error.code, error.message, error.is_retryable, load)
     return SequenceOutput(request_id=request_id, finish_reason=FinishReason.ERROR, failure=failure)

@@ -27,6 +27,9 @@ class EngineOptions:
     context_length: int | None
     thread_count: int | None
     lease_s: float
+    mock_model: str = "llama-3.1-8b"
+    mock_accelerator: str = "h100"
+    mock_speedup: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class WorkerOptions:
     role: Role
     engine: str
     engine_options: EngineOptions
+    max_waiting_prefill_tokens: int | None
     drain_timeout_s: float
     log_level: str
 
@@ -49,6 +53,7 @@ def parse_options(arguments: Sequence[str]) -> WorkerOptions:
         role=Role(given.role),
         engine=given.engine,
         engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
+        max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,
         drain_timeout_s=given.drain_timeout_s,
         log_level=given.log_level,
     )
@@ -61,8 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-folder", type=Path, required=True, help="private folder of the deployment; created if missing")
     parser.add_argument("--worker-id", required=True, help="name that outlives restarts, for example decode-0")
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
-    parser.add_argument("--engine", default="torch", help="torch, or module:function that loads another engine (default: torch)")
+    parser.add_argument("--engine", default="torch", help="torch, mock, or module:function that loads another (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
+    parser.add_argument(
+        "--max-waiting-prefill-tokens",
+        type=_count,
+        metavar="TOKENS",
+        help="prompt tokens that may wait; fresh requests beyond are refused (default: what 16 steps compute)",
+    )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", required=True, help="folder with a checkpoint, or a name on the hub")
@@ -77,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--context-length", type=_count, help="tokens of prompt and output together (default: the model's)")
     engine.add_argument("--thread-count", type=_count, help="threads that compute (default: all cores, up to 8)")
     engine.add_argument("--lease-s", type=_seconds, default=30.0, help="how long handed-over blocks are kept (default: 30)")
+    mock = parser.add_argument_group("mock engine")
+    mock.add_argument("--mock-model", default="llama-3.1-8b", help="the imagined model, a name or its figures (default: llama-3.1-8b)")
+    mock.add_argument("--mock-accelerator", default="h100", help="what it runs on, such as h100, 4xh100 or figures (default: h100)")
+    mock.add_argument("--mock-speedup", type=_factor, default=1.0, help="how much faster than that, inf for no time at all (default: 1)")
     return parser
 
 
@@ -94,4 +109,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-_count.__name__, _seconds.__name__ = "whole number", "number of seconds"  # argparse shows these when the text is no number at all
+def _factor(text: str) -> float:
+    factor = float(text)
+    if not factor > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return factor
+
+
+# argparse shows these when the text is no number at all
+_count.__name__, _seconds.__name__, _factor.__name__ = "whole number", "number of seconds", "number"

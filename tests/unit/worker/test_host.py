@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 from polyphase.core.hashing import sequence_hashes
 from polyphase.runtime import Registry
 from polyphase.wire.cards import ModelCard, WorkerStatus
+from polyphase.wire.events import Load
 from polyphase.wire.requests import Cancel, Drain, FinishReason, Question, ReleaseLease
+from polyphase.worker.room import QueueLimits
 from tests.unit.runtime.waiting import eventually
 from tests.unit.worker.conftest import Hosted, HostStarter
 from tests.unit.worker.fake_engine import (
@@ -103,6 +106,23 @@ async def test_what_the_engine_refuses_is_answered(start_host: HostStarter, peer
     assert "a bug in submit" in caplog.text
     assert len(hosted.host._live) == 0
     assert (await peer.last(peer.submit("w", [1, 2]))).finish_reason is FinishReason.LENGTH
+
+
+async def test_a_full_worker_refuses_with_its_load(start_host: HostStarter, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted = start_host()
+    connected(peer, hosted)
+    hosted.host._settings = dataclasses.replace(hosted.host._settings, limits=QueueLimits(5, 1000))
+    load = Load(waiting_count=2, waiting_prefill_tokens=1000, running_count=3)
+    monkeypatch.setattr(hosted.engine, "load", lambda: load)
+    last = await peer.last(peer.submit("w", [1, 2]))
+    assert last.failure is not None
+    assert (last.failure.code, last.failure.is_retryable, last.failure.load) == ("overloaded", True, load)
+    assert not hosted.engine.running
+    assert (await peer.last(peer.submit("w", [1, 2], emitted=1))).finish_reason is FinishReason.LENGTH  # promised elsewhere already
+    load = Load(waiting_count=5)
+    assert (await peer.last(peer.submit("w", [1, 2], emitted=1))).finish_reason is FinishReason.ERROR
+    load = Load(waiting_count=4)
+    assert (await peer.last(peer.submit("w", [1, 2]))).failure is None
 
 
 async def test_a_request_id_in_use_is_refused(start_host: HostStarter, peer: Peer) -> None:

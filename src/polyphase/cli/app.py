@@ -1,0 +1,190 @@
+"""The commands and their flags. Flags left out are None here; `config` knows the defaults, and may find a value elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from polyphase.core.errors import PolyphaseError
+
+
+class _Group(TyperGroup):
+    """Errors that we raise on purpose are one sentence on standard error and exit code 1, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer's or click's Context, by the version of typer
+        try:
+            return super().invoke(ctx)
+        except PolyphaseError as error:
+            typer.secho("error: ", err=True, fg="red", nl=False)
+            typer.echo(error.message, err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Serve large language models over many accelerators: disaggregated prefill and decode, KV-aware routing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MODEL = "Processes and model"
+_SERVER = "Server"
+_ENGINE = "Engine"
+_MOCK = "Mock engine"
+
+Name = Annotated[str | None, typer.Option("--name", help="Which deployment, where several run on this machine.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A folder, a name on the Hugging Face hub (Qwen/Qwen3-0.6B), or demo.")],
+    workers: Annotated[int | None, typer.Option(help="Workers that prefill and decode. [default: 1]", rich_help_panel=_MODEL)] = None,
+    prefill: Annotated[int | None, typer.Option(help="Workers that only prefill.", rich_help_panel=_MODEL)] = None,
+    decode: Annotated[int | None, typer.Option(help="Workers that decode.", rich_help_panel=_MODEL)] = None,
+    name: Annotated[str | None, typer.Option(help="Name of this deployment. [default: default]", rich_help_panel=_MODEL)] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model. [default: its folder or hub name]", rich_help_panel=_MODEL)
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]", rich_help_panel=_SERVER)
+    ] = None,
+    port: Annotated[str | None, typer.Option(metavar="PORT", help="[default: 8000]", rich_help_panel=_SERVER)] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Router: kv, least-loaded or round-robin. [default: kv]", rich_help_panel=_SERVER)
+    ] = None,
+    split_threshold: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Prompts with fewer tokens to compute stay on the decode worker. [default: 256]",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="What running requests get to finish at the end. [default: 30s]", rich_help_panel=_SERVER),
+    ] = None,
+    start_timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Longest start, downloads included. [default: 10min]", rich_help_panel=_SERVER)
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="torch, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: auto]", rich_help_panel=_ENGINE)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: auto]", rich_help_panel=_ENGINE)] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="KV cache per worker, such as 2GiB. [default: what fits]", rich_help_panel=_ENGINE)
+    ] = None,
+    block_size: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Tokens in a KV block. [default: 16]", rich_help_panel=_ENGINE)
+    ] = None,
+    context_length: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Prompt and output together. [default: the model's]", rich_help_panel=_ENGINE)
+    ] = None,
+    max_batch_tokens: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Most tokens in one engine step.", rich_help_panel=_ENGINE)
+    ] = None,
+    max_running: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Most requests in one engine step.", rich_help_panel=_ENGINE)
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Threads of each worker. [default: its share of the cores]", rich_help_panel=_ENGINE)
+    ] = None,
+    mock_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="llama-3.1-70b, or parameters=8e9,layers=32,… [default: llama-3.1-8b]", rich_help_panel=_MOCK),
+    ] = None,
+    mock_accelerator: Annotated[
+        str | None, typer.Option(metavar="NAME", help="4xh100, or tflops=989,… [default: h100]", rich_help_panel=_MOCK)
+    ] = None,
+    mock_speedup: Annotated[
+        str | None, typer.Option(metavar="FACTOR", help="10, or inf: steps take no time. [default: 1]", rich_help_panel=_MOCK)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML file with any of these settings; flags and POLYPHASE_… variables win.")
+    ] = None,
+) -> None:
+    """Serve a model behind an OpenAI-compatible server.
+
+    Example: polyphase serve demo --prefill 1 --decode 2
+    """
+    flags = {key: value for key, value in locals().items() if key != "config"}
+    from polyphase.cli.serve import serve_model
+
+    serve_model(flags, config)
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Exit after the conversation.")] = False,
+    port: Annotated[int | None, typer.Option(help="[default: 8000, or a free one]")] = None,
+    name: Annotated[str, typer.Option(help="Name of this deployment.")] = "demo",
+) -> None:
+    """Serve the model that comes with Polyphase over four processes, and show it in a conversation."""
+    from polyphase.cli.demo import show_demo
+
+    show_demo(port=port, name=name, is_once=once)
+
+
+@app.command()
+def status(
+    name: Name = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing, until Ctrl-C.")] = False,
+) -> None:
+    """Show the workers of the running deployment: roles, load, KV use, hit rate."""
+    from polyphase.cli.status import show_status
+
+    show_status(name, is_watching=watch)
+
+
+@app.command()
+def explain(
+    request_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Header x-request-id, or the answer's id. [default: the latest request]")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="A frontend. [default: the running deployment's]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The record itself.")] = False,
+    name: Name = None,
+) -> None:
+    """Tell why a request went where it went, and what became of it."""
+    from polyphase.cli.explain import show_explanation
+
+    show_explanation(request_id, url=url, name=name, is_json=as_json)
+
+
+@app.command()
+def chat(
+    url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server. [default: the running deployment]")] = None,
+    model: Annotated[str | None, typer.Option(help="[default: the first that the server lists]")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0, help="0 is greedy. [default: the model's]")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 512,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    name: Name = None,
+) -> None:
+    """Chat with a served model in the terminal."""
+    from polyphase.cli.chat import ChatSettings, chat_in_terminal
+
+    chat_in_terminal(url, name, ChatSettings(model=model, temperature=temperature, max_tokens=max_tokens, system=system))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is missing on this machine, and how to mend it."""
+    from polyphase.cli.doctor import show_checks
+
+    raise typer.Exit(show_checks())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from polyphase import __version__
+
+    typer.echo(__version__)

@@ -1,0 +1,177 @@
+"""`polyphase status`: asks each worker of a deployment for its state, over the run folder, so that it works without a frontend.
+
+A frontend that is there adds what its router complains of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from polyphase.config import format_bytes
+from polyphase.core.errors import ConfigurationError, WorkerLost
+from polyphase.launch import DeploymentRecord, find_deployment
+from polyphase.runtime import Registry, WorkerClient
+from polyphase.wire.cards import WorkerStatus
+from polyphase.wire.requests import Question
+
+log = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 2.0
+WATCH_INTERVAL_S = 1.0
+WIDE_COLUMNS = 100
+LEGEND = "KV blocks: used / all; hits: prompt tokens found cached; in, out: tokens"
+Answers = Mapping[str, WorkerStatus | None]  # by worker id; None: it is there and does not answer
+
+
+def show_status(name: str | None, *, is_watching: bool) -> None:
+    """Raises: ConfigurationError if nothing runs."""
+    record = find_deployment(name, os.environ)
+    console = Console(highlight=False)
+    if not is_watching:
+        console.print(asyncio.run(_look(record, console.width)))
+        return
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_watch(record, console))
+
+
+async def _watch(record: DeploymentRecord, console: Console) -> None:
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(await _look(record, console.width), refresh=True)
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            try:
+                find_deployment(record.name, os.environ)
+            except ConfigurationError:
+                raise ConfigurationError(f"the deployment {record.name!r} has ended") from None
+
+
+async def _look(record: DeploymentRecord, width: int) -> Group:
+    answers, warnings = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
+    return _view(record, answers, warnings, width)
+
+
+async def ask_frontend(url: str) -> list[str]:
+    """What the router has to complain of; nothing if there is no frontend, because the workers can be seen without one."""
+    try:
+        async with httpx.AsyncClient(timeout=ANSWER_TIMEOUT_S, trust_env=False) as client:
+            page = (await client.get(f"{url}/health")).json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        log.debug("the frontend at %s tells nothing: %s", url, error)
+        return []
+    return _warnings(page)
+
+
+def _warnings(page: Any) -> list[str]:
+    models = page.get("models") if isinstance(page, dict) else None
+    workers = {
+        worker_id: worker
+        for model in (models.values() if isinstance(models, dict) else ())
+        for worker_id, worker in model.get("workers", {}).items()
+    }
+    return [
+        f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
+        for worker_id, worker in sorted(workers.items())
+        if worker.get("drift")
+    ]
+
+
+async def ask_workers(run_folder: Path) -> Answers:
+    """Every living worker's answer, all asked at once."""
+    entries = Registry(run_folder).entries()
+    client = WorkerClient(lambda outputs: None, name="status")
+    receiving = asyncio.create_task(client.run())
+    try:
+        for entry in entries:
+            client.connect(entry.worker_id, entry.request_endpoint)
+        answers = await asyncio.gather(*(_ask(client, entry.worker_id) for entry in entries))
+        return {entry.worker_id: answer for entry, answer in zip(entries, answers, strict=True)}
+    finally:
+        receiving.cancel()
+        client.close()
+
+
+async def _ask(client: WorkerClient, worker_id: str) -> WorkerStatus | None:
+    try:
+        answer = await client.ask(worker_id, Question.STATUS, ANSWER_TIMEOUT_S)
+    except WorkerLost:
+        return None
+    return answer if isinstance(answer, WorkerStatus) else None
+
+
+def _view(record: DeploymentRecord, answers: Answers, warnings: list[str], width: int) -> Group:
+    up_s = time.time() - record.started_unix_s
+    head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
+    table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
+    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(warning, "yellow") for warning in warnings))
+
+
+def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:
+    """One row per worker, also for those that should be there and are not. Not wide: the less telling columns are left out."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for heading in ("worker", "role", "state"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("running", "waiting", "KV blocks", "hits", "in", "out", *(("cached", "memory", "up") if is_wide else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for worker_id in [*expected_worker_ids, *sorted(answers.keys() - set(expected_worker_ids))]:
+        status = answers.get(worker_id)
+        if status is None:
+            state = Text("does not answer", "red") if worker_id in answers else Text("not there", "yellow")
+            table.add_row(worker_id, "", state)
+        else:
+            table.add_row(worker_id, *_cells(status), *(_wide_cells(status) if is_wide else ()))
+    return table
+
+
+def _cells(status: WorkerStatus) -> list[str | Text]:
+    load = status.load
+    return [
+        status.entry.role.value,
+        Text("draining", "yellow") if status.entry.is_draining else Text("ready", "green"),
+        str(load.running_count),
+        str(load.waiting_count),
+        f"{load.used_block_count}/{load.block_count}",
+        _percent(load.cached_prompt_tokens_total, load.prompt_tokens_total),
+        format_count(load.prompt_tokens_total),
+        format_count(load.generated_tokens_total),
+    ]
+
+
+def _wide_cells(status: WorkerStatus) -> list[str]:
+    load = status.load
+    return [_percent(load.cached_block_count, load.block_count), format_bytes(status.rss_bytes), format_age(status.uptime_s)]
+
+
+def format_count(count: int) -> str:
+    """`999`, `12.3k`, `4.5M`."""
+    if count < 10_000:
+        return str(count)
+    return f"{count / 1e3:.1f}k" if count < 1_000_000 else f"{count / 1e6:.1f}M"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f}%" if whole else "-"
+
+
+def format_age(seconds: float) -> str:
+    """`42s`, `3m10s`, `2h05m`, `4d03h`."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

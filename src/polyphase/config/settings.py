@@ -1,0 +1,95 @@
+"""Everything that can be set about one deployment on this machine, with its default and its bounds."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from polyphase.config.units import parse_duration_s, parse_size_bytes
+from polyphase.router.policies import POLICIES
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,19}")
+MIN_KV_BYTES = 1024**2
+
+
+def _check_name(name: str) -> str:
+    # Part of a folder's name, and of socket paths, whose length is limited.
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name a deployment; use up to 20 lower-case letters, digits, - and _, for example demo-2")
+    return name
+
+
+def _check_policy(policy: str) -> str:
+    if policy not in POLICIES:
+        raise ValueError(f"there is no router policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    return policy
+
+
+def _check_engine(engine: str) -> str:
+    if engine not in ("torch", "mock") and ":" not in engine:
+        raise ValueError(f"there is no engine {engine!r}; write torch, mock, or module:function of an engine of your own")
+    return engine
+
+
+def _check_kv_bytes(kv_bytes: int) -> int:
+    if kv_bytes < MIN_KV_BYTES:
+        raise ValueError("is too small for a KV cache; write at least 1MiB, usually some GiB, for example 2GiB")
+    return kv_bytes
+
+
+def _check_model(model: str) -> str:
+    if not model.strip():
+        raise ValueError("is empty; name a folder, a model on the Hugging Face hub such as Qwen/Qwen3-0.6B, or demo")
+    return model
+
+
+Size = Annotated[int, BeforeValidator(parse_size_bytes), AfterValidator(_check_kv_bytes)]
+Duration = Annotated[float, BeforeValidator(parse_duration_s)]
+
+
+class ServeSettings(BaseModel):
+    """`polyphase serve`. None means: the engine, or the launcher, chooses what is sensible here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, AfterValidator(_check_model)]  # a folder, a name on the hub, or `demo`
+    served_model_name: str | None = Field(None, min_length=1)  # what clients call it
+    name: Annotated[str, AfterValidator(_check_name)] = "default"  # of the deployment
+
+    workers: int | None = Field(None, ge=1, le=256)  # each for prefill and decode
+    prefill: int | None = Field(None, ge=0, le=256)
+    decode: int | None = Field(None, ge=0, le=256)
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    policy: Annotated[str, AfterValidator(_check_policy)] = "kv"
+    split_threshold: int = Field(256, ge=0)  # tokens to compute from which prefill and decode are split
+
+    engine: Annotated[str, AfterValidator(_check_engine)] = "torch"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_memory: Size | None = None  # bytes, per worker
+    block_size: int = Field(16, ge=1, le=1024)  # tokens
+    context_length: int | None = Field(None, ge=1)
+    max_batch_tokens: int | None = Field(None, ge=1)
+    max_running: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1)  # per worker
+
+    mock_model: str | None = None  # what the mock engine imagines; None: its defaults
+    mock_accelerator: str | None = None
+    mock_speedup: float | None = Field(None, gt=0)
+
+    start_timeout: Duration = 600.0  # seconds; a first download from the hub counts
+    drain_timeout: Duration = 30.0  # seconds; running requests get this long to finish
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        if self.workers is not None and (self.prefill is not None or self.decode is not None):
+            raise ValueError("workers cannot be combined with prefill and decode; write either --workers 2, or --prefill 1 --decode 2")
+        if self.prefill and not self.decode:
+            raise ValueError("prefill workers need decode workers to hand over to; write for example --prefill 1 --decode 2")
+        if self.decode == 0 or (self.prefill == 0 and self.decode is None):
+            raise ValueError("no worker is left that decodes; write for example --workers 1, or --prefill 1 --decode 2")
+        return self

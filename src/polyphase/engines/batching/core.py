@@ -1,0 +1,284 @@
+"""The engine's bookkeeping around a step: requests in, plans out, results turned into reports. Synchronous; one thread at a time.
+
+    submit · abort · release ─► begin_step ─► StepPlan ─► execute (elsewhere) ─► finish_step ─► StepReport
+
+`submit`, `abort` and the release of a lease may come between `begin_step` and `finish_step`, while the step runs: nothing that the
+step reads or writes changes until it is finished. A sequence lives in `_sequences` from submission to its one terminal output.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from polyphase.core.clock import Clock
+from polyphase.core.errors import EngineFailed, InvalidRequest
+from polyphase.engines.batching.admission import check_request
+from polyphase.engines.batching.exports import BlockExports, can_use
+from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
+from polyphase.engines.batching.sampling_state import SamplingState
+from polyphase.engines.batching.scheduler import Scheduler, SchedulerLimits, StepPlan
+from polyphase.engines.batching.sequence import Sequence
+from polyphase.engines.batching.stopping import Stop, StopLimits, StopRule
+from polyphase.engines.batching.storage import BlockStorage
+from polyphase.engines.interface import BlockSource, StepReport
+from polyphase.kv import BlockPool, PrefixCache
+from polyphase.text import Tokenizer
+from polyphase.wire.cards import ModelCard
+from polyphase.wire.events import KvEvent, Load
+from polyphase.wire.kv import KvOffer
+from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, Submit, WireFailure
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Counters of the load report."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    transferred_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    preemptions: int = 0
+
+
+class EngineCore:
+    """Everything that an engine knows, except the model."""
+
+    def __init__(
+        self, *, card: ModelCard, storage: BlockStorage, tokenizer: Tokenizer, limits: SchedulerLimits, lease_ns: int, clock: Clock
+    ) -> None:
+        self._card = card
+        self._storage = storage
+        self._clock = clock
+        self._stop_limits = StopLimits(frozenset(card.eos_token_ids), card.context_length, tokenizer)
+        self.pool = BlockPool(storage.block_count)
+        self._cache = PrefixCache(self.pool, card.block_size, storage.layout.fingerprint + storage.layout.dtype)
+        self._scheduler = Scheduler(limits, self._cache)
+        self.exports = BlockExports(self.pool, storage.shared, lease_ns)
+        self._sequences: dict[str, Sequence] = {}
+        self._totals = _Totals()
+        self._arrivals = 0
+        self._ended: list[SequenceOutput] = []  # outputs that did not come from a step
+        self._released_offers: list[KvOffer] = []
+        self._untaken_events: list[KvEvent] = []
+        self._current: StepPlan | None = None  # while it is performed
+
+    # What the worker calls.
+
+    def submit(self, request: Submit, source: BlockSource | None) -> None:
+        check_request(request, self._card)
+        if request.request_id in self._sequences:
+            raise InvalidRequest("a request of this id is running already", param="request_id", request_id=request.request_id)
+        self._scheduler.refuse_if_full(request.request_id)
+        sequence = self._new_sequence(request, source)
+        self._scheduler.add(sequence)
+        self._sequences[request.request_id] = sequence
+        self._totals.prompt_tokens += request.prompt_token_count
+        stop = sequence.stop.at_length(len(sequence.token_ids), sequence.output_count)
+        if stop is not None:  # it came from elsewhere, where all but the end was done
+            self._ended.append(self._end(sequence, stop.reason))
+
+    def abort(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            self.exports.release_request(request_id)
+        elif self._current is not None:
+            sequence.is_cancelled = True
+            self._current.interrupt_if_pointless()
+        else:
+            self._ended.append(self._end(sequence, FinishReason.CANCELLED))
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._sequences)
+
+    def cached_hashes(self) -> list[int]:
+        return self.pool.journal.announced()
+
+    def load(self) -> Load:
+        totals, scheduler = self._totals, self._scheduler
+        return Load(
+            step=totals.steps,
+            running_count=scheduler.running_count,
+            waiting_count=scheduler.waiting_count,
+            waiting_prefill_tokens=scheduler.uncomputed_prefill_tokens,
+            block_count=self.pool.block_count,
+            used_block_count=self.pool.used_count,
+            cached_block_count=self.pool.idle_count,
+            leased_block_count=self.exports.leases.block_count,
+            prompt_tokens_total=totals.prompt_tokens,
+            cached_prompt_tokens_total=totals.cached_tokens,
+            transferred_tokens_total=totals.transferred_tokens,
+            generated_tokens_total=totals.generated_tokens,
+            finished_total=totals.finished,
+            preemptions_total=totals.preemptions,
+        )
+
+    # A step.
+
+    def begin_step(self) -> StepPlan:
+        """Plan the next step; it has to be finished unless it is empty."""
+        now_ns = self._clock.now_ns()
+        if expired := self.exports.expire(now_ns):
+            logger.warning("%d offers ran out before their blocks were fetched", expired)
+        for sequence in self._scheduler.waiting:
+            if sequence.offer is not None and not can_use(sequence.offer, self._storage.layout, now_ns):
+                logger.info("request %s: the offered blocks cannot be used and are computed here", sequence.request.request_id)
+                self._give_up_offer(sequence)
+        plan = self._scheduler.plan()
+        self._totals.preemptions += len(plan.preempted)
+        pulled = {pull.sequence: pull.first_block for pull in plan.pulls}
+        for sequence in plan.admitted:
+            self._note_admission(sequence, now_ns)
+            if sequence not in pulled:
+                self._give_up_offer(sequence)
+        self.exports.before_writing(
+            [
+                block_id
+                for row in plan.rows
+                for block_id in row.sequence.blocks.block_ids[
+                    pulled.get(row.sequence, row.start // self._card.block_size) : self._cache.blocks_for(row.start + row.count)
+                ]
+            ]
+        )
+        self._current = None if plan.is_empty else plan
+        return plan
+
+    def finish_step(self, outcome: StepOutcome, plan: StepPlan) -> StepReport:
+        self._current = None
+        self._totals.steps += 1
+        if outcome.error is not None:
+            logger.error("an engine step failed; its %d requests end", len(plan.rows), exc_info=outcome.error)
+            outputs = [self._fail(row.sequence, f"the engine failed in a step: {outcome.error}") for row in plan.rows]
+        else:
+            for result in outcome.pulls:
+                self._finish_pull(result)
+            outputs = []
+            for row in outcome.computed:
+                sequence = row.sequence
+                sequence.computed_count = row.start + row.count
+                self._cache.commit(sequence.blocks, sequence.token_ids, sequence.computed_count)
+                if sequence in outcome.samples and not sequence.is_cancelled:
+                    outputs.append(self._advance(sequence, outcome.samples[sequence]))
+        for sequence in [s for s in self._sequences.values() if s.is_cancelled]:
+            outputs.append(self._end(sequence, FinishReason.CANCELLED))
+        return self._report(outputs)
+
+    def take_idle_report(self) -> StepReport | None:
+        """What happened without a step: requests that ended while they waited, offers given up, blocks named or evicted."""
+        report = self._report([])
+        return report if report.outputs or report.events or report.released_offers else None
+
+    def keep_for_later(self, report: StepReport) -> None:
+        """Put back what nobody was there to take; it comes first in the next report."""
+        self._ended = report.outputs + self._ended
+        self._released_offers = report.released_offers + self._released_offers
+        self._untaken_events = report.events
+
+    def _report(self, outputs: list[SequenceOutput]) -> StepReport:
+        events = self._untaken_events + self.pool.journal.take()
+        report = StepReport(self._totals.steps, self._ended + outputs, events, self._released_offers)
+        self._ended, self._released_offers, self._untaken_events = [], [], []
+        return report
+
+    # One sequence.
+
+    def _new_sequence(self, request: Submit, source: BlockSource | None) -> Sequence:
+        self._arrivals += 1
+        count = request.prompt_token_count
+        return Sequence(
+            request=request,
+            arrival=self._arrivals,
+            arrived_ns=self._clock.now_ns(),
+            token_ids=list(request.token_ids),
+            blocks=self._cache.open(request.token_ids, request.cache_salt),
+            sampling=SamplingState(request.sampling, request.token_ids[:count], request.token_ids[count:]),
+            stop=StopRule(request, self._stop_limits),
+            offer=request.offer if source is not None else None,  # what nobody opened is not ours to release
+            source=source,
+        )
+
+    def _note_admission(self, sequence: Sequence, now_ns: int) -> None:
+        """The first time only: after a preemption it would find its own blocks."""
+        if sequence.first_step_ns is not None:
+            return
+        sequence.first_step_ns = now_ns
+        cached_count = min(sequence.computed_count, sequence.request.prompt_token_count)
+        self._totals.cached_tokens += cached_count
+        sequence.stats = PhaseStats(cached_token_count=cached_count, queue_ms=(now_ns - sequence.arrived_ns) / 1e6)
+
+    def _finish_pull(self, result: PullResult) -> None:
+        sequence = result.pull.sequence
+        if result.error is not None:
+            logger.warning("request %s: offered blocks could not be read: %s", sequence.request.request_id, result.error)
+        else:
+            count = result.pull.token_count - sequence.computed_count
+            sequence.computed_count = result.pull.token_count
+            self._totals.transferred_tokens += count
+            cached_count = sequence.stats.cached_token_count if sequence.stats is not None else 0
+            queue_ms = sequence.stats.queue_ms if sequence.stats is not None else 0.0
+            sequence.stats = PhaseStats(
+                cached_token_count=cached_count,
+                transferred_token_count=count,
+                transferred_bytes=result.byte_count,
+                transfer_ms=result.duration_ms,
+                queue_ms=queue_ms,
+            )
+        self._give_up_offer(sequence)
+
+    def _give_up_offer(self, sequence: Sequence) -> None:
+        """The offer is used, or of no use: whoever made it may have its blocks back."""
+        if sequence.offer is not None:
+            self._released_offers.append(sequence.offer)
+        sequence.offer = sequence.source = None
+
+    def _advance(self, sequence: Sequence, sampled: SampledToken | None) -> SequenceOutput:
+        """Append the sampled token; end the sequence if it is time."""
+        if sampled is None:
+            self._storage.zero(self.pool.disown(sequence.blocks.ids()))  # such numbers must not reach whoever gets the blocks next
+            return self._fail(sequence, "the model's output is not a number for this request")
+        sequence.token_ids.append(sampled.token_id)
+        sequence.sampling.note(sampled.token_id)
+        self._totals.generated_tokens += 1
+        stop = sequence.stop.after(sampled.token_id, len(sequence.token_ids), sequence.output_count)
+        stats, sequence.stats = sequence.stats, None
+        offer = None
+        if stop is None and sequence.request.hand_over and self.exports.can_offer:
+            stop = Stop(FinishReason.HANDED_OVER)
+            offer = self._offer_blocks(sequence)
+        if stop is not None:
+            self._remove(sequence)
+        return SequenceOutput(
+            request_id=sequence.request.request_id,
+            token_ids=[sampled.token_id],
+            logprobs=None if sampled.logprob is None else [sampled.logprob],
+            finish_reason=None if stop is None else stop.reason,
+            stop_reason=None if stop is None else stop.matched,
+            offer=offer,
+            stats=stats,
+        )
+
+    def _offer_blocks(self, sequence: Sequence) -> KvOffer:
+        block_ids = self._cache.detach(sequence.blocks)
+        kept_count = self._cache.blocks_for(sequence.computed_count)
+        self.pool.release(block_ids[kept_count:])
+        return self.exports.offer(sequence.request.request_id, block_ids[:kept_count], sequence.computed_count, self._clock.now_ns())
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> SequenceOutput:
+        self._remove(sequence)
+        return SequenceOutput(request_id=sequence.request.request_id, finish_reason=reason)
+
+    def _fail(self, sequence: Sequence, message: str) -> SequenceOutput:
+        self._remove(sequence)
+        failure = WireFailure(code=EngineFailed.code, message=message, is_retryable=EngineFailed.is_retryable)
+        return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.ERROR, failure=failure)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._give_up_offer(sequence)
+        del self._sequences[sequence.request.request_id]
+        self._totals.finished += 1

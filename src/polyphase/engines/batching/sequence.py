@@ -1,0 +1,52 @@
+"""One request on its way through the engine: its tokens, its blocks, how far it is computed. Shared by scheduler and engine; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from polyphase.engines.batching.sampling_state import SamplingState
+from polyphase.engines.batching.stopping import StopRule
+from polyphase.engines.interface import BlockSource
+from polyphase.kv import SequenceBlocks
+from polyphase.wire.kv import KvOffer
+from polyphase.wire.requests import PhaseStats, Submit
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """
+        token_ids | prompt        | emitted elsewhere | generated here |
+                  0       prompt_token_count     len(request.token_ids)
+                  ├── computed_count: KV is in the blocks ──┤ ← then come the tokens of the next steps
+
+    A sequence is *decoding* when all but its last token are computed.
+    """
+
+    request: Submit
+    arrival: int  # counts submissions
+    arrived_ns: int
+    token_ids: list[int]
+    blocks: SequenceBlocks
+    sampling: SamplingState
+    stop: StopRule
+    offer: KvOffer | None = None  # not yet released
+    source: BlockSource | None = None
+    computed_count: int = 0
+    is_cancelled: bool = False
+    stats: PhaseStats | None = None  # until the first output has carried it away
+    first_step_ns: int | None = None
+    cached_token_count: int = field(default=0)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The least is served first and given up last."""
+        return (self.request.priority, self.arrival)
+
+    @property
+    def uncomputed_count(self) -> int:
+        return len(self.token_ids) - self.computed_count
+
+    @property
+    def output_count(self) -> int:
+        """Output tokens so far, those emitted elsewhere included."""
+        return len(self.token_ids) - self.request.prompt_token_count

@@ -1,0 +1,107 @@
+"""The mock engine without time of its own: whoever drives it says when a step is over. For event loops and for simulations.
+
+begin_step ─► StartedStep(duration_ns) ─ … that much later … ─► finish_step ─► StepReport
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from polyphase.core.clock import Clock
+from polyphase.engines.batching.core import EngineCore
+from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
+from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
+from polyphase.engines.batching.sequence import Sequence
+from polyphase.engines.batching.storage import pull_blocks
+from polyphase.engines.interface import StepReport
+from polyphase.engines.mock.storage import MockStorage
+from polyphase.engines.mock.timing import StepTimes
+from polyphase.engines.mock.tokens import MockTokens, prompt_key
+from polyphase.text import Tokenizer
+from polyphase.wire.cards import ModelCard
+from polyphase.wire.requests import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class MockParts:
+    """What `assembly` puts together. Owner: whoever holds the machine closes `storage`."""
+
+    card: ModelCard
+    storage: MockStorage
+    tokenizer: Tokenizer
+    tokens: MockTokens
+    times: StepTimes
+    limits: SchedulerLimits
+    lease_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartedStep:
+    plan: StepPlan
+    duration_ns: int
+
+
+class MockMachine:
+    """Requests go to `core.submit` and `core.abort`."""
+
+    def __init__(self, parts: MockParts, clock: Clock) -> None:
+        self.card = parts.card
+        self.storage = parts.storage
+        self._tokens = parts.tokens
+        self._times = parts.times
+        self._kv_bytes_ratio = parts.card.block_bytes // parts.storage.layout.block_bytes
+        self.core = EngineCore(
+            card=parts.card,
+            storage=parts.storage,
+            tokenizer=parts.tokenizer,
+            limits=parts.limits,
+            lease_ns=parts.lease_ns,
+            clock=clock,
+        )
+
+    def begin_step(self) -> StartedStep | None:
+        """None: there is nothing to compute; `core.take_idle_report` may have something to say."""
+        plan = self.core.begin_step()
+        while plan.is_empty and plan.preempted:
+            plan = self.core.begin_step()
+        return None if plan.is_empty else StartedStep(plan, self.duration_ns(plan))
+
+    def finish_step(self, step: StartedStep) -> StepReport:
+        return self.core.finish_step(self.execute(step.plan), step.plan)
+
+    def duration_ns(self, plan: StepPlan) -> int:
+        """Pulls come first, then the rows are computed."""
+        pulling_ns = sum(self._times.pull_ns(pull, self.card.block_size) for pull in plan.pulls)
+        return pulling_ns + self._times.step_ns(plan.rows)
+
+    def execute(self, plan: StepPlan) -> StepOutcome:
+        """What the step brings; takes no time worth mentioning. Does not raise."""
+        try:
+            return self._execute(plan)
+        except Exception as error:  # noqa: BLE001  the root of the engine's work: it ends the requests of this step only
+            return StepOutcome(error=error)
+
+    def _execute(self, plan: StepPlan) -> StepOutcome:
+        pulls = [self._pull(plan, place) for place in range(len(plan.pulls))]
+        failed = {result.pull.sequence for result in pulls if result.error is not None}
+        rows = [row for row in plan.rows if row.sequence not in failed]
+        return StepOutcome(pulls, rows, {row.sequence: self._sample(row.sequence) for row in rows if row.is_sampled})
+
+    def _pull(self, plan: StepPlan, place: int) -> PullResult:
+        """Reported as what it stands for: so many bytes in so much time."""
+        pull = plan.pulls[place]
+        result = pull_blocks(pull, self.storage)
+        duration_ms = self._times.pull_ns(pull, self.card.block_size) / 1e6
+        return replace(result, byte_count=result.byte_count * self._kv_bytes_ratio, duration_ms=duration_ms)
+
+    def _sample(self, sequence: Sequence) -> SampledToken:
+        block_size, prompt_count = self.card.block_size, sequence.request.prompt_token_count
+        full_count = prompt_count // block_size
+        last_hash = sequence.blocks.chain.hashes[full_count - 1] if full_count else 0
+        key = prompt_key(last_hash, sequence.token_ids[full_count * block_size : prompt_count])
+        position, stop = sequence.output_count, sequence.request.stop
+        may_end = not stop.ignore_eos and position >= stop.min_tokens
+        token_id = self._tokens.token(key, position, may_end=may_end)
+        if sequence.request.sampling.top_logprobs is None:
+            return SampledToken(token_id)
+        return SampledToken(token_id, TokenLogprob(token_id, 0.0, [(token_id, 0.0)]))

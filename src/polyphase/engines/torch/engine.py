@@ -1,0 +1,129 @@
+"""The torch engine: `EngineCore` and the model, stepped on an event loop or by hand. The model runs in a thread of the engine's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from polyphase.core.clock import Clock, MonotonicClock
+from polyphase.core.errors import KvError
+from polyphase.engines.batching.core import EngineCore
+from polyphase.engines.batching.exports import OfferOrigin
+from polyphase.engines.batching.outcome import StepOutcome
+from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
+from polyphase.engines.batching.stepping import StepLoop
+from polyphase.engines.interface import BlockSource, StepReport
+from polyphase.engines.torch.execution import execute
+from polyphase.engines.torch.runner import ModelRunner
+from polyphase.engines.torch.storage import KvStorage
+from polyphase.text import Tokenizer
+from polyphase.transfer import SharedPool
+from polyphase.wire.cards import ModelCard
+from polyphase.wire.events import Load
+from polyphase.wire.kv import PoolDescriptor
+from polyphase.wire.requests import Submit
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What `assembly` puts together. Owner: the engine closes `storage` and `runner`."""
+
+    card: ModelCard
+    storage: KvStorage
+    runner: ModelRunner
+    tokenizer: Tokenizer
+    limits: SchedulerLimits
+    lease_ns: int
+
+
+class TorchEngine:
+    """Implements `engines.interface.Engine`, and `KvExporter` where its blocks are in shared memory."""
+
+    def __init__(self, parts: EngineParts, clock: Clock | None = None) -> None:
+        self._clock = clock or MonotonicClock()
+        self._card = parts.card
+        self._storage = parts.storage
+        self._runner = parts.runner
+        self.core = EngineCore(
+            card=parts.card,
+            storage=parts.storage,
+            tokenizer=parts.tokenizer,
+            limits=parts.limits,
+            lease_ns=parts.lease_ns,
+            clock=self._clock,
+        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
+        self._loop = StepLoop(self.core, self._clock, self._perform)
+        self._is_closed = False
+
+    @property
+    def card(self) -> ModelCard:
+        return self._card
+
+    @property
+    def device(self) -> torch.device:
+        return self._storage.pages.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._storage.pages.dtype
+
+    def submit(self, request: Submit, source: BlockSource | None = None) -> None:
+        self._loop.wake()
+        self.core.submit(request, source)
+
+    def abort(self, request_id: str) -> None:
+        self._loop.wake()
+        self.core.abort(request_id)
+
+    def load(self) -> Load:
+        return self.core.load()
+
+    def cached_hashes(self) -> list[int]:
+        return self.core.cached_hashes()
+
+    def step(self) -> StepReport | None:
+        """One step on the calling thread; None if there is nothing to do or to say. Not to be mixed with `run`."""
+        plan = self.core.begin_step()
+        if plan.is_empty:
+            return self.core.take_idle_report()
+        return self.core.finish_step(execute(plan, self._storage, self._runner), plan)
+
+    async def run(self, on_step: Callable[[StepReport], None]) -> None:
+        """Cancel: the step under way is finished and its results are kept, but not reported before the next `run`."""
+        await self._loop.run(on_step)
+
+    def _perform(self, plan: StepPlan) -> asyncio.Future[StepOutcome]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, execute, plan, self._storage, self._runner)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._thread.shutdown()
+        self._runner.close()
+        self._storage.close()
+
+    # KvExporter.
+
+    def pool_fd(self) -> int:
+        return self._shared().fd
+
+    def pool_descriptor(self, socket_path: str) -> PoolDescriptor:
+        return self._shared().descriptor(socket_path, self._storage.layout)
+
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
+        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, pool)
+
+    def release_lease(self, lease_id: str) -> None:
+        self._loop.wake()
+        self.core.exports.release(lease_id)
+
+    def _shared(self) -> SharedPool:
+        if self._storage.shared is None:
+            raise KvError("the blocks of this engine lie in device memory: no other process can read them")
+        return self._storage.shared

@@ -1,0 +1,110 @@
+"""The memory of the KV blocks, as tensors: in shared memory on the CPU, in device memory elsewhere.
+
+    block     = [layer, 2 (keys, values), block_size, kv_heads, head_dim]     contiguous, as `wire.kv.KvLayout` says
+    pages     = the same memory as rows of one layer's keys or values of one block: [block · layer · 2, block_size · kv_heads · head_dim]
+    slots     = the same memory as rows of one token:                    [block · layer · 2 · block_size, kv_heads · head_dim]
+
+So the attention reads whole pages and writes single slots, each with one indexed operation, and a transfer moves whole blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from polyphase.engines.batching.storage import BlockStorage
+from polyphase.engines.interface import BlockSource
+from polyphase.transfer import SharedPool
+from polyphase.wire.kv import KvLayout
+
+
+class KvStorage(BlockStorage, Protocol):
+    """Blocks that one engine computes into, as tensors."""
+
+    pages: Tensor
+    slots: Tensor
+
+    @property
+    def shared(self) -> SharedPool | None: ...
+
+    def close(self) -> None: ...
+
+
+class HostStorage:
+    """Blocks in shared memory, where other workers on this host read them without our help."""
+
+    def __init__(self, layout: KvLayout, block_count: int) -> None:
+        self.layout = layout
+        self.block_count = block_count
+        self.shared: SharedPool | None = SharedPool.create(block_count, layout.block_bytes)
+        self._bytes = self.shared.blocks
+        blocks = torch.frombuffer(self._bytes, dtype=torch.uint8).view(torch_dtype(layout))
+        self.pages, self.slots = _views(blocks, layout)
+
+    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> None:
+        width = self.layout.block_bytes
+        for start, end in _runs(into):
+            target = self._bytes[into[start] * width : (into[end - 1] + 1) * width]
+            source.read_blocks(block_ids[start:end], generations[start:end], target)
+
+    def zero(self, block_ids: Sequence[int]) -> None:
+        _zero(self, block_ids)
+
+    def close(self) -> None:
+        """The tensors must not be used any more."""
+        empty = torch.empty(0)
+        self.pages = self.slots = empty
+        if self.shared is not None:
+            self.shared.close()
+
+
+class DeviceStorage:
+    """Blocks in the memory of an accelerator; offered blocks reach them by way of a staging buffer."""
+
+    shared: SharedPool | None = None
+
+    def __init__(self, layout: KvLayout, block_count: int, device: torch.device) -> None:
+        self.layout = layout
+        self.block_count = block_count
+        elements = block_count * layout.block_bytes // torch_dtype(layout).itemsize
+        self._blocks = torch.zeros(elements, dtype=torch_dtype(layout), device=device)
+        self.pages, self.slots = _views(self._blocks, layout)
+
+    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> None:
+        staging = bytearray(len(block_ids) * self.layout.block_bytes)
+        source.read_blocks(block_ids, generations, memoryview(staging))
+        blocks = torch.frombuffer(staging, dtype=torch.uint8).view(self._blocks.dtype).view(len(block_ids), -1)
+        index = torch.tensor(list(into), device=self._blocks.device)
+        self._blocks.view(self.block_count, -1)[index] = blocks.to(self._blocks.device)
+
+    def zero(self, block_ids: Sequence[int]) -> None:
+        _zero(self, block_ids)
+
+    def close(self) -> None:
+        self._blocks = self.pages = self.slots = torch.empty(0)
+
+
+def torch_dtype(layout: KvLayout) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[layout.dtype]
+
+
+def _views(blocks: Tensor, layout: KvLayout) -> tuple[Tensor, Tensor]:
+    token_width = layout.kv_head_count * layout.head_dim
+    return blocks.view(-1, layout.block_size * token_width), blocks.view(-1, token_width)
+
+
+def _zero(storage: KvStorage, block_ids: Sequence[int]) -> None:
+    pages = storage.pages.view(storage.block_count, -1)
+    pages[torch.tensor(list(block_ids), dtype=torch.int64, device=pages.device)] = 0
+
+
+def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Index ranges of `block_ids` whose blocks are neighbours in memory."""
+    start = 0
+    for end in range(1, len(block_ids) + 1):
+        if end == len(block_ids) or block_ids[end] != block_ids[end - 1] + 1:
+            yield start, end
+            start = end

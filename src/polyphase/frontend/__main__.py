@@ -1,0 +1,165 @@
+"""Composition root of a frontend process: puts it together from its flags and runs it until SIGTERM.
+
+Exit codes: 0 drained; 1 something given to it is wrong (one sentence on standard error); 2 a flag is wrong; 70 it broke down and may
+be started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvloop
+
+from polyphase.core.errors import ConfigurationError
+from polyphase.frontend.app import build_app
+from polyphase.frontend.dispatch import Dispatcher
+from polyphase.frontend.endpoints import Services
+from polyphase.frontend.fleet import Fleet
+from polyphase.frontend.metrics import Metrics
+from polyphase.frontend.models import Models
+from polyphase.frontend.records import Records
+from polyphase.frontend.server import HttpServer, open_socket
+from polyphase.frontend.settings import FrontendSettings
+from polyphase.observe.logs import LEVELS, configure_logging
+from polyphase.router import POLICIES, Router, RouterSettings, SplitRule
+from polyphase.runtime import Registry
+from polyphase.runtime.lifeline import Lifeline
+
+log = logging.getLogger("polyphase.frontend")
+
+EXIT_CONFIGURATION = 1
+EXIT_BROKEN = 70  # Source: EX_SOFTWARE of sysexits.h
+LIFELINE_CHECK_INTERVAL_S = 1.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    http, router, split = FrontendSettings(), RouterSettings(), SplitRule()
+    parser = argparse.ArgumentParser(prog="python -m polyphase.frontend", description="OpenAI-compatible HTTP server of a deployment.")
+    add = parser.add_argument
+    add("--run-folder", type=Path, required=True, help="private folder of the deployment, with the registry of its workers")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--policy", choices=sorted(POLICIES), default=router.policy, help="how workers are chosen (default: %(default)s)")
+    add(
+        "--split-threshold",
+        type=int,
+        default=split.min_uncached_tokens,
+        metavar="TOKENS",
+        help="prompts with fewer tokens to compute are not split (default: %(default)s)",
+    )
+    add(
+        "--max-waiting-requests",
+        type=int,
+        default=router.max_waiting_requests,
+        metavar="N",
+        help="per worker, beyond those it runs; when all are full, requests get 429 (default: %(default)s)",
+    )
+    add("--request-timeout-s", type=float, default=http.request_timeout_s, metavar="S", help="then 504 (default: %(default)g)")
+    add(
+        "--migration-limit",
+        type=int,
+        default=http.migration_limit,
+        metavar="N",
+        help="how often a sequence may be taken up by another worker (default: %(default)s)",
+    )
+    add("--max-body-bytes", type=int, default=http.max_body_bytes, metavar="BYTES", help="larger bodies get 413 (default: %(default)s)")
+    add(
+        "--drain-timeout-s",
+        type=float,
+        default=http.drain_timeout_s,
+        metavar="S",
+        help="after SIGTERM, running requests get this long (default: %(default)g)",
+    )
+    add("--log-level", choices=LEVELS, default="info", help="default: %(default)s")
+    return parser
+
+
+def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettings]:
+    """Raises: ConfigurationError."""
+    for name, least in (
+        ("port", 0),
+        ("split_threshold", 0),
+        ("max_waiting_requests", 0),
+        ("migration_limit", 0),
+        ("max_body_bytes", 1),
+        ("request_timeout_s", 0.001),
+        ("drain_timeout_s", 0),
+    ):
+        if not getattr(flags, name) >= least:
+            raise ConfigurationError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(flags, name)}")
+    if flags.port > 65535:
+        raise ConfigurationError(f"--port must be at most 65535, not {flags.port}")
+    http = FrontendSettings(
+        max_body_bytes=flags.max_body_bytes,
+        request_timeout_s=flags.request_timeout_s,
+        migration_limit=flags.migration_limit,
+        drain_timeout_s=flags.drain_timeout_s,
+    )
+    split = SplitRule(min_uncached_tokens=flags.split_threshold)
+    return http, RouterSettings(policy=flags.policy, split=split, max_waiting_requests=flags.max_waiting_requests)
+
+
+async def serve(
+    run_folder: Path, host: str, port: int, settings: FrontendSettings, router_settings: RouterSettings, lifeline: Lifeline
+) -> None:
+    """A whole frontend until SIGTERM or SIGINT. Raises: ConfigurationError."""
+    listener = open_socket(host, port)
+    router = Router(router_settings)
+    models, metrics = Models(), Metrics()
+    fleet = Fleet(Registry(run_folder), router, models, settings)
+    dispatcher = Dispatcher(router, fleet.send, metrics, settings)
+    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings)
+    server = HttpServer(build_app(services, router), services, listener)
+    server.install_signal_handlers()
+    async with asyncio.TaskGroup() as tasks:
+        helpers = [
+            tasks.create_task(fleet.run(dispatcher), name="fleet"),
+            tasks.create_task(_stop_when_cut(lifeline, server), name="lifeline"),
+        ]
+        await server.run()
+        for helper in helpers:
+            helper.cancel()
+
+
+async def _stop_when_cut(lifeline: Lifeline, server: HttpServer) -> None:
+    """Where the kernel tells of the parent's end by a signal, this only mends what happened before it was asked to."""
+    while True:
+        await asyncio.sleep(LIFELINE_CHECK_INTERVAL_S)
+        if lifeline.is_cut():
+            server.stop()
+            return
+
+
+def main() -> int:
+    lifeline = Lifeline()
+    flags = _parser().parse_args()
+    configure_logging("frontend", flags.log_level)
+    exit_code = 0
+    try:
+        settings, router_settings = _settings(flags)
+        uvloop.run(serve(flags.run_folder, flags.host, flags.port, settings, router_settings, lifeline))
+    except* ConfigurationError as group:
+        for error in _leaves(group):
+            log.error("%s", error)
+        exit_code = EXIT_CONFIGURATION
+    except* Exception:
+        log.exception("the frontend broke down")
+        exit_code = EXIT_BROKEN
+    return exit_code
+
+
+def _leaves(group: BaseExceptionGroup[ConfigurationError]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The two endpoints that generate text, as ASGI applications: from the body to the last byte of the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from polyphase.core.errors import BodyTooLarge, PolyphaseError
+from polyphase.frontend.answers import DONE, AnswerFields, Usage, encode
+from polyphase.frontend.assembly import Piece
+from polyphase.frontend.bodies import ClientGone, check_content_type, discard_body, parse_body, read_body
+from polyphase.frontend.dispatch import Dispatcher
+from polyphase.frontend.door import Door
+from polyphase.frontend.generation import Generation, Order
+from polyphase.frontend.metrics import Metrics
+from polyphase.frontend.models import Models, ServedModel
+from polyphase.frontend.names import RequestNames
+from polyphase.frontend.openai_types import GenerationRequest
+from polyphase.frontend.problems import InternalError, error_events, error_object, start_message
+from polyphase.frontend.prompts import Prompt
+from polyphase.frontend.records import Records, RequestRecord, prefill_worker
+from polyphase.frontend.settings import FrontendSettings
+from polyphase.frontend.validation import Wishes
+from polyphase.text import Tokenizer
+
+log = logging.getLogger(__name__)
+
+WRITE_GRACE_S = 10.0  # for the last bytes, beyond the request's own deadline
+RequestT = TypeVar("RequestT", bound=GenerationRequest)
+
+
+class AnswerFormat(Protocol):
+    """Makes one endpoint's JSON of the pieces."""
+
+    def chunks(self, piece: Piece, usage: Usage | None) -> bytes:
+        """Server-sent events; with `usage` in each of them, if it is given."""
+
+    def usage_chunk(self, usage: Usage) -> bytes: ...
+
+    def whole(self, pieces: list[Piece], usage: Usage) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surface(Generic[RequestT]):
+    """In what the endpoints differ."""
+
+    name: str
+    id_prefix: str
+    request: type[RequestT]
+    wishes: Callable[[RequestT, ServedModel], Wishes]
+    prompts: Callable[[RequestT, Wishes, ServedModel, FrontendSettings], Awaitable[list[Prompt]]]
+    format: Callable[[AnswerFields, Wishes, list[Prompt], Tokenizer], AnswerFormat]
+
+
+@dataclass(slots=True)
+class Services:
+    """What the endpoints work with; one per frontend."""
+
+    models: Models
+    dispatcher: Dispatcher
+    records: Records
+    metrics: Metrics
+    settings: FrontendSettings
+    door: Door = field(default_factory=Door)
+
+
+class GenerationEndpoint(Generic[RequestT]):
+    """POST a request, get an answer or a stream. Errors before the first token are raised; later ones end the stream."""
+
+    def __init__(self, surface: Surface[RequestT], services: Services) -> None:
+        self._surface = surface
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._services.door.enter():
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        check_content_type(scope)
+        try:
+            body = await read_body(scope, receive, self._services.settings)
+        except BodyTooLarge as error:
+            await _refuse_body(error, receive, send)
+            return
+        names: RequestNames = scope["state"]["names"]
+        order = await self._order(parse_body(body, self._surface.request), names)
+        record = self._open_record(order, names)
+        answer = AnswerFields(record.answer_id, order.model.name, record.created_unix_s)
+        form = self._surface.format(answer, order.wishes, order.prompts, order.model.tokenizer)
+        with Generation(order, self._services.dispatcher, self._services.metrics, record) as generation:
+            generation.start()
+            async with _until_gone(receive, generation.abandon):
+                if order.wishes.stream:
+                    await self._stream(generation, form, order.wishes, send)
+                else:
+                    await self._answer(generation, form, send)
+
+    async def _order(self, request: RequestT, names: RequestNames) -> Order:
+        model = self._services.models.get(request.model)
+        wishes = self._surface.wishes(request, model)
+        prompts = await self._surface.prompts(request, wishes, model, self._services.settings)
+        return Order(names.internal, model, wishes, prompts)
+
+    def _open_record(self, order: Order, names: RequestNames) -> RequestRecord:
+        record = RequestRecord(
+            id=names.shown,
+            answer_id=names.answer_id(self._surface.id_prefix),
+            model=order.model.name,
+            endpoint=self._surface.name,
+            created_unix_s=int(time.time()),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in order.prompts),
+        )
+        self._services.records.add(names.internal, record)
+        return record
+
+    async def _answer(self, generation: Generation, form: AnswerFormat, send: Send) -> None:
+        gathered: dict[int, list[Piece]] = {}
+        while not generation.is_done:
+            for piece in await generation.next_pieces():
+                gathered.setdefault(piece.index, []).append(piece)
+        body = form.whole([_joined(gathered[index]) for index in sorted(gathered)], generation.usage())
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **_places(generation.record)}
+        await send(start_message(200, headers))
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, generation: Generation, form: AnswerFormat, wishes: Wishes, send: Send) -> None:
+        pieces = await generation.next_pieces()  # an error until here still gets a status of its own
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+        try:
+            async with asyncio.timeout(self._services.settings.request_timeout_s + WRITE_GRACE_S):
+                await send(start_message(200, {**headers, **_places(generation.record)}))
+                while not generation.is_done:
+                    await _write(send, _events(form, pieces, generation, wishes))
+                    pieces = await generation.next_pieces()
+                last = _events(form, pieces, generation, wishes)
+                usage = form.usage_chunk(generation.usage()) if wishes.include_usage else b""
+                await _write(send, last + usage + DONE, is_last=True)
+        except PolyphaseError as error:
+            log.warning("the stream broke off: %s: %s", error.code, error.message)
+            generation.fail(error)
+            await _write(send, error_events(error), is_last=True)
+        except ClientGone:
+            raise
+        except TimeoutError:
+            log.warning("the client did not read its stream in time; giving it up")
+            raise ClientGone from None
+        except Exception as error:  # the root of this request's task, with the answer under way
+            log.exception("internal error in a stream")
+            generation.fail(error)
+            await _write(send, error_events(InternalError(generation.record.id)), is_last=True)
+
+
+def _events(form: AnswerFormat, pieces: list[Piece], generation: Generation, wishes: Wishes) -> bytes:
+    usage = generation.usage() if wishes.continuous_usage else None
+    return b"".join([form.chunks(piece, usage) for piece in pieces])
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    last = pieces[-1]
+    return Piece(
+        index=last.index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
+        logprobs=[logprob for piece in pieces for logprob in piece.logprobs],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )
+
+
+def _places(record: RequestRecord) -> dict[str, str]:
+    """Where the phases run and why, as far as it is known when the answer begins. Figures are tokens, of the first sequence."""
+    first = record.sequences[0] if record.sequences else None
+    route = first.route if first else None
+    if first is None or route is None:
+        return {}
+    return {
+        "x-polyphase-prefill-worker": prefill_worker(route) or "",
+        "x-polyphase-decode-worker": route.decode.worker_id,
+        "x-polyphase-route": route.rule or ("split" if route.prefill else "whole"),
+        "x-polyphase-predicted-cached-tokens": str(first.predicted_cached_tokens),
+        "x-polyphase-cached-tokens": str(first.cached_tokens),
+    }
+
+
+async def _write(send: Send, data: bytes, *, is_last: bool = False) -> None:
+    if data or is_last:
+        await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+
+
+async def _refuse_body(error: BodyTooLarge, receive: Receive, send: Send) -> None:
+    body = encode(error_object(error))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    await send(start_message(error.http_status, headers))
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await discard_body(receive)
+    await send({"type": "http.response.body", "body": b""})
+
+
+@contextlib.asynccontextmanager
+async def _until_gone(receive: Receive, on_gone: Callable[[], None]) -> AsyncIterator[None]:
+    """Call `on_gone` as soon as the client closes its connection."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        on_gone()
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,122 @@
+"""One sequence on its way through the workers: what is known of it here, and which worker has it now.
+
+        token_ids   | prompt | emitted so far |     what any worker needs to go on
+
+The dispatcher is the only one that changes a flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from dataclasses import dataclass, field
+
+from polyphase.core.hashing import sequence_hashes
+from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.frontend.history import Attempt
+from polyphase.frontend.inbox import Inbox
+from polyphase.frontend.metrics import ModelMetrics
+from polyphase.frontend.predictions import Prediction
+from polyphase.frontend.records import SequenceRecord
+from polyphase.router import Route
+from polyphase.wire.kv import KvOffer
+from polyphase.wire.requests import PhaseStats, SamplingParams, StopConditions, Submit
+
+NO_ID, NOBODY, NEVER = RequestId(""), WorkerId(""), Epoch(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a sequence is to be; does not change on its way."""
+
+    sequence_id: RequestId
+    index: int  # of the choice it becomes
+    model: str
+    block_size: int
+    prompt_ids: list[int]
+    hashes: list[SequenceHash]  # of the prompt's full blocks
+    sampling: SamplingParams
+    stop: StopConditions
+    cache_salt: str | None = None
+    priority: int = 0
+
+
+class Stage(enum.Enum):
+    PREFILL = "prefill"  # at a prefill worker, which will hand it over
+    SERVING = "serving"  # at the worker that finishes it
+    WAITING = "waiting"  # broken off; no worker had room yet
+    OVER = "over"
+
+
+@dataclass(slots=True)
+class Flight:
+    job: Job
+    inbox: Inbox
+    record: SequenceRecord
+    metrics: ModelMetrics
+    stage: Stage = Stage.WAITING
+    emitted: list[int] = field(default_factory=list)
+    wire_id: RequestId = NO_ID  # of the current attempt: late news of an earlier one cannot be taken for its own
+    worker_id: WorkerId = NOBODY  # who has it now
+    epoch: Epoch = NEVER
+    route: Route | None = None
+    offer: KvOffer | None = None  # blocks for it that nobody is known to have taken yet
+    attempts: int = 0
+    tried: set[tuple[WorkerId, Epoch]] = field(default_factory=set)  # lives of workers that failed it
+    waits_until_ns: int = 0
+    deadline: asyncio.TimerHandle | None = None
+    retry: asyncio.TimerHandle | None = None
+    predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
+    cause: str | None = None  # why the latest attempt was broken off
+
+    @property
+    def is_over(self) -> bool:
+        return self.stage is Stage.OVER
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.job.stop.max_tokens - len(self.emitted)
+
+    def token_ids(self) -> list[int]:
+        return self.job.prompt_ids + self.emitted if self.emitted else self.job.prompt_ids
+
+    def hashes(self) -> list[SequenceHash]:
+        """Of the full blocks of prompt and output; the prompt's are not computed again."""
+        job = self.job
+        if not self.emitted:
+            return job.hashes
+        done = len(job.hashes) * job.block_size
+        parent = job.hashes[-1] if job.hashes else None
+        return job.hashes + sequence_hashes(self.token_ids()[done:], job.block_size, job.cache_salt, parent)
+
+    def submit(self, *, hand_over: bool = False, offer: KvOffer | None = None) -> Submit:
+        job = self.job
+        return Submit(
+            request_id=self.wire_id,
+            token_ids=self.token_ids(),
+            prompt_token_count=len(job.prompt_ids),
+            sampling=job.sampling,
+            stop=job.stop,
+            cache_salt=job.cache_salt,
+            priority=job.priority,
+            hand_over=hand_over,
+            offer=offer,
+        )
+
+    # For people who ask why
+
+    def note_route(self, route: Route, now_ns: int, *, is_split: bool) -> None:
+        token_count = len(self.job.prompt_ids) + len(self.emitted)
+        self.record.history.add(Attempt(route, now_ns, token_count, self.job.block_size, is_split, self.cause))
+
+    def note_stats(self, stats: PhaseStats, now_ns: int) -> None:
+        record, is_prefill = self.record, self.stage is Stage.PREFILL
+        record.note_stats(stats)
+        record.history.attempts[-1].note_stats(stats, of_prefill_leg=is_prefill)
+        if stats.transferred_token_count:
+            took = f"{stats.transferred_token_count} tokens of KV in {stats.transfer_ms:.1f} ms"
+            record.history.note(now_ns, "transferred", self.worker_id, took)
+
+    def note_break(self, now_ns: int, cause: str) -> None:
+        self.cause = cause
+        self.record.history.note(now_ns, "broken off", self.worker_id, cause)

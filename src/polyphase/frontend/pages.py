@@ -1,0 +1,107 @@
+"""The endpoints that only tell something: models, health, liveness, metrics, records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from polyphase.core.errors import ModelNotFound, RouteNotFound
+from polyphase.frontend.answers import encode
+from polyphase.frontend.endpoints import Services
+from polyphase.frontend.metrics import CONTENT_TYPE
+from polyphase.frontend.models import ServedModel
+from polyphase.router import Drift, Router, WorkerView
+
+LATEST_COUNT = 50
+
+
+class Pages:
+    def __init__(self, services: Services, router: Router) -> None:
+        self._services = services
+        self._router = router
+
+    async def models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [_model(model) for model in self._services.models]})
+
+    async def model(self, request: Request) -> Response:
+        wanted = request.path_params["name"]
+        for model in self._services.models:
+            if model.name == wanted:
+                return _json(_model(model))
+        served = ", ".join(self._services.models.names()) or "none at the moment"
+        raise ModelNotFound(f"the model {wanted[:100]!r} does not exist; served are: {served}", param="model")
+
+    async def health(self, request: Request) -> Response:
+        """200 if a request would find a worker; 503 with the same page if not."""
+        models: dict[str, dict[str, Any]] = {}
+        can_serve = False
+        for view in self._router.workers():
+            workers = models.setdefault(view.facts.model, {"workers": {}})["workers"]
+            drift = self._services.dispatcher.predictions.drifts.get(view.facts.worker_id)
+            workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift)}
+            can_serve = can_serve or not view.facts.is_draining
+        is_draining = self._services.door.is_closed
+        status = "draining" if is_draining else "healthy" if can_serve else "unhealthy"
+        page = {"status": status, "active_requests": self._services.dispatcher.active_count, "models": models}
+        return _json(page, 200 if can_serve and not is_draining else 503)
+
+    async def live(self, request: Request) -> Response:
+        return _json({"status": "alive"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._services.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def records(self, request: Request) -> Response:
+        """The latest 50; with `?limit=N`, fewer."""
+        wanted = request.query_params.get("limit", "")
+        count = min(int(wanted), LATEST_COUNT) if wanted.isascii() and wanted.isdecimal() and len(wanted) < 6 else LATEST_COUNT
+        return _json({"data": [record.as_json() for record in self._services.records.latest(count)]})
+
+    async def record(self, request: Request) -> Response:
+        wanted = request.path_params["name"]
+        record = self._services.records.find(wanted)
+        if record is None:
+            limit = self._services.settings.record_count
+            raise RouteNotFound(f"there is no record of request {wanted[:100]!r}; only the latest {limit:,} are kept")
+        return _json(record.details())
+
+
+def _model(model: ServedModel) -> dict[str, Any]:
+    card = model.card
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": card.created_unix_s,
+        "owned_by": "polyphase",
+        "max_model_len": card.context_length,
+    }
+
+
+def _worker(view: WorkerView) -> dict[str, Any]:
+    facts, load = view.facts, view.load
+    page: dict[str, Any] = {
+        "role": facts.role.value,
+        "epoch": facts.epoch,
+        "is_draining": facts.is_draining,
+        "running": load.running_count if load else 0,
+        "waiting": load.waiting_count if load else 0,
+        "block_count": facts.block_count,
+        "used_block_count": load.used_block_count if load else 0,
+        "booked_requests": view.booked_request_count,
+        "booked_prefill_tokens": view.booked_prefill_tokens,
+        "booked_blocks": view.booked_block_count,
+    }
+    if load is not None:
+        shown = {"running_count", "waiting_count", "block_count", "used_block_count"}
+        page.update({name: getattr(load, name) for name in load.__struct_fields__ if name not in shown})
+    return page
+
+
+def _drift(drift: Drift | None) -> dict[str, Any] | None:
+    return None if drift is None else {"reason": drift.reason.value, "message": drift.message}
+
+
+def _json(page: Any, status: int = 200) -> Response:
+    return Response(encode(page), status, media_type="application/json")

@@ -1,0 +1,122 @@
+"""A whole deployment on this machine: port, run folder, processes, signals, and the clearing away afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from polyphase.launch.plan import DeploymentPlan, process_specs
+from polyphase.launch.ports import check_port
+from polyphase.launch.process import ChildProcess
+from polyphase.launch.readiness import ReadinessProbe
+from polyphase.launch.run_folder import DeploymentRecord, RunFolder
+from polyphase.launch.supervisor import News, Ready, StartFailed, Supervisor, Timing
+
+
+class LocalDeployment:
+    """Claims its run folder at once, so that what is wrong is said before anything starts; a context manager that gives it back.
+
+    Raises: ConfigurationError if the port or the name is taken.
+    """
+
+    def __init__(self, plan: DeploymentPlan, tell: Callable[[News], None]) -> None:
+        settings = plan.settings
+        check_port(settings.host, settings.port)
+        self.plan = plan
+        self.ready = asyncio.Event()
+        self._tell = tell
+        self._folder = RunFolder.claim(settings.name, os.environ)
+        self._probe = ReadinessProbe(plan.url, self._folder.path, [worker.worker_id for worker in plan.workers])
+        self._supervisor = Supervisor(
+            process_specs(plan, self._folder.path),
+            self._folder.logs,
+            self._probe,
+            self._hear,
+            Timing(start_timeout_s=settings.start_timeout, drain_timeout_s=settings.drain_timeout),
+        )
+        self._keeps_logs = False
+
+    @property
+    def run_folder(self) -> Path:
+        return self._folder.path
+
+    @property
+    def logs_folder(self) -> Path:
+        return self._folder.logs
+
+    @property
+    def processes(self) -> list[ChildProcess]:
+        return self._supervisor.children
+
+    def joined_worker_ids(self) -> set[str]:
+        """Workers that have loaded their model."""
+        return self._probe.joined_worker_ids()
+
+    def stop(self) -> None:
+        self._supervisor.stop()
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT (or `stop`) and everything has ended; a second signal kills.
+
+        Raises: StartFailed; the logs are then kept.
+        Cancel: everything is killed.
+        """
+        self._folder.publish(self._record())
+        async with self._probe:
+            try:
+                with self._signals_handled():
+                    await self._supervisor.run()
+            except StartFailed:
+                self._keeps_logs = True
+                raise
+
+    def _hear(self, news: News) -> None:
+        if isinstance(news, Ready):
+            self.ready.set()
+        self._tell(news)
+
+    def _record(self) -> DeploymentRecord:
+        return DeploymentRecord(
+            name=self.plan.settings.name,
+            model=self.plan.model.served_name,
+            url=self.plan.url,
+            pid=os.getpid(),
+            run_folder=str(self._folder.path),
+            worker_ids=[worker.worker_id for worker in self.plan.workers],
+            started_unix_s=time.time(),
+        )
+
+    @contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        heard = 0
+
+        def hear_signal() -> None:
+            nonlocal heard
+            heard += 1
+            if heard == 1:
+                self._supervisor.stop()
+            else:
+                self._supervisor.kill()
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else it was started with nohup, to outlive the terminal
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            loop.add_signal_handler(number, hear_signal)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def __enter__(self) -> LocalDeployment:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._folder.release(keep_logs=self._keeps_logs)

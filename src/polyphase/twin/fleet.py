@@ -1,0 +1,107 @@
+"""A fleet in virtual time: workers, frontends with a router each, and a load that is played to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import xxhash
+
+from polyphase.core.ids import RequestId, WorkerId
+from polyphase.engines.mock import MockSettings
+from polyphase.engines.mock.assembly import assemble_mock
+from polyphase.engines.mock.machine import MockMachine
+from polyphase.router import Router, RouterSettings
+from polyphase.twin.frontend import RoutingCode, SimulatedFrontend
+from polyphase.twin.load import Conversation
+from polyphase.twin.measures import Measures, QueueSample, RequestRecord, measure
+from polyphase.twin.timeline import Timeline
+from polyphase.twin.worker import Delays, SimulatedWorker
+
+_SAMPLE_NS = 100_000_000
+_VOCAB_SIZE = 2**32  # token ids are made up and never shown
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    engine: MockSettings
+    worker_count: int = 16
+    frontend_count: int = 1
+    delays: Delays = field(default_factory=Delays)
+
+
+MakeRouting = Callable[[Timeline], RoutingCode]
+
+
+def router_of(policy: str) -> MakeRouting:
+    """The real router with one of its policies, and no bound on how much may wait: queueing is to be seen, not refused."""
+    return lambda timeline: Router(RouterSettings(policy=policy, max_waiting_requests=1_000_000))
+
+
+class Fleet:
+    """Made for one run. `advance` lets one thing happen, so that the caller can show how far it is."""
+
+    def __init__(self, settings: FleetSettings, make_routing: MakeRouting, load: Sequence[Conversation]) -> None:
+        self.timeline = Timeline()
+        self.records: list[RequestRecord] = []
+        self._samples: list[QueueSample] = []
+        parts = assemble_mock(settings.engine, is_shared=False)  # holds no memory, so that all workers can share it
+        parts = replace(parts, card=msgspec.structs.replace(parts.card, vocab_size=_VOCAB_SIZE))
+        names = [WorkerId(f"worker-{number}") for number in range(settings.worker_count)]
+        self.workers = {name: SimulatedWorker(name, MockMachine(parts, self.timeline), self.timeline, settings.delays) for name in names}
+        self._frontends = [
+            SimulatedFrontend(make_routing(self.timeline), self.workers, self.timeline, settings.delays)
+            for _ in range(settings.frontend_count)
+        ]
+        self._open_count = sum(len(conversation.turns) for conversation in load)
+        self.request_count = self._open_count
+        for conversation in load:
+            self.timeline.at(conversation.start_ns, lambda conversation=conversation: self._ask(conversation, 0))  # type: ignore[misc]
+        self.timeline.at(0, self._sample)
+
+    @property
+    def done_count(self) -> int:
+        return self.request_count - self._open_count
+
+    def advance(self) -> bool:
+        """False: every request has ended."""
+        return self._open_count > 0 and self.timeline.step()
+
+    def measures(self) -> Measures:
+        busy_ns = [worker.busy_ns for worker in self.workers.values()]
+        return measure(self.records, busy_ns, self._samples, self.timeline.now_ns())
+
+    def _ask(self, conversation: Conversation, number: int) -> None:
+        request_id = RequestId(f"r{len(self.records)}")
+        frontend = self._frontends[
+            xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)
+        ]  # as a load balancer would, by chance
+
+        def go_on() -> None:
+            self._open_count -= 1
+            if number + 1 < len(conversation.turns):
+                self.timeline.after(conversation.turns[number + 1].think_ns, lambda: self._ask(conversation, number + 1))
+
+        self.records.append(frontend.accept(request_id, conversation.turns[number], go_on))
+
+    def _sample(self) -> None:
+        queues = [worker.queued_prefill_tokens for worker in self.workers.values()]
+        self._samples.append(QueueSample(max(queues), sum(queues) / len(queues)))
+        self.timeline.after(_SAMPLE_NS, self._sample)
+
+
+def simulate(
+    settings: FleetSettings,
+    make_routing: MakeRouting,
+    load: Sequence[Conversation],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Measures:
+    """Play a load to its end. `on_progress` is called with (requests done, requests in all) as they end."""
+    fleet = Fleet(settings, make_routing, load)
+    done_count = 0
+    while fleet.advance():
+        if on_progress is not None and fleet.done_count != done_count:
+            done_count = fleet.done_count
+            on_progress(done_count, fleet.request_count)
+    return fleet.measures()

@@ -1,0 +1,41 @@
+"""Whether a worker takes one more request: decided where all frontends' requests meet, so that together they cannot overload it.
+
+    fresh request                  refused while too many wait, or too many prompt tokens wait to be computed
+    handed over or migrated        refused only while too many wait: it has been promised an answer, and others wait for its blocks
+
+A refusal carries the true load, so that the frontend need not guess again. A prompt longer than the limit is taken when nothing waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polyphase.core.errors import Overloaded
+from polyphase.wire.events import Load
+from polyphase.wire.requests import Submit
+
+DEFAULT_WAITING_STEPS = 16  # of prompt tokens; enough that an engine never runs dry between two answers to a frontend
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    max_waiting_requests: int
+    max_waiting_prefill_tokens: int
+
+    @classmethod
+    def of_engine(cls, max_batch_tokens: int, max_waiting_requests: int, max_waiting_prefill_tokens: int | None) -> QueueLimits:
+        """`None` makes it what the engine computes in 16 steps."""
+        return cls(max_waiting_requests, max_waiting_prefill_tokens or DEFAULT_WAITING_STEPS * max_batch_tokens)
+
+    def refuse_if_full(self, request: Submit, load: Load) -> None:
+        """Raises: Overloaded. `load` is of now, with all that was taken before."""
+        if load.waiting_count >= self.max_waiting_requests:
+            raise Overloaded(
+                f"{load.waiting_count} requests wait for this worker already, which is its limit", request_id=request.request_id
+            )
+        is_fresh = request.offer is None and len(request.token_ids) == request.prompt_token_count
+        if is_fresh and load.waiting_prefill_tokens >= self.max_waiting_prefill_tokens:
+            raise Overloaded(
+                f"{load.waiting_prefill_tokens} prompt tokens wait for this worker already; its limit is {self.max_waiting_prefill_tokens}",
+                request_id=request.request_id,
+            )

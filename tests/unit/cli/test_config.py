@@ -1,0 +1,158 @@
+"""What people write, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyphase.config import ServeSettings, format_bytes, load_serve_settings, parse_duration_s, parse_size_bytes
+from polyphase.core.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GiB", 2 * 1024**3),
+        ("2 GiB", 2 * 1024**3),
+        ("1.5gib", 3 * 1024**3 // 2),
+        ("500MB", 500_000_000),
+        ("512M", 512 * 1024**2),
+        ("64k", 65536),
+        ("1_000", None),
+        ("1500000000", 1_500_000_000),
+        (4096, 4096),
+        ("0.5TiB", 1024**4 // 2),
+        ("", None),
+        ("GiB", None),
+        ("-1GiB", None),
+        ("2 XB", None),
+        ("1e9", None),
+        ("2GiB 3", None),
+        (None, None),
+        (True, None),
+        ("٢GiB", None),
+    ],
+)
+def test_sizes(text: str, expected: int | None):
+    if expected is None:
+        with pytest.raises(ValueError, match=r"is not a size.*for example 2GiB"):
+            parse_size_bytes(text)
+    else:
+        assert parse_size_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30s", 30), ("500ms", 0.5), ("2min", 120), ("2 m", 120), ("1h", 3600), ("1.5", 1.5), (7, 7), ("0", 0), ("1 year", None), ("s", None)],
+)
+def test_durations(text: str | int, expected: float | None):
+    if expected is None:
+        with pytest.raises(ValueError, match=r"is not a duration.*for example 30s"):
+            parse_duration_s(text)
+    else:
+        assert parse_duration_s(text) == expected
+
+
+@given(st.integers(0, 2**60))
+def test_a_plain_number_of_bytes_is_itself(size: int):
+    if size < 2**53:
+        assert parse_size_bytes(str(size)) == size
+    assert format_bytes(size)
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_size_or_a_clear_error(text: str):
+    try:
+        size = parse_size_bytes(text)
+    except ValueError as error:
+        size = 0 if "for example" in str(error) else -1
+    assert size >= 0
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(17, "17 B"), (2048, "2.0 KiB"), (327680, "320 KiB"), (3 * 1024**3 // 2, "1.5 GiB"), (2**41, "2.0 TiB")]
+)
+def test_bytes_for_people(size: int, text: str):
+    assert format_bytes(size) == text
+
+
+def test_nearer_sources_win(tmp_path: Path):
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "filed"\nport = 1111\nhost = "0.0.0.0"\nkv-memory = "64MiB"\n')
+    environment = {"POLYPHASE_PORT": "2222", "POLYPHASE_POLICY": "least-loaded", "POLYPHASE_NAME": "", "UNRELATED": "x"}
+    settings = load_serve_settings({"model": "demo", "port": None, "policy": "round-robin"}, environment, file)
+    assert settings.model == "demo"
+    assert settings.port == 2222
+    assert settings.policy == "round-robin"
+    assert settings.host == "0.0.0.0"
+    assert settings.kv_memory == 64 * 1024**2
+    assert settings.name == "default"
+
+
+def test_a_nearer_choice_of_roles_replaces_a_farther_one_whole(tmp_path: Path):
+    file = tmp_path / "serve.toml"
+    file.write_text("prefill = 1\ndecode = 2\n")
+    settings = load_serve_settings({"model": "demo", "workers": 3}, {}, file)
+    assert (settings.workers, settings.prefill, settings.decode) == (3, None, None)
+    settings = load_serve_settings({"model": "demo"}, {"POLYPHASE_WORKERS": "2"}, file)
+    assert (settings.workers, settings.prefill) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "sentence"),
+    [
+        ({"model": "demo", "port": "x"}, {}, "--port 'x' should be a valid integer"),
+        ({"model": "demo", "port": 70000}, {}, "--port 70000 should be less than or equal to 65535"),
+        ({"model": "demo"}, {"POLYPHASE_PORT": "0"}, "POLYPHASE_PORT '0' should be greater"),
+        ({"model": "demo", "kv_memory": "2 XB"}, {}, "--kv-memory: '2 XB' is not a size"),
+        ({"model": "demo", "kv_memory": "12"}, {}, "--kv-memory '12' is too small"),
+        ({"model": "demo", "policy": "best"}, {}, "no router policy 'best'; choose one of kv, least-loaded, round-robin"),
+        ({"model": "demo", "dtype": "int8"}, {}, "--dtype 'int8' should be 'auto', 'float32'"),
+        ({"model": "demo", "engine": "fast"}, {}, "--engine: there is no engine 'fast'; write torch"),
+        ({"model": "demo", "name": "../x"}, {}, "--name: '../x' cannot name a deployment"),
+        ({"model": " "}, {}, "MODEL ' ' is empty"),
+        ({}, {}, "no model is named"),
+        ({"model": "demo", "workers": 1, "decode": 1}, {}, "workers cannot be combined"),
+        ({"model": "demo", "prefill": 1}, {}, "--prefill 1 --decode 2"),
+        ({"model": "demo", "prefill": 0}, {}, "no worker is left that decodes"),
+        ({"model": "demo", "decode": 0}, {}, "no worker is left that decodes"),
+        ({"model": "demo", "workers": 0}, {}, "--workers 0 should be greater than or equal to 1"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_that_names_it(flags: dict[str, object], environment: dict[str, str], sentence: str):
+    with pytest.raises(ConfigurationError) as caught:
+        load_serve_settings(flags, environment)
+    assert sentence in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("prot = 1", "did you mean port?"),
+        ("colour = 1", "known are model"),
+        ("port = ", "is not valid TOML"),
+        ("port = 'x'", "should be a valid integer"),
+        (b"\xff\xfe", "is not valid TOML"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, content: str | bytes, sentence: str):
+    file = tmp_path / "serve.toml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigurationError) as caught:
+        load_serve_settings({"model": "demo"}, {}, file)
+    assert sentence in caught.value.message
+    assert str(file) in caught.value.message
+
+
+def test_a_missing_file(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match="cannot read the configuration file"):
+        load_serve_settings({"model": "demo"}, {}, tmp_path / "none.toml")
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        ServeSettings(model="demo").port = 1  # type: ignore[misc]

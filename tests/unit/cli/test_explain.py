@@ -1,0 +1,172 @@
+"""`polyphase explain` says in words what a record holds."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from polyphase.cli.explain import in_words
+from tests.unit.cli.conftest import CommandLine
+
+
+def candidate(worker: str, leg: str, score: float, *, cached: int, missing: int, chosen: bool = False, queued: int = 0) -> dict[str, Any]:
+    return {
+        "leg": leg, "worker": worker, "is_chosen": chosen, "score": score, "overlap_blocks": cached // 16, "cached_tokens": cached,
+        "tokens_to_move" if leg == "decode" else "tokens_to_compute": missing, "queued_tokens": queued, "used_blocks": 1,
+        "booked_prefill_tokens": queued, "booked_blocks": 1, "booked_requests": 0,
+    }  # fmt: skip
+
+
+def leg(name: str, *candidates: dict[str, Any], reported: int | None = 0) -> dict[str, Any]:
+    chosen = next(row for row in candidates if row["is_chosen"])
+    return {
+        "leg": name, "worker": chosen["worker"], "predicted_cached_tokens": chosen["cached_tokens"], "reported_cached_tokens": reported,
+        "transferred_tokens": 0, "queue_ms": 1.0, "transfer_ms": 0.0, "candidate_count": len(candidates), "candidates": list(candidates),
+    }  # fmt: skip
+
+
+SPLIT = {
+    "at_ms": 0.2, "reason": "split: 480 of 512 prompt tokens to compute away from decoding requests", "rule": "split", "split": True,
+    "tokens": 512, "block_size": 16, "cause": None,
+    "legs": [
+        leg(
+            "prefill",
+            candidate("prefill-1", "prefill", 1.0, cached=32, missing=480, chosen=True),
+            candidate("prefill-0", "prefill", 0.4, cached=0, missing=512, queued=900),
+            reported=32,
+        ),
+        leg("decode", candidate("decode-1", "decode", 1.0, cached=0, missing=512, chosen=True)),
+    ],
+}  # fmt: skip
+PAGE: dict[str, Any] = {
+    "id": "req-1", "answer_id": "chatcmpl-1", "model": "demo", "status": "finished", "prompt_tokens": 512, "transferred_tokens": 512,
+    "kv_bytes_moved": 2 * 1024**2, "transfer_ms": 1.25, "completion_tokens": 9, "ttft_ms": 13.44, "itl_ms_mean": 3.1,
+    "finish_reason": "stop", "error": None, "choices": 1, "routes": [SPLIT],
+    "timeline": [
+        {"at_ms": 0.0, "event": "accepted", "worker": None, "detail": None},
+        {"at_ms": 13.4, "event": "first token", "worker": "prefill-1", "detail": None},
+    ],
+}  # fmt: skip
+
+
+def page(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(PAGE), **changes}
+
+
+def test_a_split_request_in_words():
+    assert in_words(PAGE) == (
+        "Request req-1 asked the model demo to go on from 512 prompt tokens. "
+        "It was split: prefill-1 was to compute the prompt and decode-1 to generate the answer "
+        "(480 of 512 prompt tokens to compute away from decoding requests). "
+        "prefill-1 was chosen to compute the prompt because it held 32 prompt tokens in its cache and had to compute 480, "
+        "with nothing queued before it and 1 KV block in use; the next best, prefill-0, held nothing of the prompt and would have had "
+        "to compute 512, after 900 that were queued before and 1 KV block in use. "
+        "decode-1 was the only one that could be chosen to generate: it held nothing of the prompt and had to be sent 512, "
+        "with nothing queued before it and 1 KV block in use. "
+        "The router had expected 32 cached tokens there, and that is what the engine found. "
+        "The KV cache of 512 tokens (2.0 MiB) was moved in 1.2 ms. "
+        "The first token came after 13.4 ms, and the others followed every 3.1 ms. "
+        "It ended after 9 tokens: the model or a stop string ended it."
+    )
+
+
+def test_a_migration_says_why():
+    whole = {
+        **SPLIT, "split": False, "tokens": 516, "cause": "worker decode-1 was lost while it served the request", "reason": "whole: short",
+        "legs": [leg("both", candidate("decode-0", "both", 1.0, cached=0, missing=516, chosen=True), reported=None)],
+    }  # fmt: skip
+    text = in_words(page(routes=[SPLIT, whole]))
+    assert "broken off (worker decode-1 was lost while it served the request), so another worker went on with 516 tokens." in text
+
+
+def test_equals_take_turns():
+    equal = leg(
+        "both", candidate("a", "both", 0.5, cached=0, missing=9, chosen=True), candidate("b", "both", 0.5, cached=0, missing=9), reported=16
+    )
+    text = in_words(page(routes=[{**SPLIT, "split": False, "reason": "whole: short", "legs": [equal]}]))
+    assert "b was just as good, and equals take turns" in text
+    assert "expected 0 cached tokens there; the engine found 16" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"status": "running"}, "It is still running, with 9 tokens so far."),
+        ({"status": "cancelled", "finish_reason": "cancelled"}, "Its client went away after 9 tokens."),
+        ({"status": "failed", "error": "worker_lost: it died"}, "It failed after 9 tokens: worker_lost: it died."),
+        ({"finish_reason": "length", "completion_tokens": 1}, "It ended after 1 token: it was as long as it might be."),
+        ({"routes": [], "ttft_ms": None, "error": "overloaded: full"}, "It was given to no worker: overloaded: full."),
+    ],
+)
+def test_how_it_ended(changes: dict[str, Any], words: str):
+    assert words in in_words(page(**changes))
+
+
+class Frontend(ThreadingHTTPServer):
+    pages: tuple[dict[str, Any], ...] = (PAGE,)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Frontend
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        found = [record for record in self.server.pages if path in (f"/debug/requests/{record[key]}" for key in ("id", "answer_id"))]
+        if path == "/debug/requests":
+            self.answer(200, {"data": list(self.server.pages)})
+        elif found:
+            self.answer(200, found[0])
+        else:
+            self.answer(404, {"error": {"message": "there is no record of it"}})
+
+    def answer(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def frontend() -> Iterator[Frontend]:
+    with Frontend(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_the_command_prints_words_candidates_and_timeline(polyphase: CommandLine, frontend: Frontend):
+    url = f"http://127.0.0.1:{frontend.server_address[1]}"
+    latest = polyphase("explain", "--url", f"{url}/v1")
+    assert latest.exit_code == 0, latest.output
+    lines = [line.split() for line in latest.output.splitlines()]
+    assert ["→", "prefill-1", "prefill", "1.000", "32", "480", "0", "1", "0"] in lines
+    assert ["prefill-0", "prefill", "0.400", "0", "512", "900", "1", "0"] in lines
+    assert ["→", "decode-1", "decode", "1.000", "0", "512", "moved", "0", "1", "0"] in lines
+    assert ["13.4", "ms", "first", "token", "prefill-1"] in lines
+    assert polyphase("explain", "req-1", "--url", url).output == latest.output
+    assert json.loads(polyphase("explain", "req-1", "--url", url, "--json").output) == PAGE
+
+
+def test_what_cannot_be_explained(polyphase: CommandLine, frontend: Frontend):
+    url = f"http://127.0.0.1:{frontend.server_address[1]}"
+    unknown = polyphase("explain", "req-9", "--url", url)
+    assert unknown.exit_code == 1
+    assert "there is no record of it" in unknown.output
+    frontend.pages = ()
+    assert "no request yet" in polyphase("explain", "--url", url).output
+    nowhere = polyphase("explain", "--url", "http://127.0.0.1:1")
+    assert nowhere.exit_code == 1
+    assert "cannot be asked" in nowhere.output
+    assert "no deployment is running" in polyphase("explain").output

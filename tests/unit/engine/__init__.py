@@ -1,0 +1,1 @@
+"""Tests of the torch engine, on tiny models with random weights."""

@@ -1,0 +1,160 @@
+"""Several frontends that know nothing of each other share workers: each worker alone decides what it takes, and nobody overloads it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+
+from polyphase.core.hashing import sequence_hashes
+from polyphase.core.ids import Epoch, RequestId, WorkerId
+from polyphase.frontend.dispatch import Dispatcher
+from polyphase.frontend.flight import Flight, Job
+from polyphase.frontend.inbox import Inbox
+from polyphase.frontend.metrics import Metrics
+from polyphase.frontend.settings import FrontendSettings
+from polyphase.router import Router, RouterSettings, WorkerFacts
+from polyphase.wire.cards import Role
+from polyphase.wire.events import Load
+from polyphase.wire.requests import Cancel, FinishReason, SamplingParams, SequenceOutput, StepOutputs, StopConditions, Submit, WireFailure
+from polyphase.wire.requests import ToWorker as Message
+from polyphase.worker.room import QueueLimits
+
+from .stack import wait_for
+
+PROMPT_TOKENS = 64
+
+
+@dataclass
+class SharedWorker:
+    """Answers on the next turn of the loop, as a process of its own does; takes what its limits allow."""
+
+    worker_id: str
+    limits: QueueLimits
+    epoch: int = 1
+    waiting: dict[str, tuple[Dispatcher, Submit]] = field(default_factory=dict)
+    most: int = 0
+    refused: int = 0
+
+    def load(self) -> Load:
+        return Load(waiting_count=len(self.waiting), waiting_prefill_tokens=PROMPT_TOKENS * len(self.waiting), block_count=1000)
+
+    def take(self, dispatcher: Dispatcher, message: Message) -> None:
+        if isinstance(message, Cancel):
+            self.waiting.pop(message.request_id, None)
+        if not isinstance(message, Submit):
+            return
+        try:
+            self.limits.refuse_if_full(message, self.load())
+        except Exception as error:  # noqa: BLE001
+            self.refused += 1
+            failure = WireFailure("overloaded", str(error), True, self.load())
+            self.tell(dispatcher, SequenceOutput(request_id=message.request_id, finish_reason=FinishReason.ERROR, failure=failure))
+            return
+        self.waiting[message.request_id] = (dispatcher, message)
+        self.most = max(self.most, len(self.waiting))
+
+    def finish_one(self) -> None:
+        dispatcher, submit = self.waiting.pop(next(iter(self.waiting)))
+        self.tell(dispatcher, SequenceOutput(request_id=submit.request_id, token_ids=[1], finish_reason=FinishReason.LENGTH))
+
+    def tell(self, dispatcher: Dispatcher, output: SequenceOutput) -> None:
+        asyncio.get_running_loop().call_soon(dispatcher.on_outputs, StepOutputs(self.worker_id, self.epoch, 1, [output]))
+
+
+class Frontend:
+    def __init__(self, name: str, workers: dict[str, SharedWorker], settings: FrontendSettings) -> None:
+        self.name = name
+        self.router = Router(RouterSettings())
+        self.metrics = Metrics()
+        self.dispatcher = Dispatcher(self.router, self.send, self.metrics, settings)
+        self.workers = workers
+        self.flights: list[Flight] = []
+        for worker in workers.values():
+            self.dispatcher.worker_joined(WorkerId(worker.worker_id), Epoch(worker.epoch))
+            self.router.upsert_worker(WorkerFacts(WorkerId(worker.worker_id), Epoch(worker.epoch), "m", Role.BOTH, 16, 1000, 512, 8, False))
+
+    def send(self, worker_id: str, message: Message) -> None:
+        self.workers[worker_id].take(self.dispatcher, message)
+
+    def start(self) -> Flight:
+        ids = [len(self.flights)] * PROMPT_TOKENS
+        name = RequestId(f"{self.name}-{len(self.flights)}")
+        job = Job(name, 0, "m", 16, ids, sequence_hashes(ids, 16), SamplingParams(seed=1), StopConditions(max_tokens=1))
+        self.flights.append(self.dispatcher.start(job, Inbox()))
+        return self.flights[-1]
+
+    def refusals(self, worker_id: str) -> float:
+        return self.metrics.registry.get_sample_value("polyphase_router_worker_refusals_total", {"worker": worker_id}) or 0.0
+
+
+@pytest.fixture
+def settings() -> FrontendSettings:
+    return FrontendSettings(migration_limit=0, migration_patience_s=20)
+
+
+async def test_two_frontends_do_not_overload_one_worker(settings: FrontendSettings) -> None:
+    """With no migration allowed at all: a refusal is none."""
+    limits = QueueLimits(max_waiting_requests=100, max_waiting_prefill_tokens=3 * PROMPT_TOKENS)
+    workers = {name: SharedWorker(name, limits) for name in ("a", "b")}
+    frontends = [Frontend(name, workers, settings) for name in ("f", "g")]
+    # Each believes that all its requests are alone: without the worker's word they would put six on each.
+    for _ in range(3):
+        for frontend in frontends:
+            frontend.start()
+    await asyncio.sleep(0.01)
+    assert sum(len(worker.waiting) for worker in workers.values()) == 6
+    for _ in range(2):
+        for frontend in frontends:
+            frontend.start()
+    flights = [flight for frontend in frontends for flight in frontend.flights]
+    for done in range(len(flights)):
+        await wait_for(lambda: any(worker.waiting for worker in workers.values()))
+        assert all(worker.most <= 3 for worker in workers.values()), done
+        max(workers.values(), key=lambda worker: len(worker.waiting)).finish_one()
+    await wait_for(lambda: all(flight.is_over for flight in flights))
+    assert all(flight.record.completion_tokens == 1 and flight.record.migrations == 0 for flight in flights)
+    assert all(frontend.router.bookings.total().is_zero() for frontend in frontends)
+    assert sum(worker.refused for worker in workers.values()) >= 1
+    told = sum(frontend.refusals(name) for frontend in frontends for name in workers)
+    assert told == sum(worker.refused for worker in workers.values())
+
+
+async def test_a_refusal_brings_the_true_load(settings: FrontendSettings) -> None:
+    """What one frontend learns by a refusal keeps its next requests away, until the worker reports another load."""
+    limits = QueueLimits(max_waiting_requests=100, max_waiting_prefill_tokens=PROMPT_TOKENS)
+    workers = {"a": SharedWorker("a", limits), "b": SharedWorker("b", QueueLimits(100, 10**6))}
+    first, second = (Frontend(name, workers, settings) for name in ("f", "g"))
+    filler = first.start()
+    full = workers[filler.worker_id]
+    other = workers["b" if full.worker_id == "a" else "a"]
+    full.limits, other.limits = limits, QueueLimits(100, 10**6)
+    for _ in range(4):
+        flight = second.start()
+        await wait_for(lambda flight=flight: flight.worker_id == other.worker_id)  # type: ignore[misc]
+    assert full.refused == 1
+    (view,) = [view for view in second.router.workers() if view.facts.worker_id == full.worker_id]
+    assert view.load == full.load()
+    events = [moment.event for flight in second.flights for moment in flight.record.history.moments]
+    assert events.count("refused") == 1
+    for flight in (filler, *second.flights):
+        (first if flight is filler else second).dispatcher.cancel(flight)
+    assert second.router.bookings.total().is_zero()
+
+
+def test_limits_of_a_worker() -> None:
+    limits = QueueLimits.of_engine(max_batch_tokens=512, max_waiting_requests=3, max_waiting_prefill_tokens=None)
+    assert limits.max_waiting_prefill_tokens == 16 * 512
+    submit = Submit(
+        request_id="r", token_ids=[1, 2], prompt_token_count=2, sampling=SamplingParams(seed=1), stop=StopConditions(max_tokens=1)
+    )
+    migrated = Submit(
+        request_id="r", token_ids=[1, 2], prompt_token_count=1, sampling=SamplingParams(seed=1), stop=StopConditions(max_tokens=2)
+    )
+    limits.refuse_if_full(submit, Load(waiting_count=2, waiting_prefill_tokens=8191))
+    limits.refuse_if_full(migrated, Load(waiting_count=2, waiting_prefill_tokens=9999))
+    with pytest.raises(Exception, match="8192 prompt tokens wait"):
+        limits.refuse_if_full(submit, Load(waiting_prefill_tokens=8192))
+    with pytest.raises(Exception, match="3 requests wait"):
+        limits.refuse_if_full(migrated, Load(waiting_count=3))

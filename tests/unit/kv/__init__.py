@@ -1,0 +1,1 @@
+"""Tests of the deciding code about KV blocks."""
