@@ -8,7 +8,8 @@
 # the interpreter itself frees nothing at exit.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
+python=$(command -v "${PYTHON:-$root/.venv/bin/python}")
+[[ $python == /* ]] || python=$PWD/$python
 compiler=${CXX:-g++}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

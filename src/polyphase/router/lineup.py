@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol, overload
 
 from polyphase.core.ids import WorkerId
-from polyphase.router.cost import load_and_room_tokens
+from polyphase.router.cost import load_and_room_tokens, queued_prefill_tokens, used_block_count
 from polyphase.router.indexes.naive import NaiveOverlaps
 from polyphase.router.types import Candidate, Leg, Overlaps, RouteRequest, WorkerView
 from polyphase.wire.events import Tier
@@ -188,6 +188,6 @@ def _candidate(view: WorkerView, overlaps: Overlaps, score: float) -> Candidate:
         booked_prefill_tokens=view.booked_prefill_tokens,
         booked_block_count=view.booked_block_count,
         booked_request_count=view.booked_request_count,
-        queued_prefill_tokens=cost.queued_prefill_tokens(view),
-        used_block_count=cost.used_block_count(view),
+        queued_prefill_tokens=queued_prefill_tokens(view),
+        used_block_count=used_block_count(view),
     )
