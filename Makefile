@@ -14,14 +14,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test check sanitize bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## the environment, with everything for development
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard native/*.cpp native/*.h)
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version); Polyphase needs 3.11 or later: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
@@ -42,9 +42,12 @@ check: $(STAMP) ## ruff, types, direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/unit/test_imports.py
 
+sanitize: $(STAMP) ## tests of the C++ extension, built with the address and undefined-behaviour sanitizers
+	@PYTHON=$(BIN)/python native/sanitize.sh
+
 bench: $(STAMP) ## every benchmark, its table on the terminal
 	@for script in benchmarks/*.py; do \
-	  case $$script in */harness.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
+	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
 	done
 
 clean: ## remove the environment and caches

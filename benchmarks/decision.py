@@ -1,7 +1,8 @@
 """CPU of a whole routing decision: choose, book, end the prefill, release, for a prompt of 4,096 tokens that is hashed already.
 
 Conversations of 256 blocks: 64 of a system prompt that every worker holds, 116 more that one worker holds, 76 new ones. Every worker has
-reported some load, and reports anew once in a hundred decisions. CPU time of the thread, median of rounds.
+reported some load, and reports anew once in a hundred decisions. CPU time of the thread, median of rounds. Peer: Dynamo's KvRouter with
+32 of its mockers, through its Python bindings, where it is installed; what it hashes itself is in its figure.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import random
 import statistics
 import time
 
+import peer
 from harness import STDERR, Figure, arguments, report
 from polyphase.core import native
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
@@ -52,6 +54,8 @@ def decision_us(router: Router, workers: list[WorkerId], prompts: list[list[Sequ
     spent_ns = 0
     for start in range(0, count, 100):
         router.report_load(rng.choice(workers), E, load(rng))
+        for request in requests[start : start + 100]:
+            sum(request.sequence_hashes)  # just hashed, so warm
         began = time.thread_time_ns()
         for request in requests[start : start + 100]:
             router.route(request)
@@ -73,10 +77,12 @@ def measure(worker_count: int, rounds: int) -> float:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-peer", action="store_true")
     options = parser.parse_args()
     STDERR.print(native.status())
+    peers = {} if options.no_peer else peer.figures("peer_decision.py", "32", "5", str(peer.home() / "model"))
     figures = {
-        "decision_us_w32": Figure(measure(32, options.rounds), "us", "<= 40"),
+        "decision_us_w32": Figure(measure(32, options.rounds), "us", "<= 40", peers.get("decision_w32")),
         "decision_us_w512": Figure(measure(512, options.rounds), "us", "<= 150"),
     }
     report("decision", figures, as_json=options.json)

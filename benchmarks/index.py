@@ -9,17 +9,14 @@ through its Python bindings, on the same blocks, in the same process turn by tur
 from __future__ import annotations
 
 import gc
-import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+import peer
 from harness import STDERR, Figure, arguments, report
 from polyphase.core import native
 from polyphase.core.hashing import sequence_hashes
@@ -31,7 +28,6 @@ BLOCK_SIZE = 16
 CHAIN_BLOCKS = 1000
 EVENT_BLOCKS = 32
 LOOKUPS = 40  # a round
-PEER_SCRIPT = Path(__file__).with_name("peer_index.py")
 
 Event = tuple[WorkerId, BlocksStored]
 
@@ -116,21 +112,6 @@ def measure_hashing(rounds: int) -> tuple[float, float]:
     return statistics.median(lists), statistics.median(arrays)
 
 
-def peer_figures(block_count: int, rounds: int) -> dict[str, float]:
-    """Of Dynamo's bindings, in its own environment; empty where it is not installed."""
-    home = Path(os.environ.get("PEER_HOME", Path.home() / ".cache" / "polyphase-peers"))
-    python = home / "dynamo" / "venv" / "bin" / "python"
-    if not python.exists():
-        return {}
-    command = [python, PEER_SCRIPT, str(block_count), str(rounds)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    if done.returncode != 0:
-        STDERR.print(f"the peer could not be measured: {done.stderr.strip()[-400:]}")
-        return {}
-    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return figures
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--blocks", type=int, default=1_000_000)
@@ -145,16 +126,17 @@ def main() -> None:
         with STDERR.status(f"{options.blocks:,} blocks, {worker_count} workers"):
             measured[worker_count] = measure_index(worker_count, options.blocks, options.rounds)
     with STDERR.status("the peer"):
-        peer = {} if options.no_peer else peer_figures(options.blocks, options.rounds)
+        peers = {} if options.no_peer else peer.figures("peer_index.py", str(options.blocks), str(options.rounds))
     figures = {
-        "apply_mblocks_per_s": Figure(min(m["apply"] for m in measured.values()), "M blocks/s", ">= 5", peer.get("apply")),
+        "apply_mblocks_per_s": Figure(min(m["apply"] for m in measured.values()), "M blocks/s", ">= 5", peers.get("apply")),
         **{
-            f"lookup_1024_us_w{count}": Figure(m["1024"], "us", "<= 10", peer.get(f"lookup_1024_w{count}")) for count, m in measured.items()
+            f"lookup_1024_us_w{count}": Figure(m["1024"], "us", "<= 10", peers.get(f"lookup_1024_w{count}"))
+            for count, m in measured.items()
         },
-        "lookup_128_us_w64": Figure(measured[64]["128"], "us", "<= 4", peer.get("lookup_128_w64")),
-        "hash_mtokens_per_s": Figure(list_rate, "M tokens/s", ">= 150", peer.get("hash")),
+        "lookup_128_us_w64": Figure(measured[64]["128"], "us", "<= 4", peers.get("lookup_128_w64")),
+        "hash_mtokens_per_s": Figure(list_rate, "M tokens/s", ">= 150", peers.get("hash")),
         "hash_arrays_mtokens_per_s": Figure(array_rate, "M tokens/s"),
-        "bytes_per_block": Figure(max(m["bytes"] for m in measured.values()), "B", None, peer.get("bytes")),
+        "bytes_per_block": Figure(max(m["bytes"] for m in measured.values()), "B", None, peers.get("bytes")),
     }
     report("index", figures, as_json=options.json)
 

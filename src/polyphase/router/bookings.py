@@ -94,7 +94,8 @@ class Bookings:
 
         Owner: the caller, who must call `release` at the request's end, however it ends.
         """
-        self.release(request_id)
+        if request_id in self._entries:
+            self.release(request_id)
         entries = []
         for leg in legs:
             worker_id = leg.worker_id

@@ -53,11 +53,8 @@ def used_block_count(worker: WorkerView) -> int:
     return max(worker.booked_block_count, reported + worker.unreported_block_count)
 
 
-def load_tokens(worker: WorkerView) -> float:
-    """What the worker has to do besides any new request."""
-    return queued_prefill_tokens(worker) + DECODE_WEIGHT * worker.facts.block_size * used_block_count(worker)
-
-
-def room_tokens(worker: WorkerView) -> int:
-    """Tokens that its pool could still take; negative where more is booked than there is."""
-    return worker.facts.block_size * (worker.facts.block_count - used_block_count(worker))
+def load_and_room_tokens(worker: WorkerView) -> tuple[float, int]:
+    """What the worker has to do besides any new request; what its pool could still take, negative where more is booked than there is."""
+    used, facts = used_block_count(worker), worker.facts
+    load = queued_prefill_tokens(worker) + DECODE_WEIGHT * facts.block_size * used
+    return load, facts.block_size * (facts.block_count - used)

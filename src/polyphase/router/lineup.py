@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol, overload
 
 from polyphase.core.ids import WorkerId
-from polyphase.router import cost
+from polyphase.router.cost import load_and_room_tokens, queued_prefill_tokens, used_block_count
 from polyphase.router.indexes.naive import NaiveOverlaps
 from polyphase.router.types import Candidate, Leg, Overlaps, RouteRequest, WorkerView
 from polyphase.wire.events import Tier
@@ -25,7 +25,17 @@ from polyphase.wire.events import Tier
 class Standings:
     """How some workers of one model, so of one block size, stand, whatever the request. Rows keep their places; `note` changes one."""
 
-    __slots__ = ("block_size", "full_rows", "load_tokens", "max_waiting_requests", "room_tokens", "rows", "views", "worker_ids")
+    __slots__ = (
+        "block_size",
+        "full_rows",
+        "least_room_tokens",
+        "load_tokens",
+        "max_waiting_requests",
+        "room_tokens",
+        "rows",
+        "views",
+        "worker_ids",
+    )
 
     def __init__(self, views: Iterable[WorkerView], max_waiting_requests: int) -> None:
         self.views = list(views)
@@ -33,8 +43,10 @@ class Standings:
         self.worker_ids: tuple[WorkerId, ...] = tuple(view.facts.worker_id for view in self.views)
         self.rows = {worker_id: row for row, worker_id in enumerate(self.worker_ids)}
         self.block_size = self.views[0].facts.block_size if self.views else 1
-        self.load_tokens = [cost.load_tokens(view) for view in self.views]
-        self.room_tokens = [cost.room_tokens(view) for view in self.views]
+        figures = [load_and_room_tokens(view) for view in self.views]
+        self.load_tokens = [load for load, _ in figures]
+        self.room_tokens = [room for _, room in figures]
+        self.least_room_tokens = min(self.room_tokens, default=0)
         self.full_rows = {row for row, view in enumerate(self.views) if self._is_full(view)}
 
     def __len__(self) -> int:
@@ -46,8 +58,13 @@ class Standings:
         if row is None:
             return
         self.views[row] = view
-        self.load_tokens[row] = cost.load_tokens(view)
-        self.room_tokens[row] = cost.room_tokens(view)
+        room_before = self.room_tokens[row]
+        self.load_tokens[row], room = load_and_room_tokens(view)
+        self.room_tokens[row] = room
+        if room < self.least_room_tokens:
+            self.least_room_tokens = room
+        elif room_before == self.least_room_tokens:
+            self.least_room_tokens = min(self.room_tokens)
         if self._is_full(view):
             self.full_rows.add(row)
         elif row in self.full_rows:
@@ -171,6 +188,6 @@ def _candidate(view: WorkerView, overlaps: Overlaps, score: float) -> Candidate:
         booked_prefill_tokens=view.booked_prefill_tokens,
         booked_block_count=view.booked_block_count,
         booked_request_count=view.booked_request_count,
-        queued_prefill_tokens=cost.queued_prefill_tokens(view),
-        used_block_count=cost.used_block_count(view),
+        queued_prefill_tokens=queued_prefill_tokens(view),
+        used_block_count=used_block_count(view),
     )

@@ -51,7 +51,7 @@ class _Eligible:
     helpers: Standings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Choice:
     """A worker for a leg, before anything is booked."""
 
@@ -156,10 +156,10 @@ class Router:
             raise filters.refuse_full(request, len(eligible.servers), self._settings.max_waiting_requests)
         overlaps = self.index.match(request.sequence_hashes)
         servers = Lineup(roomy, overlaps)
-        helpers = Lineup(eligible.helpers.with_room(), overlaps)
+        can_prefill = eligible.helpers.with_room()
 
         whole = self._choose(request, Leg.BOTH, servers)
-        reason_against = why_not_split(self._settings.split, request, whole.worker, has_prefill_workers=bool(helpers))
+        reason_against = why_not_split(self._settings.split, request, whole.worker, has_prefill_workers=bool(can_prefill))
         if reason_against is not None:
             self._advance(request.model, is_prefill=False)
             self._book(request, whole)
@@ -167,7 +167,7 @@ class Router:
             return Route(request.request_id, whole.placement, None, reason, rule)
 
         decode = self._choose(request, Leg.DECODE, servers)
-        prefill = self._choose(request, Leg.PREFILL, helpers)
+        prefill = self._choose(request, Leg.PREFILL, Lineup(can_prefill, overlaps))
         self._advance(request.model, is_prefill=False)
         self._advance(request.model, is_prefill=True)
         self._book(request, decode, prefill)
@@ -219,7 +219,7 @@ class Router:
             facts, leg = choice.worker.facts, choice.placement.leg
             prefill_tokens = 0 if leg is Leg.DECODE else uncached_tokens(request, choice.worker)
             blocks = block_count_needed(request, facts.block_size, leg)
-            legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, ends_with_prefill=leg is Leg.PREFILL))
+            legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is Leg.PREFILL))
             if isinstance(self.index, PredictedPrefixIndex):
                 self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
         self.bookings.book(request.request_id, legs)

@@ -14,7 +14,7 @@ def load_costs(request: RouteRequest, leg: Leg, workers: Lineup) -> list[float]:
     """Per worker, what it has to do besides this request, and the tokens for which it has no room."""
     standings = workers.standings
     needed = tokens_needed(request, leg)
-    if needed <= min(standings.room_tokens, default=0):
+    if needed <= standings.least_room_tokens:
         return standings.load_tokens
     return [load + (needed - room if needed > room else 0) for load, room in zip(standings.load_tokens, standings.room_tokens, strict=True)]
 

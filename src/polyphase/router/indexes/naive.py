@@ -16,6 +16,7 @@ from polyphase.wire.events import Tier
 
 DEFAULT_CAPACITY = 1_000_000
 FASTEST_FIRST = tuple(Tier)
+NOBODY: set[WorkerId] = set()
 
 
 class NaiveOverlaps:
@@ -48,60 +49,84 @@ class NaivePrefixIndex:
             raise ValueError("the capacity is 0 blocks; an index holds at least one")
         self.capacity = capacity
         self.forgotten = 0
-        self._holders: dict[SequenceHash, set[tuple[WorkerId, Tier]]] = {}  # oldest first
+        self._holders: dict[Tier, dict[SequenceHash, set[WorkerId]]] = {tier: {} for tier in Tier}
         self._held: defaultdict[tuple[WorkerId, Tier], set[SequenceHash]] = defaultdict(set)
+        self._copies: dict[SequenceHash, int] = {}  # over all workers and tiers; oldest first
 
     @property
     def size(self) -> int:
-        return len(self._holders)
+        return len(self._copies)
 
     def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
-        holder = (worker_id, tier)
+        held, holders = self._held[worker_id, tier], self._holders[tier]
         for sequence_hash in hashes:
-            self._holders.setdefault(sequence_hash, set()).add(holder)
-            self._held[holder].add(sequence_hash)
-            if len(self._holders) > self.capacity:
+            if sequence_hash in held:
+                continue
+            held.add(sequence_hash)
+            holders.setdefault(sequence_hash, set()).add(worker_id)
+            self._copies[sequence_hash] = self._copies.get(sequence_hash, 0) + 1
+            if len(self._copies) > self.capacity:
                 self._forget_oldest()
 
     def remove(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
-        held = self._held.get((worker_id, tier), set())
         for sequence_hash in hashes:
-            if sequence_hash in held:
-                held.remove(sequence_hash)
-                self._forget_holder(sequence_hash, (worker_id, tier))
+            if sequence_hash in self._held.get((worker_id, tier), ()):
+                self._drop(sequence_hash, worker_id, tier)
 
     def clear(self, worker_id: WorkerId) -> None:
         for tier in Tier:
-            for sequence_hash in self._held.pop((worker_id, tier), set()):
-                self._forget_holder(sequence_hash, (worker_id, tier))
+            for sequence_hash in list(self._held.get((worker_id, tier), ())):
+                self._drop(sequence_hash, worker_id, tier)
+            self._held.pop((worker_id, tier), None)
 
     def match(self, hashes: Sequence[SequenceHash]) -> NaiveOverlaps:
-        """Cost: O(depth of the deepest match x workers that hold it), for each tier."""
-        return NaiveOverlaps({tier: self._match(hashes, set(FASTEST_FIRST[: place + 1])) for place, tier in enumerate(FASTEST_FIRST)})
+        """Cost: O(depth of the deepest match x workers that hold it), once more for each lower tier that is in use."""
+        found: dict[Tier, dict[WorkerId, int]] = {}
+        used: list[dict[SequenceHash, set[WorkerId]]] = []
+        depths: dict[WorkerId, int] = {}
+        for tier in FASTEST_FIRST:
+            if self._holders[tier]:
+                used.append(self._holders[tier])
+                depths = _leading(hashes, used)
+            found[tier] = depths
+        return NaiveOverlaps(found)
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int:
         return len(self._held.get((worker_id, tier), ()))
 
-    def _match(self, hashes: Sequence[SequenceHash], tiers: set[Tier]) -> dict[WorkerId, int]:
-        depths: dict[WorkerId, int] = {}
-        leading: set[WorkerId] | None = None
-        for position, sequence_hash in enumerate(hashes, start=1):
-            holders = {worker_id for worker_id, tier in self._holders.get(sequence_hash, ()) if tier in tiers}
-            leading = holders if leading is None else leading & holders
-            if not leading:
-                break
-            for worker_id in leading:
-                depths[worker_id] = position
-        return depths
-
-    def _forget_holder(self, sequence_hash: SequenceHash, holder: tuple[WorkerId, Tier]) -> None:
-        holders = self._holders[sequence_hash]
-        holders.remove(holder)
+    def _drop(self, sequence_hash: SequenceHash, worker_id: WorkerId, tier: Tier) -> None:
+        self._held[worker_id, tier].remove(sequence_hash)
+        holders = self._holders[tier][sequence_hash]
+        holders.remove(worker_id)
         if not holders:
-            del self._holders[sequence_hash]
+            del self._holders[tier][sequence_hash]
+        self._copies[sequence_hash] -= 1
+        if not self._copies[sequence_hash]:
+            del self._copies[sequence_hash]
 
     def _forget_oldest(self) -> None:
-        oldest = next(iter(self._holders))
-        for holder in self._holders.pop(oldest):
-            self._held[holder].remove(oldest)
+        oldest = next(iter(self._copies))
+        for tier, holders in self._holders.items():
+            for worker_id in list(holders.get(oldest, ())):
+                self._drop(oldest, worker_id, tier)
         self.forgotten += 1
+
+
+def _leading(hashes: Sequence[SequenceHash], tiers: Sequence[dict[SequenceHash, set[WorkerId]]]) -> dict[WorkerId, int]:
+    """Leading blocks that each worker holds in any of these tiers."""
+    depths: dict[WorkerId, int] = {}
+    leading: set[WorkerId] | None = None
+    depth = 0
+    for sequence_hash in hashes:
+        holders = tiers[0].get(sequence_hash, NOBODY)
+        for lower in tiers[1:]:
+            holders = holders | lower.get(sequence_hash, NOBODY)
+        still = holders if leading is None else leading & holders
+        if leading is not None and len(still) < len(leading):
+            depths.update(dict.fromkeys(leading - still, depth))
+        leading = set(still) if leading is None else still
+        if not leading:
+            return depths
+        depth += 1
+    depths.update(dict.fromkeys(leading or (), depth))
+    return depths
