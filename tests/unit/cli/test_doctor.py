@@ -13,7 +13,18 @@ from tests.unit.cli.conftest import CommandLine
 def test_this_machine_can_serve(polyphase: CommandLine):
     result = polyphase("doctor")
     assert result.exit_code == 0, result.output
-    for what in ("Python", "cores", "memory", "shared memory", "inotify", "open files", "run folder", "port 8000", "torch", "C++ extension"):
+    for what in (
+        "Python",
+        "cores",
+        "memory",
+        "shared memory",
+        "inotify",
+        "open files",
+        "run folder",
+        "port 8000",
+        "torch",
+        "C++ extension",
+    ):
         assert what in result.output
     assert "Polyphase can serve here." in result.output
 
