@@ -19,6 +19,7 @@ from polyphase.router.bookings import Bookings, LegBooking
 from polyphase.router.cost import block_count_needed, uncached_tokens
 from polyphase.router.index import NaivePrefixIndex
 from polyphase.router.policies import policy_named
+from polyphase.router.predictions import ExpectedPrefixes
 from polyphase.router.types import (
     Candidate,
     Leg,
@@ -59,6 +60,7 @@ class Router:
         self._policy = policy_named(settings.policy)
         self._index: PrefixIndex = NaivePrefixIndex() if index is None else index
         self._known: dict[WorkerId, _Known] = {}
+        self._expected = ExpectedPrefixes()
         self._turns: Counter[tuple[str, bool]] = Counter()  # decisions so far, by model and whether for prefill
 
     # What is known of the workers
@@ -84,6 +86,7 @@ class Router:
             return
         self._index.clear(worker_id)
         self.bookings.drop_worker(worker_id)
+        self._expected.drop_worker(worker_id)
         if not self.serves(known.facts.model):
             for is_prefill in (False, True):
                 self._turns.pop((known.facts.model, is_prefill), None)
@@ -132,9 +135,9 @@ class Router:
         Raises: NoWorkers, Overloaded. Then nothing is booked, nor what was booked before.
         Owner: the caller calls `release` at the request's end, however it ends.
         """
-        self.bookings.release(request.request_id)
+        self.release(request.request_id)
         free = filters.available(request, [known.facts for known in self._known.values()])
-        overlaps = self._index.match(request.sequence_hashes)
+        overlaps = self._expected.deepen(request.sequence_hashes, self._index.match(request.sequence_hashes))
         able = filters.able_to_serve_whole(free)
         servers = self._roomy_views(able, overlaps)
         if not servers:
@@ -159,13 +162,15 @@ class Router:
 
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
+        self._expected.settle(request_id)
 
     def release(self, request_id: RequestId) -> None:
         self.bookings.release(request_id)
+        self._expected.settle(request_id)
 
     def _choose(self, request: RouteRequest, leg: Leg, workers: Sequence[WorkerView]) -> _Choice:
         scores = self._policy.score(request, leg, workers)
-        picked = self._policy.picker.pick(scores, workers, self._turns[request.model, leg is Leg.PREFILL])
+        picked = self._policy.picker.pick(scores, workers, self._settings.first_turn + self._turns[request.model, leg is Leg.PREFILL])
         worker = workers[picked]
         # The chosen one stands first among equals.
         order = sorted(range(len(workers)), key=lambda position: (-scores[position], position != picked, position))
@@ -182,6 +187,7 @@ class Router:
             blocks = block_count_needed(request, facts.block_size, leg)
             legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, ends_with_prefill=leg is Leg.PREFILL))
         self.bookings.book(request.request_id, legs)
+        self._expected.expect(request.request_id, (prefill or decode).worker.facts.worker_id, request.sequence_hashes)
 
     def _roomy_views(self, workers: Sequence[WorkerFacts], overlaps: Mapping[WorkerId, int]) -> list[WorkerView]:
         return filters.with_room([self._view(facts, overlaps) for facts in workers], self._settings.max_waiting_requests)
