@@ -88,7 +88,7 @@ class DynamoFormula:
         """Its own bookings are what counts."""
 
     def route(self, request: RouteRequest) -> Route:
-        overlaps = self._index.match(request.sequence_hashes)
+        overlaps = self._index.match(request.sequence_hashes).as_dict()
         costs = {worker_id: self._cost(worker_id, request, overlaps.get(worker_id, 0)) for worker_id in self._facts}
         lowest = min(costs.values())
         chosen = self._draw.choice([worker_id for worker_id, cost in costs.items() if cost == lowest])

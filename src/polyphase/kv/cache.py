@@ -9,6 +9,7 @@ blocks    [ b4  b7  b1 ]   [ b9  b12  b13 ]      none
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from polyphase.core.ids import BlockId
@@ -46,6 +47,16 @@ class PrefixCache:
         chain = PrefixChain(self.block_size, self._namespace, salt)
         chain.extend(token_ids)
         return SequenceBlocks(chain)
+
+    def uncached_count(self, blocks: SequenceBlocks, token_count: int) -> int:
+        """Of `token_count` known tokens of a sequence that waits, those that it would have to compute if it were admitted now.
+
+        An estimate, made without walking the chain: prefixes are forgotten from their end, so what is cached is nearly always a
+        leading part of it. Cost: O(log blocks).
+        """
+        keys = blocks.chain.keys
+        limit = min(len(keys), (token_count - 1) // self.block_size)
+        return token_count - self.block_size * bisect_left(range(limit), True, key=lambda place: not self.pool.holds(keys[place]))
 
     def admit(self, blocks: SequenceBlocks, token_count: int, spare_count: int) -> int | None:
         """Take blocks for all `token_count` known tokens, cached ones first.

@@ -126,6 +126,10 @@ class BlockPool:
             found.append(block_id)
         return found
 
+    def holds(self, key: ContentKey) -> bool:
+        """Whether a block of this name is cached."""
+        return key in self._by_key
+
     def idle_among(self, block_ids: Iterable[BlockId]) -> int:
         """How many of these blocks would no longer be available once retained."""
         return sum(1 for block_id in block_ids if self._references[block_id] == 0)

@@ -106,9 +106,7 @@ def diagnose(samples: Sequence[Sample], stream: StreamFacts, block_size: int, al
     return Drift(reason, differing, len(judged), predicted, reported, f"{head}: {why}")
 
 
-def _of_under(
-    under: Sequence[Sample], agreeing: Sequence[Sample], stream: StreamFacts, block_size: int
-) -> tuple[DriftReason, str]:
+def _of_under(under: Sequence[Sample], agreeing: Sequence[Sample], stream: StreamFacts, block_size: int) -> tuple[DriftReason, str]:
     if (silence := _silence(stream)) is not None:
         return DriftReason.SILENT_STREAM, silence
     if _is_salt(under, agreeing):

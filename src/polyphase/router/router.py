@@ -21,6 +21,7 @@ from polyphase.router.cost import block_count_needed, uncached_tokens
 from polyphase.router.indexes import PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Candidates, Lineup, Standings
 from polyphase.router.policies import policy_named
+from polyphase.router.predictions import ExpectedPrefixes
 from polyphase.router.types import (
     Leg,
     Placement,
@@ -69,6 +70,7 @@ class Router:
         self.index: PrefixIndex = default_index() if index is None else index
         self._known: dict[WorkerId, _Known] = {}
         self._eligible: dict[str, _Eligible] = {}  # by model, for requests that exclude nobody; made when first wanted
+        self._expected = ExpectedPrefixes()
         self._turns: Counter[tuple[str, bool]] = Counter()  # decisions so far, by model and whether for prefill
 
     # What is known of the workers
@@ -96,6 +98,7 @@ class Router:
         self.index.clear(worker_id)
         self.bookings.drop_worker(worker_id)
         self._eligible.clear()
+        self._expected.drop_worker(worker_id)
         if not self.serves(known.facts.model):
             for is_prefill in (False, True):
                 self._turns.pop((known.facts.model, is_prefill), None)
@@ -149,12 +152,12 @@ class Router:
         Raises: NoWorkers, Overloaded. Then nothing is booked, nor what was booked before.
         Owner: the caller calls `release` at the request's end, however it ends.
         """
-        self.bookings.release(request.request_id)
+        self.release(request.request_id)
         eligible = self._eligible_for(request)
         roomy = eligible.servers.with_room()
         if not roomy:
             raise filters.refuse_full(request, len(eligible.servers), self._settings.max_waiting_requests)
-        overlaps = self.index.match(request.sequence_hashes)
+        overlaps = self._expected.deepen(request.sequence_hashes, self.index.match(request.sequence_hashes))
         servers = Lineup(roomy, overlaps)
         can_prefill = eligible.helpers.with_room()
 
@@ -177,9 +180,11 @@ class Router:
 
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
+        self._expected.settle(request_id)
 
     def release(self, request_id: RequestId) -> None:
         self.bookings.release(request_id)
+        self._expected.settle(request_id)
 
     def _eligible_for(self, request: RouteRequest) -> _Eligible:
         """Raises: NoWorkers."""
@@ -206,7 +211,7 @@ class Router:
 
     def _choose(self, request: RouteRequest, leg: Leg, workers: Lineup) -> _Choice:
         scores = self._policy.score(request, leg, workers)
-        picked = self._policy.picker.pick(scores, workers, self._turns[request.model, leg is Leg.PREFILL])
+        picked = self._policy.picker.pick(scores, workers, self._settings.first_turn + self._turns[request.model, leg is Leg.PREFILL])
         worker = workers[picked]
         candidates = Candidates(workers, scores, picked)
         return _Choice(worker, Placement(leg, worker.facts.worker_id, worker.facts.epoch, worker.overlap_block_count, candidates))
@@ -223,6 +228,7 @@ class Router:
             if isinstance(self.index, PredictedPrefixIndex):
                 self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
         self.bookings.book(request.request_id, legs)
+        self._expected.expect(request.request_id, (prefill or decode).worker.facts.worker_id, request.sequence_hashes)
 
     def _view(self, worker_id: WorkerId) -> WorkerView:
         """Without a request, so without overlap."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyphase.router.columns import scores_of_costs
-from polyphase.router.cost import MOVE_WEIGHT, tokens_needed, uncached_at_least
+from polyphase.router.cost import COMPUTE_WEIGHT, MOVE_WEIGHT, tokens_needed, uncached_at_least
 from polyphase.router.lineup import Lineup
 from polyphase.router.types import Leg, RouteRequest
 
@@ -26,7 +26,7 @@ class PrefixAndLoad:
 
     def score(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float]:
         to_compute = workers.tokens_beyond(request.prompt_token_count, at_least=uncached_at_least(request))
-        return scores_of_costs(load_costs(request, leg, workers), to_compute, MOVE_WEIGHT if leg is Leg.DECODE else 1.0)
+        return scores_of_costs(load_costs(request, leg, workers), to_compute, MOVE_WEIGHT if leg is Leg.DECODE else COMPUTE_WEIGHT)
 
 
 class LeastLoaded:

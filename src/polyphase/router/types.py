@@ -184,4 +184,5 @@ class SplitRule:
 class RouterSettings:
     policy: str = "kv"  # kv | least-loaded | round-robin
     split: SplitRule = field(default_factory=SplitRule)
+    first_turn: int = 0  # ties are broken in turns; several routers that begin at different ones do not pick the same worker at once
     max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests are refused

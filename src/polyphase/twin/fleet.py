@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import msgspec
 import xxhash
@@ -15,11 +16,10 @@ from polyphase.engines.mock.machine import MockMachine
 from polyphase.router import Router, RouterSettings
 from polyphase.twin.frontend import RoutingCode, SimulatedFrontend
 from polyphase.twin.load import Conversation
-from polyphase.twin.measures import Measures, QueueSample, RequestRecord, measure
+from polyphase.twin.measures import Measures, RequestRecord, measure
 from polyphase.twin.timeline import Timeline
 from polyphase.twin.worker import Delays, SimulatedWorker
 
-_SAMPLE_NS = 100_000_000
 _VOCAB_SIZE = 2**32  # token ids are made up and never shown
 
 
@@ -36,7 +36,8 @@ MakeRouting = Callable[[Timeline], RoutingCode]
 
 def router_of(policy: str) -> MakeRouting:
     """The real router with one of its policies, and no bound on how much may wait: queueing is to be seen, not refused."""
-    return lambda timeline: Router(RouterSettings(policy=policy, max_waiting_requests=1_000_000))
+    turns = count()
+    return lambda timeline: Router(RouterSettings(policy=policy, max_waiting_requests=1_000_000, first_turn=7 * next(turns)))
 
 
 class Fleet:
@@ -45,7 +46,6 @@ class Fleet:
     def __init__(self, settings: FleetSettings, make_routing: MakeRouting, load: Sequence[Conversation]) -> None:
         self.timeline = Timeline()
         self.records: list[RequestRecord] = []
-        self._samples: list[QueueSample] = []
         parts = assemble_mock(settings.engine, is_shared=False)  # holds no memory, so that all workers can share it
         parts = replace(parts, card=msgspec.structs.replace(parts.card, vocab_size=_VOCAB_SIZE))
         names = [WorkerId(f"worker-{number}") for number in range(settings.worker_count)]
@@ -58,7 +58,6 @@ class Fleet:
         self.request_count = self._open_count
         for conversation in load:
             self.timeline.at(conversation.start_ns, lambda conversation=conversation: self._ask(conversation, 0))  # type: ignore[misc]
-        self.timeline.at(0, self._sample)
 
     @property
     def done_count(self) -> int:
@@ -70,13 +69,11 @@ class Fleet:
 
     def measures(self) -> Measures:
         busy_ns = [worker.busy_ns for worker in self.workers.values()]
-        return measure(self.records, busy_ns, self._samples, self.timeline.now_ns())
+        return measure(self.records, busy_ns, self.timeline.now_ns())
 
     def _ask(self, conversation: Conversation, number: int) -> None:
         request_id = RequestId(f"r{len(self.records)}")
-        frontend = self._frontends[
-            xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)
-        ]  # as a load balancer would, by chance
+        frontend = self._frontends[xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)]  # as a load balancer would
 
         def go_on() -> None:
             self._open_count -= 1
@@ -84,11 +81,6 @@ class Fleet:
                 self.timeline.after(conversation.turns[number + 1].think_ns, lambda: self._ask(conversation, number + 1))
 
         self.records.append(frontend.accept(request_id, conversation.turns[number], go_on))
-
-    def _sample(self) -> None:
-        queues = [worker.queued_prefill_tokens for worker in self.workers.values()]
-        self._samples.append(QueueSample(max(queues), sum(queues) / len(queues)))
-        self.timeline.after(_SAMPLE_NS, self._sample)
 
 
 def simulate(

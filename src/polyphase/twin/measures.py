@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,14 +29,6 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueSample:
-    """Uncomputed prompt tokens on the worker that has most of them, and on an average one, at one instant."""
-
-    worst_tokens: int
-    mean_tokens: float
-
-
-@dataclass(frozen=True, slots=True)
 class Measures:
     request_count: int
     refused_count: int
@@ -44,17 +37,17 @@ class Measures:
     ttft_p50_s: float
     ttft_p99_s: float
     busy_spread: float  # busy time of the busiest worker over that of an average one
-    queue_excess_tokens: float  # mean over time of worst minus average queue
-    worst_excess_tokens: float  # and the most that it ever was
+    overload_tokens: float  # by which the fullest worker's queue exceeds an average one's, mean over the arrivals
+    worst_overload_tokens: float  # and the most that it ever was
     busy_share: float  # of the time, by an average worker
 
 
-def measure(records: Sequence[RequestRecord], busy_ns: Sequence[int], samples: Sequence[QueueSample], end_ns: int) -> Measures:
-    """Requests that were refused count in `refused_count` alone."""
+def measure(records: Sequence[RequestRecord], busy_ns: Sequence[int], end_ns: int) -> Measures:
+    """Requests that were refused count in `refused_count` alone. `busy_ns` has an entry for each worker."""
     served = [record for record in records if record.ttft_s is not None]
     ttft_s = sorted(record.ttft_s for record in served if record.ttft_s is not None)
     mean_busy_ns = sum(busy_ns) / len(busy_ns)
-    excess = [sample.worst_tokens - sample.mean_tokens for sample in samples]
+    overloads = _overloads(served, len(busy_ns))
     return Measures(
         request_count=len(records),
         refused_count=sum(record.refused is not None for record in records),
@@ -63,10 +56,31 @@ def measure(records: Sequence[RequestRecord], busy_ns: Sequence[int], samples: S
         ttft_p50_s=_percentile(ttft_s, 0.5),
         ttft_p99_s=_percentile(ttft_s, 0.99),
         busy_spread=max(busy_ns) / mean_busy_ns if mean_busy_ns else 1.0,
-        queue_excess_tokens=sum(excess) / max(1, len(excess)),
-        worst_excess_tokens=max(excess, default=0.0),
+        overload_tokens=sum(overloads) / max(1, len(overloads)),
+        worst_overload_tokens=max(overloads, default=0.0),
         busy_share=mean_busy_ns / max(1, end_ns),
     )
+
+
+def _overloads(served: Sequence[RequestRecord], worker_count: int) -> list[float]:
+    """At each arrival, how many more tokens the fullest worker has to compute than an average one.
+
+    Counted are the tokens that really were computed for the requests there which had no token yet: only afterwards can one know what
+    would be found in the cache.
+    """
+    changes = []
+    for record in served:
+        assert record.first_token_ns is not None, "only requests that were served are counted"
+        to_compute = record.prompt_token_count - record.cached_token_count
+        changes += [(record.arrived_ns, to_compute, record.worker_id), (record.first_token_ns, -to_compute, record.worker_id)]
+    changes.sort(key=lambda change: change[0])
+    queues: Counter[WorkerId | None] = Counter()
+    overloads = []
+    for _, tokens, worker_id in changes:
+        queues[worker_id] += tokens
+        if tokens > 0:
+            overloads.append(max(queues.values()) - queues.total() / worker_count)
+    return overloads
 
 
 def _percentile(ordered: Sequence[float], fraction: float) -> float:

@@ -59,10 +59,6 @@ class SimulatedWorker:
             can_hand_over=False,
         )
 
-    @property
-    def queued_prefill_tokens(self) -> int:
-        return self.machine.core.load().waiting_prefill_tokens
-
     def listen(self, listener: Listen) -> None:
         self._listeners.append(listener)
 

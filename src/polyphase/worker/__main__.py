@@ -98,9 +98,7 @@ async def _host(engine: Engine, lease: Lease, paths: WorkerPaths, options: Worke
         exporter.bind_offers(worker_id=entry.worker_id, epoch=entry.epoch, endpoint=entry.request_endpoint, pool=pool)
     log.info("warming up")
     await warm_up(engine)
-    limits = QueueLimits.of_engine(
-        engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens
-    )
+    limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
     host = WorkerHost(engine, lease, HostSettings(entry, paths, options.drain_timeout_s, limits))
     _drain_on_signals(host, lease, paths)
     watch = asyncio.create_task(_drain_when_cut(lifeline, host), name="lifeline")

@@ -77,7 +77,7 @@ class TestSplit:
     def test_short_prompts_are_not_split(self):
         router = self.split_pair(min_uncached_tokens=256)
         assert router.route(request("a", prefix(1, 15), tokens=255)).prefill is None
-        assert router.route(request("b", prefix(1, 16), tokens=256)).prefill is not None
+        assert router.route(request("b", prefix(2, 16), tokens=256)).prefill is not None
 
     def test_prompts_mostly_cached_on_the_decode_side_are_not_split(self):
         router = self.split_pair(min_uncached_tokens=0, min_uncached_fraction=0.3)

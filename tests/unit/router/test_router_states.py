@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -29,6 +30,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.workers: dict[str, WorkerFacts] = {}
         self.held: dict[str, set[SequenceHash]] = {}
         self.placed: dict[str, set[str]] = {}  # request → workers that it is booked on
+        self.expected: dict[str, tuple[str, list[SequenceHash]]] = {}  # request → where its prompt is on its way
 
     @rule(name=NAMES, role=st.sampled_from(Role), epoch=EPOCHS, is_draining=st.booleans())
     def upsert(self, name: str, role: Role, epoch: int, is_draining: bool) -> None:
@@ -74,6 +76,7 @@ class RouterMachine(RuleBasedStateMachine):
         asked = request(request_id, hashes, tokens=len(hashes) * 16 + rest, excluded=tuple(excluded))
         candidates = [worker for worker in self.workers.values() if not worker.is_draining and worker.worker_id not in excluded]
         self.placed.pop(request_id, None)
+        self.expected.pop(request_id, None)
         try:
             route = self.router.route(asked)
         except NoWorkers:
@@ -95,15 +98,18 @@ class RouterMachine(RuleBasedStateMachine):
         if decoder.role is Role.PREFILL:
             assert all(worker.role is Role.PREFILL for worker in candidates)
         self.placed[request_id] = {placement.worker_id for placement in chosen}
+        self.expected[request_id] = (chosen[-1].worker_id, hashes)
 
     @rule(request_id=REQUESTS)
     def end_prefill(self, request_id: str) -> None:
         self.router.mark_prefill_done(RequestId(request_id))
+        self.expected.pop(request_id, None)
 
     @rule(request_id=REQUESTS)
     def release(self, request_id: str) -> None:
         self.router.release(RequestId(request_id))
         self.placed.pop(request_id, None)
+        self.expected.pop(request_id, None)
 
     @invariant()
     def consistent(self) -> None:
@@ -118,15 +124,14 @@ class RouterMachine(RuleBasedStateMachine):
         assert self.router.bookings.total().is_zero()
 
     def depth(self, name: str, hashes: Iterable[SequenceHash]) -> int:
-        depth = 0
-        for sequence_hash in hashes:
-            if sequence_hash not in self.held[name]:
-                break
-            depth += 1
-        return depth
+        """Of the prompt's leading blocks, those that the worker holds, or is going to hold because of one request."""
+        hashes = list(hashes)
+        there = [self.held[name], *(set(others) for worker, others in self.expected.values() if worker == name)]
+        return max(len(list(takewhile(known.__contains__, hashes))) for known in there)
 
     def forget(self, name: str) -> None:
         self.placed = {request_id: names - {name} for request_id, names in self.placed.items() if names - {name}}
+        self.expected = {request_id: there for request_id, there in self.expected.items() if there[0] != name}
 
 
 RouterMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

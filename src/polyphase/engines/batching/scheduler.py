@@ -81,7 +81,6 @@ class Scheduler:
         self._max_running = min(limits.max_running, limits.max_batch_tokens)
         self._waiting: list[Sequence] = []  # both in order of rank
         self._running: list[Sequence] = []
-        self.waiting_tokens = 0  # known tokens of waiting sequences
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -101,8 +100,9 @@ class Scheduler:
 
     @property
     def uncomputed_prefill_tokens(self) -> int:
-        """Of waiting sequences, and of running ones that do not decode yet."""
-        return self.waiting_tokens + sum(s.uncomputed_count for s in self._running if s.uncomputed_count > 1)
+        """Of waiting sequences, but for what they would find in the cache by now, and of running ones that do not decode yet."""
+        waiting = sum(self._cache.uncached_count(s.blocks, len(s.token_ids)) for s in self._waiting)
+        return waiting + sum(s.uncomputed_count for s in self._running if s.uncomputed_count > 1)
 
     def refuse_if_full(self, request_id: str) -> None:
         """Raises: Overloaded if too many wait already."""
@@ -115,9 +115,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended and free its blocks."""
-        if self._take(self._waiting, sequence):
-            self.waiting_tokens -= len(sequence.token_ids)
-        elif not self._take(self._running, sequence):
+        if not self._take(self._waiting, sequence) and not self._take(self._running, sequence):
             raise KvError(f"request {sequence.request.request_id} is not scheduled, so it cannot be removed")
         self._cache.close(sequence.blocks)
 
@@ -158,7 +156,6 @@ class Scheduler:
         if hit_count is None:
             return False
         del self._waiting[0]
-        self.waiting_tokens -= known
         insort(self._running, sequence, key=_rank)
         sequence.computed_count = hit_count
         plan.admitted.append(sequence)
@@ -182,7 +179,6 @@ class Scheduler:
 
     def _wait(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_rank)
-        self.waiting_tokens += len(sequence.token_ids)
 
     @staticmethod
     def _take(queue: list[Sequence], sequence: Sequence) -> bool:
