@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 1.0
 LOAD_INTERVAL_S = 0.1  # between load reports while steps change nothing but token counts
+ACCEPT_LOAD_INTERVAL_S = 0.005  # between those that only tell of requests accepted; other frontends should know before a long step ends
 DRAIN_CHECK_INTERVAL_S = 0.05
 
 
@@ -185,6 +186,8 @@ class WorkerHost:
         assert peer_request is not None
         try:
             self._engine.submit(request, source)
+            if time.monotonic() - self._last_load_s >= ACCEPT_LOAD_INTERVAL_S:
+                self._publish(None)
             return
         except PolyphaseError as error:
             failure = error
