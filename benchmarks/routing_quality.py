@@ -106,10 +106,10 @@ def figures_of(suffix: str, found: dict[str, Measures]) -> dict[str, Figure]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("trace", nargs="?", type=Path, help="file in Mooncake's form; without it, only the chats are played")
-    parser.add_argument("--requests", type=int, default=3000, help="of the trace, the first so many (default 3000)")
+    parser.add_argument("--requests", type=int, default=2000, help="of the trace, the first so many (default 2000)")
     parser.add_argument("--trace-speedup", type=float, default=5.0, help="by which arrivals of the trace are hastened (default 5)")
-    parser.add_argument("--conversations", type=int, default=500, help="chats (default 500)")
-    parser.add_argument("--chat-rate", type=float, default=5.0, help="chats begun each second (default 5)")
+    parser.add_argument("--conversations", type=int, default=300, help="chats (default 300)")
+    parser.add_argument("--chat-rate", type=float, default=12.0, help="chats begun each second (default 12)")
     parser.add_argument("--bursts", type=int, default=20, help="bursts at four frontends (default 20)")
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)

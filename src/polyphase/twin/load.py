@@ -111,7 +111,7 @@ def chat_load(
 def burst_load(
     burst_count: int, requests_per_burst: int, burst_every_s: float, block_size: int, seed: int = 0, shape: ChatShape | None = None
 ) -> list[Conversation]:
-    """Bursts of requests at the same instant, half of each with a prefix that is hot in this burst: what a job or a popular link does."""
+    """Bursts of requests within 50 ms, half of each with a prefix that is hot in this burst: what a job or a popular link does."""
     shape = shape or ChatShape()
     draw = random.Random(seed)
     load = []
@@ -121,7 +121,7 @@ def burst_load(
             head = hot if draw.random() < 0.5 else _fresh_tokens(draw, shape.system_tokens // 2)
             prompt = head + _fresh_tokens(draw, _around(draw, shape.message_tokens))
             turn = _turn_of_tokens(prompt, _around(draw, shape.answer_tokens), block_size, 0)
-            load.append(Conversation(int((burst * burst_every_s + number * 1e-5) * 1e9), (turn,)))
+            load.append(Conversation(int((burst * burst_every_s + number * 0.05 / requests_per_burst) * 1e9), (turn,)))
     return load
 
 

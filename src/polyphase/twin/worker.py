@@ -28,6 +28,7 @@ class Delays:
     request_ns: int = 200_000  # between frontends and workers, each way
     event_ns: int = 2_000_000  # from a worker's step to a router's index
     load_interval_ns: int = 100_000_000  # between load reports while nothing else is to be told, as the worker process does it
+    accept_report_ns: int = 5_000_000  # between load reports that only tell that something was accepted
 
 
 class SimulatedWorker:
@@ -72,6 +73,8 @@ class SimulatedWorker:
             return
         self._receivers[request.request_id] = deliver
         self._begin()
+        if self._timeline.now_ns() - self._told_ns >= self._delays.accept_report_ns:
+            self._publish([])
 
     def _begin(self) -> None:
         if self._is_stepping:
@@ -105,10 +108,13 @@ class SimulatedWorker:
                 self._send(deliver, output)
         now_ns = self._timeline.now_ns()
         if report.events or has_finished or now_ns - self._told_ns >= self._delays.load_interval_ns:
-            self._told_ns = now_ns
-            load = self.machine.core.load()
-            for listener in self._listeners:
-                self._timeline.after(self._delays.event_ns, lambda listener=listener: listener(self.worker_id, report.events, load))  # type: ignore[misc]
+            self._publish(report.events)
+
+    def _publish(self, events: list[KvEvent]) -> None:
+        self._told_ns = self._timeline.now_ns()
+        load = self.machine.core.load()
+        for listener in self._listeners:
+            self._timeline.after(self._delays.event_ns, lambda listener=listener: listener(self.worker_id, events, load))  # type: ignore[misc]
 
     def _send(self, deliver: Deliver, output: SequenceOutput) -> None:
         self._timeline.after(self._delays.request_ns, lambda: deliver(output))

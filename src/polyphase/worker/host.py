@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 1.0
 LOAD_INTERVAL_S = 0.1  # between load reports while steps change nothing but token counts
+ACCEPT_LOAD_INTERVAL_S = 0.005  # between those that only tell of requests accepted; other frontends should know before a long step ends
 DRAIN_CHECK_INTERVAL_S = 0.05
 
 
@@ -190,6 +191,8 @@ class WorkerHost:
             if self._settings.limits is not None:  # nothing is awaited from here to the engine's own bookkeeping
                 self._settings.limits.refuse_if_full(request, self._engine.load())
             self._engine.submit(request, source)
+            if time.monotonic() - self._last_load_s >= ACCEPT_LOAD_INTERVAL_S:
+                self._publish(None)
             return
         except PolyphaseError as error:
             failure = error
