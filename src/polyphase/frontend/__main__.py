@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,7 +102,9 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         drain_timeout_s=flags.drain_timeout_s,
     )
     split = SplitRule(min_uncached_tokens=flags.split_threshold)
-    return http, RouterSettings(policy=flags.policy, split=split, max_waiting_requests=flags.max_waiting_requests)
+    first_turn = secrets.randbelow(1 << 16)  # so that several frontends do not break the same tie for the same worker
+    router = RouterSettings(flags.policy, split, first_turn, flags.max_waiting_requests)
+    return http, router
 
 
 async def serve(

@@ -15,8 +15,8 @@ from __future__ import annotations
 from polyphase.router.types import Leg, RouteRequest, WorkerView
 
 # A token of the queue delays this request. One that is computed a second time also delays all that come after it, and takes the place of
-# something else in a cache: so leaving a cached prefix must save three times the tokens that it costs. Source: routing_quality.py, where
-# 1, 2, 3 and 4 were tried on a trace and on chats; 3 has the shortest TTFT, on average and at the 99th percentile.
+# something else in a cache: so leaving a cached prefix must save three times the tokens that it costs. Source: benchmarks/
+# routing_quality.py; of the weights from 1 to 4, 3 had the shortest p99 of TTFT on a trace near saturation, and 2 on chats, by 5 %.
 COMPUTE_WEIGHT = 3.0
 # A KV token in use slows every later step a little; computing a token takes its full time once.
 DECODE_WEIGHT = 0.25
