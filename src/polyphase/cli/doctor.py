@@ -45,14 +45,19 @@ def show_checks() -> int:
     console = Console(highlight=False)
     findings = list(examine())
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("", "what", "found", "how to mend it"):
+    for heading in ("", "what", "found"):
         table.add_column(heading, overflow="fold")
     for finding in findings:
         mark = {True: Text("✓", "green"), None: Text("·", "dim"), False: Text("✗", "red" if finding.is_essential else "yellow")}
         # As Text: in a plain string, rich would take the brackets of 'polyphase[torch]' for markup.
-        cells = (finding.what, finding.found, "" if finding.is_fine else finding.mend)
-        table.add_row(mark[finding.is_fine], *map(Text, cells))
+        table.add_row(mark[finding.is_fine], Text(finding.what), Text(finding.found))
     console.print(table)
+    to_mend = [finding for finding in findings if not finding.is_fine and finding.mend]
+    if to_mend:
+        console.print("\nhow to mend it", style="dim")
+    for finding in to_mend:  # outside the table, and unbroken: commands are copied from here
+        console.print(Text(f"  {finding.what}: {finding.mend}"), soft_wrap=True)
+    console.print()
     broken = [finding.what for finding in findings if finding.is_essential and finding.is_fine is False]
     console.print(f"[red]Polyphase cannot serve here yet: {', '.join(broken)}[/]" if broken else "[green]Polyphase can serve here.[/]")
     return 1 if broken else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sys
 from collections.abc import AsyncGenerator
@@ -16,13 +15,15 @@ if TYPE_CHECKING or sys.platform == "linux":
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
+SETTLING_S = (0.005, 0.05, 0.5)  # after a change, when to look again: the kernel tells of a close before it drops the file's lock
 
 
 async def folder_changes(folder: Path, check_interval_s: float) -> AsyncGenerator[None, None]:
     """Yields at once, then after every change, and at the latest `check_interval_s` after the last time.
 
-    A change is: a file goes, is moved into place, or a process that had it open for writing closes it, be it by dying. One change may
-    be told more than once. The watch stands before the first yield, so that nothing is missed in between.
+    A change is: a file goes, is moved into place, or a process that had it open for writing closes it, be it by dying. Each change is
+    told more than once, so that what follows from it a moment later is seen too. The watch stands before the first yield, so that
+    nothing is missed in between.
     """
     inotify = open_inotify()
     if inotify is None:
@@ -34,10 +35,14 @@ async def folder_changes(folder: Path, check_interval_s: float) -> AsyncGenerato
         mask = asyncinotify.Mask
         inotify.add_watch(folder, mask.CLOSE_WRITE | mask.MOVED_TO | mask.DELETE | mask.ONLYDIR)
         yield
+        waits_s: list[float] = []
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(check_interval_s):
+            try:
+                async with asyncio.timeout(waits_s.pop(0) if waits_s else check_interval_s):
                     await inotify.get()
+                waits_s = list(SETTLING_S)
+            except TimeoutError:
+                pass
             yield
 
 
