@@ -4,9 +4,11 @@ In come worker facts, KV events, load reports and route requests; out go routes 
 socket or task: the frontend feeds it and acts on what it says.
 """
 
+from polyphase.router.admission import AdmissionQueue, AdmissionSettings, EvictReason, Queued, Rejected, RejectReason
 from polyphase.router.bookings import Booked, Bookings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
+from polyphase.router.fair_share import Ticket
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.policies import POLICIES
 from polyphase.router.router import Router
@@ -26,18 +28,24 @@ from polyphase.router.types import (
 
 __all__ = [
     "POLICIES",
+    "AdmissionQueue",
+    "AdmissionSettings",
     "Booked",
     "Bookings",
     "Candidate",
     "Drift",
     "DriftReason",
     "DriftWatch",
+    "EvictReason",
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",
     "Placement",
     "PredictedPrefixIndex",
     "PrefixIndex",
+    "Queued",
+    "RejectReason",
+    "Rejected",
     "Route",
     "RouteRequest",
     "Router",
@@ -45,6 +53,7 @@ __all__ = [
     "Sample",
     "SplitRule",
     "StreamFacts",
+    "Ticket",
     "WorkerFacts",
     "WorkerView",
     "default_index",

@@ -18,6 +18,7 @@ from typing import Protocol, overload
 from polyphase.core.ids import WorkerId
 from polyphase.router.cost import load_and_room_tokens, queued_prefill_tokens, used_block_count
 from polyphase.router.indexes.naive import NaiveOverlaps
+from polyphase.router.saturation import is_saturated
 from polyphase.router.types import Candidate, Leg, Overlaps, RouteRequest, WorkerView
 from polyphase.wire.events import Tier
 
@@ -33,6 +34,7 @@ class Standings:
         "max_waiting_requests",
         "room_tokens",
         "rows",
+        "saturated_rows",
         "views",
         "worker_ids",
     )
@@ -48,6 +50,7 @@ class Standings:
         self.room_tokens = [room for _, room in figures]
         self.least_room_tokens = min(self.room_tokens, default=0)
         self.full_rows = {row for row, view in enumerate(self.views) if self._is_full(view)}
+        self.saturated_rows = {row for row, view in enumerate(self.views) if is_saturated(view)}
 
     def __len__(self) -> int:
         return len(self.views)
@@ -69,6 +72,10 @@ class Standings:
             self.full_rows.add(row)
         elif row in self.full_rows:
             self.full_rows.remove(row)
+        if is_saturated(view):
+            self.saturated_rows.add(row)
+        elif row in self.saturated_rows:
+            self.saturated_rows.remove(row)
 
     def without(self, rows: Collection[int]) -> Standings:
         return Standings((view for row, view in enumerate(self.views) if row not in rows), self.max_waiting_requests)
@@ -76,6 +83,11 @@ class Standings:
     def with_room(self) -> Standings:
         """Leaves out workers whose queue is full."""
         return self.without(self.full_rows) if self.full_rows else self
+
+    @property
+    def has_headroom(self) -> bool:
+        """Whether a worker is here that is not saturated."""
+        return len(self.saturated_rows) < len(self.views)
 
     def _is_full(self, view: WorkerView) -> bool:
         return view.booked_request_count >= view.facts.max_running + self.max_waiting_requests

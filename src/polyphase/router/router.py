@@ -178,6 +178,23 @@ class Router:
         reason = f"split: {to_compute} of {request.prompt_token_count} prompt tokens to compute away from decoding requests"
         return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
 
+    def has_headroom(self, request: RouteRequest) -> bool:
+        """Whether a worker would begin with it soon; if not, it had better wait where it can still be sent elsewhere. Books nothing.
+
+        Raises: NoWorkers. Cost: O(workers whose bookings or load changed).
+        """
+        eligible = self._eligible_for(request)
+        if not eligible.servers.has_headroom:
+            return False
+        return eligible.helpers.has_headroom or not self._waits_for_prefill(request, eligible)
+
+    def waits_for_prefill(self, request: RouteRequest) -> bool:
+        """Whether it needs a prefill worker besides: those that do and those that do not wait for different workers. Raises: NoWorkers."""
+        return self._waits_for_prefill(request, self._eligible_for(request))
+
+    def _waits_for_prefill(self, request: RouteRequest, eligible: _Eligible) -> bool:
+        return bool(eligible.helpers) and request.prompt_token_count >= self._settings.split.min_uncached_tokens
+
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
         self._expected.settle(request_id)
