@@ -65,6 +65,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     priority: int = 0  # lower is served first
     hand_over: bool = False
     offer: KvOffer | None = None
+    remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
