@@ -23,25 +23,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import DeadlineExceeded, Evicted, Lost, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
+from polyphase.core.errors import DeadlineExceeded, Evicted, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
-from polyphase.frontend.failures import error_of
+from polyphase.frontend.failures import error_of, lost_for_want_of_room
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
-from polyphase.frontend.inbox import Arrival, End, Inbox
+from polyphase.frontend.full_workers import FullWorkers
+from polyphase.frontend.inbox import Arrival, End, Inbox, how_it_ended
 from polyphase.frontend.metrics import Metrics
-from polyphase.frontend.predictions import Prediction, Predictions
+from polyphase.frontend.predictions import Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.terms import Terms
 from polyphase.frontend.waiting_room import Lane, Party, WaitingRoom
-from polyphase.router import EvictReason, Route, Router, RouteRequest
+from polyphase.router import EvictReason, Router, RouteRequest
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
 log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.1
-FULL_FOR_NS = 1_000_000_000  # a worker that refused is asked again after its next load report, or after this time
 Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 
 
@@ -58,7 +58,7 @@ class Dispatcher:
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
         self._by_wire_id: dict[RequestId, Flight] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
-        self._full: dict[WorkerId, int] = {}  # workers that refused, until when that is believed
+        self._full = FullWorkers()
         self._stranded: dict[RequestId, tuple[Flight, PolyphaseError]] = {}  # with what they were broken off or sent back for
         self.waiting_room = WaitingRoom(router, metrics, settings.admission, settings.migration_patience_s)
         self._tick_timer: asyncio.TimerHandle | None = None  # runs while anything waits
@@ -115,12 +115,12 @@ class Dispatcher:
 
     def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
         self._epochs[worker_id] = epoch
-        self._full.pop(worker_id, None)
+        self._full.forget(worker_id)
         self._let_in()
 
     def worker_reported(self, worker_id: WorkerId) -> None:
         """Its load is known again: if it refused before, the router judges anew."""
-        self._full.pop(worker_id, None)
+        self._full.forget(worker_id)
         self._let_in()
 
     def worker_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
@@ -237,7 +237,7 @@ class Dispatcher:
         while True:
             started = time.perf_counter()
             request = self._request_of(flight, hashes)
-            route = self._route_around_full_ones(request)
+            route = self._full.route_around(self._router, request, self._clock.now_ns())
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)
@@ -250,7 +250,7 @@ class Dispatcher:
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
-            flight.predictions = self._predictions_of(flight, route, now_ns)
+            flight.predict(route, now_ns, self.predictions.removed_block_count)
             try:
                 self._send(place.worker_id, flight.submit(now_ns, hand_over=splits, offer=offer))
             except WorkerLost as error:
@@ -292,7 +292,7 @@ class Dispatcher:
         if output.token_ids or end is not None:
             self._take_tokens(flight, output, now_ns, end)
         if end is not None:
-            self._close(flight, _how(end))
+            self._close(flight, how_it_ended(end))
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
@@ -354,27 +354,13 @@ class Dispatcher:
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
         self._metrics.refusals.labels(worker_id).inc()
-        self._full[worker_id] = now_ns + FULL_FOR_NS
+        self._full.note(worker_id, now_ns)
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING
         if not flight.waits_until_ns:
             flight.waits_until_ns = now_ns + int(self._settings.migration_patience_s * 1e9)
         self._depart_again(flight, error_of(failure))
-
-    def _route_around_full_ones(self, request: RouteRequest) -> Route:
-        """Raises: NoWorkers, Overloaded."""
-        if not self._full:
-            return self._router.route(request)
-        now_ns = self._clock.now_ns()
-        full = {worker_id for worker_id, until_ns in self._full.items() if until_ns > now_ns}
-        try:
-            return self._router.route(replace(request, excluded=request.excluded | full))
-        except NoWorkers:
-            if full <= request.excluded:
-                raise
-        names = ", ".join(sorted(full - request.excluded))
-        raise Overloaded(f"no worker has room; refused by {names} a moment ago", retry_after_s=2, request_id=request.request_id)
 
     def _depart_again(self, flight: Flight, cause: PolyphaseError) -> bool:
         """As `_depart`, but a refusal is waited out. Returns: whether it is, because no worker has room.
@@ -391,7 +377,7 @@ class Dispatcher:
             is_hopeless = has_no_worker and not isinstance(cause, WorkerLost)
             if is_hopeless or (has_no_worker and self._clock.now_ns() >= flight.waits_until_ns):
                 # A worker's own refusal (its queue is full) is the better answer while nothing was sent to the client.
-                error = cause if isinstance(cause, Refused | RequestError) else _lost(cause, refusal)
+                error = cause if isinstance(cause, Refused | RequestError) else lost_for_want_of_room(cause, refusal)
                 self._finish(flight, End(error=error))
                 return False
             self._stranded[flight.job.sequence_id] = (flight, cause)
@@ -413,7 +399,7 @@ class Dispatcher:
 
     def _finish(self, flight: Flight, end: End) -> None:
         flight.inbox.put(Arrival(flight.job.index, end=end))
-        self._close(flight, _how(end))
+        self._close(flight, how_it_ended(end))
 
     def _close(self, flight: Flight, how: str = "cancelled") -> None:
         """It is over: booking, blocks that nobody took, names and timers go."""
@@ -442,24 +428,6 @@ class Dispatcher:
             max_output_tokens=flight.remaining_tokens,
             excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
         )
-
-    def _predictions_of(self, flight: Flight, route: Route, now_ns: int) -> dict[WorkerId, Prediction]:
-        """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
-        job = flight.job
-        return {
-            place.worker_id: Prediction(
-                worker_id=place.worker_id,
-                epoch=place.epoch,
-                routed_ns=now_ns,
-                hashes=job.hashes,
-                prompt_tokens=len(job.prompt_ids),
-                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
-                removed_before=self.predictions.removed_block_count(place.worker_id),
-                is_salted=job.cache_salt is not None,
-            )
-            for place in (route.prefill, route.decode)
-            if place is not None
-        }
 
     def _rename(self, flight: Flight) -> None:
         self._by_wire_id.pop(flight.wire_id, None)
@@ -493,13 +461,3 @@ class Dispatcher:
             self._send(worker_id, message)
         except WorkerLost as error:
             log.debug("not sent: %s", error.message)
-
-
-def _how(end: End) -> str:
-    return f"error: {end.error.message}" if end.error is not None else str(end.finish_reason)
-
-
-def _lost(cause: PolyphaseError, refusal: Refused) -> PolyphaseError:
-    kind = type(cause) if isinstance(cause, Lost) else WorkerLost
-    what = "is full" if isinstance(refusal, Overloaded) else "is left to go on with it"
-    return kind(f"{cause.message}, and no other worker {what}: {refusal.message}")

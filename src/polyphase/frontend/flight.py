@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,24 @@ class Flight:
             offer=offer,
             remaining_ms=max((self.deadline_ns - now_ns) // 1_000_000, 1),
         )
+
+    def predict(self, route: Route, now_ns: int, removed_block_count: Callable[[WorkerId], int]) -> None:
+        """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
+        job = self.job
+        self.predictions = {
+            place.worker_id: Prediction(
+                worker_id=place.worker_id,
+                epoch=place.epoch,
+                routed_ns=now_ns,
+                hashes=job.hashes,
+                prompt_tokens=len(job.prompt_ids),
+                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
+                removed_before=removed_block_count(place.worker_id),
+                is_salted=job.cache_salt is not None,
+            )
+            for place in (route.prefill, route.decode)
+            if place is not None
+        }
 
     # For people who ask why
 

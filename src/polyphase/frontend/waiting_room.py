@@ -49,6 +49,7 @@ class LaneView:
     """For people who look."""
 
     model: str
+    waits_for_prefill: bool  # they need a prefill worker besides
     requests: int
     tokens: int
     oldest_wait_s: float
@@ -181,6 +182,7 @@ class WaitingRoom:
         return [
             LaneView(
                 lane.model,
+                self._lanes.get((lane.model, True)) is lane,
                 len(lane.queue),
                 lane.queue.tokens,
                 max((now_ns - ticket.arrived_ns) / 1e9 for ticket in self._parties if ticket in lane.queue),

@@ -405,6 +405,7 @@ async def test_one_of_several_choices_fails(stack: Stack) -> None:
         worker = await stack.add(worker_id)
         worker.behaviour.fails_after = 5
         worker.behaviour.failure = WireFailure("engine_failed", "broken", False)
+        slow(worker)  # so that the answer has begun by then
     async with open_stream(stack, n=3) as stream:
         await stream.read()
     assert stream.error is not None
