@@ -50,7 +50,17 @@ def test_workers_share_the_cores():
 
 
 def test_processes_and_their_flags(tmp_path: Path):
-    made = plan(cores=6, prefill=1, decode=2, port=8123, kv_memory="64MiB", split_threshold=32, served_model_name="small", max_running=9)
+    made = plan(
+        cores=6,
+        prefill=1,
+        decode=2,
+        port=8123,
+        kv_memory="64MiB",
+        split_threshold=32,
+        served_model_name="small",
+        max_running=9,
+        tenant_weights="acme=3",
+    )
     specs = process_specs(made, tmp_path)
     assert [(spec.name, spec.kind) for spec in specs] == [
         ("frontend", ProcessKind.FRONTEND),
@@ -62,6 +72,8 @@ def test_processes_and_their_flags(tmp_path: Path):
     frontend = flags_of(specs[0].arguments)
     assert frontend["--run-folder"] == str(tmp_path)
     assert (frontend["--port"], frontend["--policy"]) == ("8123", "kv")
+    assert (frontend["--max-queued-requests"], frontend["--tenant-weights"]) == ("4096", "acme=3")
+    assert "--max-queued-per-tenant" not in frontend
     worker = flags_of(specs[1].arguments)
     assert (worker["--worker-id"], worker["--role"], worker["--name"]) == ("prefill-0", "prefill", "small")
     assert (worker["--kv-bytes"], worker["--thread-count"], worker["--max-running"]) == (str(64 * 1024**2), "2", "9")
