@@ -46,7 +46,8 @@ SPLIT = {
 }  # fmt: skip
 PAGE: dict[str, Any] = {
     "id": "req-1", "answer_id": "chatcmpl-1", "model": "demo", "status": "finished", "prompt_tokens": 512, "transferred_tokens": 512,
-    "kv_bytes_moved": 2 * 1024**2, "transfer_ms": 1.25, "admission_wait_ms": 0.0, "completion_tokens": 9, "ttft_ms": 13.44, "itl_ms_mean": 3.1,
+    "kv_bytes_moved": 2 * 1024**2, "transfer_ms": 1.25, "admission_wait_ms": 0.0, "completion_tokens": 9,
+    "ttft_ms": 13.44, "itl_ms_mean": 3.1,
     "finish_reason": "stop", "error": None, "choices": 1, "routes": [SPLIT],
     "timeline": [
         {"at_ms": 0.0, "event": "accepted", "worker": None, "detail": None},

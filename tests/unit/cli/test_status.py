@@ -142,7 +142,7 @@ def test_queues_of_the_frontend_are_told() -> None:
     waiting = {"waits_for_prefill_worker": False, "requests": 12, "prompt_tokens": 34_000, "oldest_wait_s": 3.2, "drain_time_s": 8.1}
     one = {**waiting, "waits_for_prefill_worker": True, "requests": 1, "drain_time_s": None}
     assert _queues({"models": {"demo": {"workers": {}, "queues": [waiting, one]}, "other": {"workers": {}}}}) == [
-        "queue of demo: 12 requests wait for a worker with room (34.0k tokens), the longest for 3s; at this pace they are sent on within 8s",
+        "queue of demo: 12 requests wait for a worker with room (34.0k tokens), the longest for 3s; sent on within 8s",
         "queue of demo: 1 request waits for a prefill worker with room (34.0k tokens), the longest for 3s",
     ]
     assert _queues({}) == _queues([]) == []
