@@ -12,7 +12,8 @@
     ├── Refused                      correct, but not now: rejected before anything was started (429, 503)
     │   ├── NoWorkers                  503  nothing serves this model
     │   ├── Overloaded                 429  every worker's queue is full
-    │   └── Draining                   503  this process is going away
+    │   ├── Draining                   503  this process is going away
+    │   └── PartFailed                 500  a router part of somebody else's broke its contract
     ├── Lost                         started, and then broken off (500, 503, 504)
     │   ├── WorkerLost                 503  the worker died or went silent
     │   ├── EngineFailed               500  the engine raised while it computed
@@ -119,6 +120,14 @@ class Overloaded(Refused):
 
 class Draining(Refused):
     code = "draining"
+
+
+class PartFailed(Refused):
+    code = "router_part_failed"
+    http_status = 500
+    is_retryable = False
+    error_type = "server_error"
+    stage = "routing"
 
 
 class Lost(PolyphaseError):

@@ -13,7 +13,7 @@ from polyphase.core.ids import RequestId, WorkerId
 from polyphase.engines.mock import MockSettings
 from polyphase.engines.mock.assembly import assemble_mock
 from polyphase.engines.mock.machine import MockMachine
-from polyphase.router import Router, RouterSettings
+from polyphase.router import PolicySettings, Router, RouterSettings
 from polyphase.twin.frontend import RoutingCode, SimulatedFrontend
 from polyphase.twin.load import Conversation
 from polyphase.twin.measures import Measures, RequestRecord, measure
@@ -37,7 +37,7 @@ MakeRouting = Callable[[Timeline], RoutingCode]
 def router_of(policy: str) -> MakeRouting:
     """The real router with one of its policies, and no bound on how much may wait: queueing is to be seen, not refused."""
     turns = count()
-    return lambda timeline: Router(RouterSettings(policy=policy, max_waiting_requests=1_000_000, first_turn=7 * next(turns)))
+    return lambda timeline: Router(RouterSettings(PolicySettings(policy), max_waiting_requests=1_000_000, first_turn=7 * next(turns)))
 
 
 class Fleet:
