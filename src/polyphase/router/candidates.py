@@ -15,12 +15,13 @@ from polyphase.wire.events import Tier
 class Candidates(Sequence[Candidate]):
     """All workers of a decision, best first, as they stood before it; put in order only when somebody asks."""
 
-    __slots__ = ("_found", "_lineup", "_parts", "_picked", "_rows", "_scores", "_views")
+    __slots__ = ("_columns", "_found", "_lineup", "_parts", "_picked", "_rows", "_scores", "_views")
 
     def __init__(self, lineup: Lineup, weighing: Weighing, picked: int) -> None:
         self._views = lineup.standings.views.copy()
         # Columns of the standings change with the next decision.
-        self._parts = [(name, weight, column[:]) for name, weight, column in weighing.parts]
+        self._columns = [column[:] for column in weighing.columns]
+        self._parts = weighing.parts
         self._scores = weighing.scores
         self._lineup = lineup
         self._rows: Sequence[int] = range(len(self._views)) if lineup.rows is None else lineup.rows
@@ -66,5 +67,5 @@ class Candidates(Sequence[Candidate]):
             queued_prefill_tokens=queued_prefill_tokens(view),
             used_block_count=used_block_count(view),
             held_block_count=self._lineup.depth(row, Tier.OBJECT),
-            costs=tuple((name, weight * column[row]) for name, weight, column in self._parts),
+            costs=tuple((part.name, part.weight * column[row]) for part, column in zip(self._parts, self._columns, strict=True)),
         )

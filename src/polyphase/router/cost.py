@@ -9,7 +9,7 @@ the next request goes elsewhere, computes it there, and from then on there are t
 
 from __future__ import annotations
 
-from polyphase.router.types import Leg, RouteRequest, WorkerView
+from polyphase.router.types import PREFILL, Leg, RouteRequest, WorkerView
 
 # Many clients leave max_tokens at the model's maximum, so it says little about the length of the answer; this much of it is booked.
 ASSUMED_OUTPUT_TOKENS = 128
@@ -17,7 +17,7 @@ ASSUMED_OUTPUT_TOKENS = 128
 
 def tokens_needed(request: RouteRequest, leg: Leg) -> int:
     """Tokens whose KV the request will fill there, as far as one can say."""
-    output_tokens = 0 if leg is Leg.PREFILL else min(request.max_output_tokens, ASSUMED_OUTPUT_TOKENS)
+    output_tokens = 0 if leg is PREFILL else min(request.max_output_tokens, ASSUMED_OUTPUT_TOKENS)
     return request.prompt_token_count + output_tokens
 
 

@@ -22,7 +22,7 @@ from polyphase.core.ids import Epoch, WorkerId
 from polyphase.router.columns import Column
 from polyphase.router.cost import in_flight_count, queued_prefill_tokens, used_block_count
 from polyphase.router.indexes.naive import NaiveOverlaps
-from polyphase.router.types import Overlaps, WorkerFacts, WorkerView
+from polyphase.router.types import Leg, Overlaps, WorkerFacts, WorkerView
 from polyphase.wire.events import Tier
 
 NOT_EXPECTED: Mapping[WorkerId, int] = {}
@@ -34,10 +34,11 @@ class Standings:
 
     __slots__ = (
         "_label_columns",
+        "_least_room_tokens",
         "block_size",
         "full_rows",
         "last_turns",
-        "least_room_tokens",
+        "lasting_rows",
         "max_waiting_requests",
         "queued_tokens",
         "request_counts",
@@ -59,10 +60,11 @@ class Standings:
         self.used_tokens: Column = array("d", map(_used_tokens, self.views))
         self.room_tokens: Column = array("d", map(_room_tokens, self.views))
         self.request_counts: Column = array("d", map(in_flight_count, self.views))
-        self.least_room_tokens = min(self.room_tokens, default=0.0)
+        self._least_room_tokens = min(self.room_tokens, default=0.0)  # nobody has less; perhaps all have more
         self.full_rows = {row for row, view in enumerate(self.views) if self._is_full(view)}
         # Turns count up from 0, so that any of these is longer ago; a router that begins elsewhere has another order.
         self.last_turns = array("q", (-1 - xxhash.xxh3_64_intdigest(name.encode(), seed) % (1 << 62) for name in self.worker_ids))
+        self.lasting_rows: dict[Leg, Sequence[int]] = {}  # what lasting filters leave for an ordinary request; the router's
         self._label_columns: dict[tuple[tuple[str, str], ...], Column] = {}
 
     def __len__(self) -> int:
@@ -75,18 +77,22 @@ class Standings:
             return
         self.views[row] = view
         self.queued_tokens[row] = queued_prefill_tokens(view)
-        self.used_tokens[row] = _used_tokens(view)
         self.request_counts[row] = in_flight_count(view)
-        room_before, room = self.room_tokens[row], _room_tokens(view)
-        self.room_tokens[row] = room
-        if room < self.least_room_tokens:
-            self.least_room_tokens = room
-        elif room_before == self.least_room_tokens:
-            self.least_room_tokens = min(self.room_tokens)
+        used, block_count = used_block_count(view), view.facts.block_count
+        self.used_tokens[row] = self.block_size * used
+        self.room_tokens[row] = room = self.block_size * (block_count - used)
+        if room < self._least_room_tokens:
+            self._least_room_tokens = room
         if self._is_full(view):
             self.full_rows.add(row)
-        elif row in self.full_rows:
-            self.full_rows.remove(row)
+        elif self.full_rows:
+            self.full_rows.discard(row)
+
+    def has_room_everywhere(self, token_count: int) -> bool:
+        """Whether every worker's pool could take so many tokens."""
+        if token_count > self._least_room_tokens:
+            self._least_room_tokens = min(self.room_tokens, default=0.0)
+        return token_count <= self._least_room_tokens
 
     def differing_labels(self, wanted: Mapping[str, str]) -> Column:
         """Per worker, how many of these labels it does not carry with the same value."""
@@ -110,9 +116,10 @@ class Lineup(Sequence[WorkerView]):
     home: the worker, in that life of it, where the request's session was last.
     partner: on the decode leg of a split request, the worker that computes the prompt.
     rows: those that the filters have left; None: all.
+    uses_lower_tiers: whether anything is known to rest below the device.
     """
 
-    __slots__ = ("expected", "home", "overlaps", "partner", "rows", "standings")
+    __slots__ = ("expected", "home", "overlaps", "partner", "rows", "standings", "uses_lower_tiers")
 
     def __init__(
         self,
@@ -128,6 +135,7 @@ class Lineup(Sequence[WorkerView]):
         self.home = home
         self.partner = partner
         self.rows: Sequence[int] | None = None
+        self.uses_lower_tiers = overlaps.level_count > 1
 
     @classmethod
     def of_views(cls, views: Sequence[WorkerView]) -> Lineup:
@@ -138,11 +146,6 @@ class Lineup(Sequence[WorkerView]):
     @property
     def worker_ids(self) -> Sequence[WorkerId]:
         return self.standings.worker_ids
-
-    @property
-    def uses_lower_tiers(self) -> bool:
-        """Whether anything is known to rest below the device."""
-        return self.overlaps.level_count > 1
 
     def depth(self, row: int, tier: Tier = Tier.DEVICE) -> int:
         """Leading blocks that this worker holds in this tier or a faster one, or is going to hold."""

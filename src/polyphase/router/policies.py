@@ -52,12 +52,13 @@ class Weighted:
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Weighing:
     """Scores of a decision, and the columns behind them, of which those that belong to the standings change with the next decision."""
 
     scores: Column
-    parts: tuple[tuple[str, float, Sequence[float]], ...]  # name, weight, column; those that made a difference
+    parts: list[Weighted]  # those that made a difference
+    columns: list[Sequence[float]]  # one for each of `parts`
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +74,14 @@ class Policy:
         """Scores in (0, 1] for the rows that the filters have left."""
         columns: list[Sequence[float]] = []
         weights: list[float] = []
-        parts: list[tuple[str, float, Sequence[float]]] = []
+        parts: list[Weighted] = []
         for part in self.scorers:
             column = part.scorer.costs(request, leg, workers)
             if column is not None:
                 columns.append(column)
                 weights.append(part.weight)
-                parts.append((part.name, part.weight, column))
-        return Weighing(scores_of(len(workers), columns, weights, workers.rows), tuple(parts))
+                parts.append(part)
+        return Weighing(scores_of(len(workers.standings.views), columns, weights, workers.rows), parts, columns)
 
 
 def policy_of(settings: PolicySettings, parts: Parts = BUILT_IN) -> Policy:

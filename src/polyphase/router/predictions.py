@@ -21,7 +21,7 @@ from polyphase.router.types import Overlaps
 NOTHING: Mapping[WorkerId, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Expected:
     worker_id: WorkerId
     hashes: Sequence[SequenceHash]

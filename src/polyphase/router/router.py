@@ -26,6 +26,9 @@ from polyphase.router.policies import policy_of
 from polyphase.router.predictions import ExpectedPrefixes
 from polyphase.router.sessions import Sessions
 from polyphase.router.types import (
+    BOTH,
+    DECODE,
+    PREFILL,
     Leg,
     Overlaps,
     Placement,
@@ -39,6 +42,8 @@ from polyphase.router.types import (
 )
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load, Tier
 
+_LOWEST = Tier.OBJECT
+
 
 @dataclass(slots=True)
 class _Known:
@@ -49,7 +54,7 @@ class _Known:
     last_turn: int | None = None  # at which it was chosen
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Found:
     """What is known of a prompt: who holds how much of it, and who is going to."""
 
@@ -79,7 +84,6 @@ class Router:
         self.index: PrefixIndex = default_index() if index is None else index
         self._known: dict[WorkerId, _Known] = {}
         self._standings: dict[str, Standings] = {}  # by model; made when first wanted
-        self._lasting: dict[tuple[str, Leg], Sequence[int]] = {}  # what the lasting filters leave of them for an ordinary request
         self._expected = ExpectedPrefixes()
         self._sessions = Sessions(settings.sessions)
         self._turn = settings.first_turn
@@ -99,7 +103,7 @@ class Router:
         else:
             self.remove_worker(facts.worker_id)
             self._known[facts.worker_id] = _Known(facts)
-        self._forget_standings()
+        self._standings.clear()
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its blocks and bookings go with it. Unknown workers are ignored."""
@@ -108,7 +112,7 @@ class Router:
             return
         self.index.clear(worker_id)
         self.bookings.drop_worker(worker_id)
-        self._forget_standings()
+        self._standings.clear()
         self._expected.drop_worker(worker_id)
 
     def replace_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash]) -> None:
@@ -168,21 +172,21 @@ class Router:
         overlaps = self.index.match(hashes)
         found = _Found(hashes, overlaps, self._expected.beyond(hashes, overlaps))
 
-        servers = self._lineup(request, Leg.BOTH, standings, found)
-        self._filter(request, Leg.BOTH, servers, is_required=True)
-        whole = self._choose(request, Leg.BOTH, servers)
-        helpers = self._lineup(request, Leg.PREFILL, standings, found)
-        has_helpers = self._filter(request, Leg.PREFILL, helpers, is_required=False)
+        servers = self._lineup(request, BOTH, standings, found)
+        self._filter(request, BOTH, servers, is_required=True)
+        whole = self._choose(request, BOTH, servers)
+        helpers = self._lineup(request, PREFILL, standings, found)
+        has_helpers = self._filter(request, PREFILL, helpers, is_required=False)
         reason_against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens, has_helpers)
         if reason_against is not None:
             self._book(request, found, whole)
             rule, reason = reason_against
             return Route(request.request_id, whole.placement, None, reason, rule)
 
-        prefill = self._choose(request, Leg.PREFILL, helpers)
-        takers = self._lineup(request, Leg.DECODE, standings, found, partner=prefill.facts)
-        self._filter(request, Leg.DECODE, takers, is_required=True)
-        decode = self._choose(request, Leg.DECODE, takers)
+        prefill = self._choose(request, PREFILL, helpers)
+        takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
+        self._filter(request, DECODE, takers, is_required=True)
+        decode = self._choose(request, DECODE, takers)
         self._book(request, found, decode, prefill)
         to_compute = prefill.uncached_tokens
         reason = f"split: {to_compute} of {request.prompt_token_count} prompt tokens to compute away from decoding requests"
@@ -215,10 +219,6 @@ class Router:
             self._standings[request.model] = standings
         return standings
 
-    def _forget_standings(self) -> None:
-        self._standings.clear()
-        self._lasting.clear()
-
     def _lineup(self, request: RouteRequest, leg: Leg, standings: Standings, found: _Found, partner: WorkerFacts | None = None) -> Lineup:
         home = None if request.session is None else self._sessions.home(request.model, request.session, leg, request.now_ns)
         return Lineup(standings, found.overlaps, found.expected, home, partner)
@@ -226,13 +226,14 @@ class Router:
     def _filter(self, request: RouteRequest, leg: Leg, workers: Lineup, *, is_required: bool) -> bool:
         """Sets `workers.rows`. Returns: whether any are left. Raises: why there are none, if some are required."""
         is_ordinary = not (request.excluded or request.required_labels)
-        rows = self._lasting.get((request.model, leg)) if is_ordinary else None
+        lasting = workers.standings.lasting_rows
+        rows = lasting.get(leg) if is_ordinary else None
         if rows is None:
             rows = _kept(self._policy.lasting_filters, request, leg, workers, range(len(workers)), is_required)
             if is_ordinary:
-                self._lasting[request.model, leg] = rows
+                lasting[leg] = rows
         rows = _kept(self._policy.passing_filters, request, leg, workers, rows, is_required)
-        workers.rows = None if len(rows) == len(workers) else rows
+        workers.rows = None if len(rows) == len(workers.standings.views) else rows
         return bool(rows)
 
     def _choose(self, request: RouteRequest, leg: Leg, workers: Lineup) -> _Choice:
@@ -241,8 +242,10 @@ class Router:
         self._turn += 1
         row = self._policy.picker.pick(weighing.scores, workers, turn)
         facts = workers.standings.views[row].facts
-        uncached = request.prompt_token_count - workers.depth(row, Tier.OBJECT) * facts.block_size
-        placement = Placement(leg, facts.worker_id, facts.epoch, workers.depth(row), Candidates(workers, weighing, row))
+        depth = workers.depth(row)
+        held = workers.depth(row, _LOWEST) if workers.uses_lower_tiers else depth
+        uncached = request.prompt_token_count - held * facts.block_size
+        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row))
         return _Choice(placement, facts, row, turn, max(uncached, 0))
 
     def _book(self, request: RouteRequest, found: _Found, decode: _Choice, prefill: _Choice | None = None) -> None:
@@ -250,9 +253,9 @@ class Router:
         standings = self._standings[request.model]
         for choice in (decode,) if prefill is None else (decode, prefill):
             facts, leg = choice.facts, choice.placement.leg
-            prefill_tokens = 0 if leg is Leg.DECODE else choice.uncached_tokens
+            prefill_tokens = 0 if leg is DECODE else choice.uncached_tokens
             blocks = block_count_needed(request, facts.block_size, leg)
-            legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is Leg.PREFILL))
+            legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is PREFILL))
             standings.last_turns[choice.row] = self._known[facts.worker_id].last_turn = choice.turn
             if isinstance(self.index, PredictedPrefixIndex):
                 self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
@@ -266,8 +269,7 @@ class Router:
     def _view(self, worker_id: WorkerId) -> WorkerView:
         """Without a request, so without overlap."""
         known = self._known[worker_id]
-        booked = self.bookings.of(worker_id)
-        unreported = self.bookings.unreported_of(worker_id)
+        booked, unreported = self.bookings.sums_of(worker_id)
         return WorkerView(
             known.facts,
             known.load,

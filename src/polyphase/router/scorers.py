@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from polyphase.router.columns import filled
 from polyphase.router.cost import tokens_needed
 from polyphase.router.lineup import Lineup
-from polyphase.router.types import Leg, RouteRequest
+from polyphase.router.types import DECODE, Leg, RouteRequest
 from polyphase.wire.events import Tier
 
+_LOWEST = Tier.OBJECT
 _FASTER = {Tier.HOST: Tier.DEVICE, Tier.DISK: Tier.HOST, Tier.OBJECT: Tier.DISK}
 
 
@@ -27,7 +28,7 @@ class Uncached:
     unit = "tokens to compute"
 
     def costs(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float] | None:
-        return None if leg is Leg.DECODE else workers.tokens_beyond(request.prompt_token_count, Tier.OBJECT)
+        return None if leg is DECODE else workers.tokens_beyond(request.prompt_token_count, _LOWEST)
 
 
 class InTier:
@@ -38,7 +39,7 @@ class InTier:
         self._tier = tier
 
     def costs(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float] | None:
-        if leg is Leg.DECODE or not workers.uses_lower_tiers:
+        if not workers.uses_lower_tiers or leg is DECODE:
             return None
         count = request.prompt_token_count
         beyond_faster, beyond = workers.tokens_beyond(count, _FASTER[self._tier]), workers.tokens_beyond(count, self._tier)
@@ -51,7 +52,7 @@ class Moved:
     unit = "tokens to move"
 
     def costs(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float] | None:
-        return workers.tokens_beyond(request.prompt_token_count) if leg is Leg.DECODE else None
+        return workers.tokens_beyond(request.prompt_token_count) if leg is DECODE else None
 
 
 class Distance:
@@ -64,7 +65,7 @@ class Distance:
     unit = "tokens to move x labels that differ"
 
     def costs(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float] | None:
-        if leg is not Leg.DECODE or workers.partner is None or not workers.partner.labels:
+        if leg is not DECODE or workers.partner is None or not workers.partner.labels:
             return None
         moved = workers.tokens_beyond(request.prompt_token_count)
         differing = workers.standings.differing_labels(workers.partner.labels)
@@ -96,7 +97,7 @@ class Overflow:
 
     def costs(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float] | None:
         needed = tokens_needed(request, leg)
-        if needed <= workers.standings.least_room_tokens:
+        if workers.standings.has_room_everywhere(needed):
             return None
         return array("d", (max(needed - room, 0.0) for room in workers.standings.room_tokens))
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from polyphase.core.ids import Epoch, WorkerId
-from polyphase.router.types import Leg, SessionRule
+from polyphase.router.types import PREFILL, Leg, SessionRule
 
 Home = tuple[WorkerId, Epoch]
 
@@ -40,7 +40,7 @@ class Sessions:
         seen = self._seen.get((model, session))
         if seen is None:
             return None
-        return seen.prompt if leg is Leg.PREFILL else seen.decode
+        return seen.prompt if leg is PREFILL else seen.decode
 
     def note(self, model: str, session: int, decode: Home, prompt: Home, now_ns: int) -> None:
         """A request of this session was routed there."""

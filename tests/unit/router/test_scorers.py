@@ -124,13 +124,15 @@ def test_a_lineup_is_a_sequence_of_views():
 def test_standings_follow_one_worker_at_a_time():
     views = [view("a", prefill=5), view("b", blocks=400, requests=3), view("c")]
     standings = Standings(views, 10)
-    assert standings.least_room_tokens == 9600
+    assert (standings.has_room_everywhere(9600), standings.has_room_everywhere(9601)) == (True, False)
     for changed in (view("b", blocks=100), view("c", prefill=9, blocks=999, requests=80), view("c", requests=1), view("d", prefill=1)):
         standings.note(changed)
         views = [changed if one.facts.worker_id == changed.facts.worker_id else one for one in views]
         fresh = Standings(views, 10)
-        for name in ("queued_tokens", "used_tokens", "room_tokens", "request_counts", "least_room_tokens", "full_rows", "views"):
+        for name in ("queued_tokens", "used_tokens", "room_tokens", "request_counts", "full_rows", "views"):
             assert getattr(standings, name) == getattr(fresh, name), name
+        assert standings.has_room_everywhere(int(min(fresh.room_tokens)))
+        assert not standings.has_room_everywhere(int(min(fresh.room_tokens)) + 1)
 
 
 def test_columns_of_labels_are_kept_but_not_for_ever():
