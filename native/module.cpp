@@ -179,6 +179,11 @@ private:
     size_t ready_ = 0;
 };
 
+uint64_t digest_sum(py::handle hashes) {
+    PromptChain chain(hashes);
+    return sum_of_mixed(chain.upto(chain.size()), chain.size());
+}
+
 constexpr uint32_t kUnknown = UINT32_MAX;
 
 // Workers' names and numbers. A copy is made before a change if an answer still refers to them.
@@ -318,6 +323,13 @@ public:
         return number == kUnknown ? 0 : index_.held(number, level);
     }
 
+    py::tuple digest(py::handle worker, py::handle tier) const {
+        const size_t level = tier_number(tier);
+        const uint32_t number = names_->number_of(worker.ptr());
+        const Told told = number == kUnknown ? Told() : index_.told(number, level);
+        return py::make_tuple(told.count, told.sum);
+    }
+
     const PrefixIndex& core() const { return index_; }
 
 private:
@@ -385,7 +397,7 @@ py::list scores_of_costs(const py::list& loads, const py::list& tokens, double w
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Block hashing and the prefix index in C++; polyphase.core.native says whether it is in use.";
-    module.attr("RECIPE") = 1;  // raised with every change that the Python side must know of
+    module.attr("RECIPE") = 2;  // raised with every change that the Python side must know of
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());
@@ -395,6 +407,7 @@ PYBIND11_MODULE(_native, module) {
         return xxh3_64(view.data(), view.size(), seed);
     }, py::arg("data"), py::arg("seed"));
 
+    module.def("digest_sum", &digest_sum, py::arg("sequence_hashes"));
     module.def("scores_of_costs", &scores_of_costs, py::arg("loads"), py::arg("tokens"), py::arg("weight"));
 
     py::class_<Overlaps>(module, "Overlaps")
@@ -411,6 +424,7 @@ PYBIND11_MODULE(_native, module) {
         .def("clear", &Index::clear, py::arg("worker_id"))
         .def("match", &Index::match, py::arg("hashes"))
         .def("block_count", &Index::block_count, py::arg("worker_id"), py::arg("tier") = "device")
+        .def("digest", &Index::digest, py::arg("worker_id"), py::arg("tier") = "device")
         .def("check", [](const Index& index) { index.core().check(); })
         .def_property_readonly("capacity", [](const Index& index) { return index.core().capacity(); })
         .def_property_readonly("size", [](const Index& index) { return index.core().size(); })
