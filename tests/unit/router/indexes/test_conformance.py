@@ -10,7 +10,7 @@ import pytest
 
 from polyphase.core.digest import digest_sum
 from polyphase.core.ids import SequenceHash, WorkerId
-from polyphase.router import PrefixIndex, PredictedPrefixIndex
+from polyphase.router import PredictedPrefixIndex, PrefixIndex
 from polyphase.wire.events import Tier
 from tests.unit.router.builders import prefix
 
