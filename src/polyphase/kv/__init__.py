@@ -8,6 +8,7 @@ from polyphase.kv.cache import PrefixCache, SequenceBlocks
 from polyphase.kv.chain import PrefixChain
 from polyphase.kv.journal import EventJournal
 from polyphase.kv.leases import LeaseTable
+from polyphase.kv.ledger import Ledger
 from polyphase.kv.pool import BlockPool
 
-__all__ = ["BlockPool", "EventJournal", "LeaseTable", "PrefixCache", "PrefixChain", "SequenceBlocks"]
+__all__ = ["BlockPool", "EventJournal", "LeaseTable", "Ledger", "PrefixCache", "PrefixChain", "SequenceBlocks"]

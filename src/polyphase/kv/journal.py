@@ -11,12 +11,11 @@ from polyphase.wire.events import BlocksRemoved, BlocksStored, KvEvent
 
 
 class EventJournal:
-    """Collects changes until they are taken; remembers what a listener who has taken all of them believes."""
+    """Collects changes until they are taken."""
 
     def __init__(self) -> None:
         self._holders: dict[SequenceHash, int] = {}
         self._pending: list[tuple[bool, list[int]]] = []  # (stored?, hashes): runs of one kind
-        self._announced: set[int] = set()
 
     def stored(self, sequence_hash: SequenceHash) -> None:
         holders = self._holders.get(sequence_hash, 0)
@@ -34,20 +33,9 @@ class EventJournal:
 
     def take(self) -> list[KvEvent]:
         """The events since the last call, oldest first."""
-        events: list[KvEvent] = []
-        for is_stored, hashes in self._pending:
-            if is_stored:
-                self._announced.update(hashes)
-                events.append(BlocksStored(hashes))
-            else:
-                self._announced.difference_update(hashes)
-                events.append(BlocksRemoved(hashes))
+        events: list[KvEvent] = [BlocksStored(hashes) if is_stored else BlocksRemoved(hashes) for is_stored, hashes in self._pending]
         self._pending = []
         return events
-
-    def announced(self) -> list[int]:
-        """All hashes that the events taken so far say are cached."""
-        return list(self._announced)
 
     def held(self) -> set[SequenceHash]:
         """All hashes that are cached now, the pending events included."""

@@ -40,8 +40,9 @@ from polyphase.router.types import (
     WorkerFacts,
     WorkerView,
 )
-from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load, Tier
+from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, Digests, KvEvent, Load, Tier, TierDigest
 
+ALL_TIERS = tuple(Tier)
 _LOWEST = Tier.OBJECT
 
 
@@ -120,6 +121,24 @@ class Router:
         if self._is_current(worker_id, epoch):
             self.index.clear(worker_id)
             self.index.store(worker_id, hashes)
+
+    def add_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
+        """The worker holds these besides what is known."""
+        if self._is_current(worker_id, epoch):
+            self.index.store(worker_id, hashes, tier)
+
+    def digests(self, worker_id: WorkerId, epoch: Epoch) -> Digests | None:
+        """Of all that this worker told of its blocks, as far as it got here; None if it is not known, or not followed so closely."""
+        if not self._is_current(worker_id, epoch):
+            return None
+        digests: Digests = {}
+        for tier in ALL_TIERS:
+            digest = self.index.digest(worker_id, tier)
+            if digest is None:
+                return None
+            if digest[0]:
+                digests[tier] = TierDigest(*digest)
+        return digests
 
     def apply(self, worker_id: WorkerId, epoch: Epoch, events: list[KvEvent]) -> None:
         """Blocks come and go, in each tier by itself."""

@@ -12,7 +12,7 @@ import enum
 import msgspec
 
 from polyphase.wire.cards import ModelCard, WorkerStatus
-from polyphase.wire.events import Load
+from polyphase.wire.events import Load, MissedBatches, SnapshotPage
 from polyphase.wire.kv import KvOffer
 
 
@@ -81,13 +81,16 @@ class ReleaseLease(msgspec.Struct, frozen=True, tag="release"):
 
 class Question(enum.StrEnum):
     CARD = "card"
-    SNAPSHOT = "snapshot"
+    SNAPSHOT = "snapshot"  # a page of what the worker holds
+    BATCHES = "batches"  # of the event stream, that were missed
     STATUS = "status"
 
 
-class Query(msgspec.Struct, frozen=True, tag="query"):
+class Query(msgspec.Struct, frozen=True, tag="query", omit_defaults=True):
     query_id: int
     question: Question
+    cursor: str | None = None  # of a snapshot: the page, as the page before named it; None: the first
+    after: int = 0  # of batches: those behind this sequence number
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -150,20 +153,11 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
     outputs: list[SequenceOutput]
 
 
-class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
-    """All that the worker holds, as of event `sequence`: apply only later batches on top of it."""
-
-    worker_id: str
-    epoch: int
-    sequence: int
-    device_hashes: list[int]
-
-
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """Reply to the query with this id."""
 
     query_id: int
-    body: Snapshot | ModelCard | WorkerStatus
+    body: SnapshotPage | MissedBatches | ModelCard | WorkerStatus
 
 
 FromWorker = StepOutputs | Answer

@@ -36,7 +36,6 @@ from polyphase.wire.requests import (
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     Submit,
     ToWorker,
@@ -241,8 +240,13 @@ class WorkerHost:
             case Question.CARD:
                 body: Answer = Answer(query.query_id, self._engine.card)
             case Question.SNAPSHOT:
-                hashes = self._engine.cached_hashes()
-                body = Answer(query.query_id, Snapshot(self._entry.worker_id, self._entry.epoch, self._publisher.sequence, hashes))
+                try:
+                    body = Answer(query.query_id, self._publisher.source.page(query.cursor))
+                except ValueError as error:
+                    log.warning("a question is not answered: %s", error)
+                    return
+            case Question.BATCHES:
+                body = Answer(query.query_id, self._publisher.source.missed(query.after))
             case Question.STATUS:
                 status = WorkerStatus(entry=self._entry, load=self._engine.load(), uptime_s=uptime_s(), rss_bytes=rss_bytes())
                 body = Answer(query.query_id, status)

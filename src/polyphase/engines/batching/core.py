@@ -96,9 +96,6 @@ class EngineCore:
     def has_requests(self) -> bool:
         return bool(self._sequences)
 
-    def cached_hashes(self) -> list[int]:
-        return self.pool.journal.announced()
-
     def load(self) -> Load:
         totals, scheduler = self._totals, self._scheduler
         return Load(
