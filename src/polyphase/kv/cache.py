@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from polyphase.core.ids import BlockId
-from polyphase.kv.chain import PrefixChain
+from polyphase.kv.chain import BlockNames, PrefixChain
 from polyphase.kv.pool import BlockPool
 
 
@@ -22,7 +22,7 @@ class SequenceBlocks:
 
     __slots__ = ("block_ids", "chain", "named_count")
 
-    def __init__(self, chain: PrefixChain) -> None:
+    def __init__(self, chain: BlockNames) -> None:
         self.chain = chain
         self.block_ids: array[int] = array("q")
         self.named_count = 0  # leading blocks that need no name any more

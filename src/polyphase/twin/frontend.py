@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 from polyphase.core.errors import Refused
 from polyphase.core.ids import Epoch, RequestId, WorkerId
@@ -17,6 +17,7 @@ from polyphase.wire.events import KvEvent, Load
 from polyphase.wire.requests import FinishReason, SamplingParams, SequenceOutput, StopConditions, Submit
 
 MODEL = "twin"
+_SAMPLING = SamplingParams(seed=0)
 
 
 class RoutingCode(Protocol):
@@ -67,14 +68,14 @@ class SimulatedFrontend:
         record.predicted_block_count = route.decode.overlap_block_count
         submit = Submit(
             request_id=request_id,
-            token_ids=turn.tokens(),
+            token_ids=cast("list[int]", range(turn.token_count)),  # of which only the number counts
             prompt_token_count=turn.token_count,
-            sampling=SamplingParams(seed=0),
+            sampling=_SAMPLING,
             stop=StopConditions(max_tokens=turn.max_tokens, ignore_eos=True),
         )
         worker = self._workers[route.decode.worker_id]
         running = _Running(turn, record, when_done)
-        self._timeline.after(self._delays.request_ns, lambda: worker.submit(submit, lambda output: self._receive(running, output)))
+        self._timeline.after(self._delays.request_ns, lambda: worker.submit(submit, turn.names, lambda output: self._receive(running, output)))
         return record
 
     def _receive(self, running: _Running, output: SequenceOutput) -> None:

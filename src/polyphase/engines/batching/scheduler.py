@@ -25,7 +25,7 @@ class SchedulerLimits:
     max_prefill_batch_tokens: int | None = None  # of a step in which nobody decodes; None: the same
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: one is made for each token of each answer, and that would take twice as long
 class Row:
     """Tokens `start` to `start + count` of a sequence, to be computed. `is_sampled`: the last one's logits give the next token."""
 
@@ -126,7 +126,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.uncomputed_count > 1:
                 prefilling.append(sequence)
-            elif sequence not in plan.preempted and self._make_room(sequence, plan):
+            elif not (plan.preempted and sequence in plan.preempted) and self._make_room(sequence, plan):
                 plan.rows.append(Row(sequence, sequence.computed_count, 1))
         budget = self._limits.max_batch_tokens - len(plan.rows)
         if not plan.rows:

@@ -49,6 +49,15 @@ class StopRule:
             return frozenset()
         return self._eos | self._stop_ids
 
+    @property
+    def is_by_length(self) -> bool:
+        """Whether it does not matter which tokens come, only how many."""
+        return self._text is None and not self._stop_ids and not self._eos
+
+    def room(self, token_count: int, output_count: int) -> int:
+        """Further tokens until the sequence ends by its length."""
+        return min(self._conditions.max_tokens - output_count, self._context_length - token_count)
+
     def at_length(self, token_count: int, output_count: int) -> Stop | None:
         """Whether there is no room for a further token."""
         if output_count >= self._conditions.max_tokens or token_count >= self._context_length:
