@@ -16,10 +16,9 @@ from polyphase.core.clock import Clock
 from polyphase.core.errors import EngineFailed, InvalidRequest
 from polyphase.engines.batching.admission import check_lengths, check_request
 from polyphase.engines.batching.exports import BlockExports, can_use
-from polyphase.engines.batching.leaping import leap, steady_step_count
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
 from polyphase.engines.batching.sampling_state import SamplingState
-from polyphase.engines.batching.scheduler import Scheduler, SchedulerLimits, StepPlan
+from polyphase.engines.batching.scheduler import Row, Scheduler, SchedulerLimits, StepPlan
 from polyphase.engines.batching.sequence import Sequence
 from polyphase.engines.batching.stopping import Stop, StopLimits, StopRule
 from polyphase.engines.batching.storage import BlockStorage
@@ -97,7 +96,7 @@ class EngineCore:
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
         self._totals.prompt_tokens += request.prompt_token_count
-        stop = sequence.stop.at_length(len(sequence.token_ids), sequence.output_count)
+        stop = sequence.stop.at_length(len(sequence.token_ids))
         if stop is not None:  # it came from elsewhere, where all but the end was done
             self._ended.append(self._end(sequence, stop.reason))
 
@@ -170,24 +169,38 @@ class EngineCore:
         self._current = None if plan.is_empty else plan
         return plan
 
-    def steady_step_count(self, plan: StepPlan) -> int:
-        """How many steps, the planned one first, will have the very rows of `plan`, each a token further, if nothing comes in between.
+    # Many steps at once, for whoever reads no tokens.
 
-        In none of them but the last does anything change besides: no block is taken, named or freed, nobody is admitted, and nothing
-        but a token more is said of any sequence. 1 where that cannot be known.
+    def let_coast(self, plan: StepPlan, longest: int) -> int:
+        """Count the plan's decoding sequences instead of planning them; returns for how many steps, at most `longest`, the plan holds.
+
+        In these steps, if nothing comes in between, every coasting sequence gets a token, and nothing else happens before the last.
         """
-        if self.exports.leases.block_count or any(sequence.offer is not None for sequence in self._scheduler.waiting):
-            return 1  # these end by time
-        return steady_step_count(plan, self._card.block_size)
+        self._scheduler.let_coast(plan)
+        can_change = plan.rows or plan.admitted or plan.preempted or self.exports.leases.block_count
+        if can_change or any(sequence.offer is not None for sequence in self._scheduler.waiting):
+            return 1
+        return min(longest, self._scheduler.coasting.steps_until_due or 1)
 
-    def leap(self, plan: StepPlan, step_count: int) -> None:
-        """As if `step_count` steps had been finished, and the one after them planned, whose plan `plan` becomes.
+    @property
+    def coasting_token_count(self) -> int:
+        """Sum of the lengths of what coasts."""
+        return self._scheduler.coasting.token_count
 
-        Fewer than `steady_step_count(plan)`; nobody reads the tokens.
-        """
-        leap(plan, step_count)
+    def count_steps(self, step_count: int) -> None:
+        """So many of the steps for which the plan holds are done, and not the last one of them."""
         self._totals.steps += step_count
-        self._totals.generated_tokens += step_count * len(plan.rows)
+        self._totals.generated_tokens += step_count * len(self._scheduler.coasting)
+        self._scheduler.coasting.count(step_count)
+
+    def wake_due(self) -> list[Row]:
+        """Rows to which something happens in the step that is to be finished next; `finish_coasting` comes before it is."""
+        return self._scheduler.wake_due()
+
+    def finish_coasting(self) -> None:
+        """Count the step that is to be finished next for those that coast on."""
+        self._totals.generated_tokens += len(self._scheduler.coasting)
+        self._scheduler.coasting.count(1)
 
     def finish_step(self, outcome: StepOutcome, plan: StepPlan) -> StepReport:
         self._current = None

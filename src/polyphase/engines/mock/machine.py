@@ -3,7 +3,7 @@
 begin_step    ─► StartedStep(duration_ns) ─ … that much later … ─► finish_step    ─► StepReport
 begin_stretch ─► Stretch(ends_ns)         ─ … at the last end … ─► finish_stretch ─► StepReport
 
-A stretch is several steps of which only the last can bring anything but a token for each sequence (`batching.leaping`): whoever reads
+A stretch is several steps of which only the last can bring anything but a token for each sequence (`batching.coasting`): whoever reads
 no tokens, as a simulation, need not look at each. If something comes in between, `cut` ends it with the step that is under way.
 """
 
@@ -17,7 +17,7 @@ from itertools import accumulate
 from polyphase.core.clock import Clock
 from polyphase.engines.batching.core import EngineCore
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
-from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
+from polyphase.engines.batching.scheduler import Row, SchedulerLimits, StepPlan
 from polyphase.engines.batching.sequence import Sequence
 from polyphase.engines.batching.storage import pull_blocks
 from polyphase.engines.interface import StepReport
@@ -50,9 +50,9 @@ class StartedStep:
 
 @dataclass(slots=True)
 class Stretch:
-    """Steps of the same rows, one right after the other; mostly one."""
+    """Steps of one plan, one right after the other; often only one."""
 
-    plan: StepPlan  # of the step number `known_count`
+    plan: StepPlan
     begun_ns: int
     ends_ns: list[int]
     known_count: int = 0  # steps of which the core knows that they are done
@@ -88,31 +88,38 @@ class MockMachine:
 
     def begin_step(self) -> StartedStep | None:
         """None: there is nothing to compute; `core.take_idle_report` may have something to say."""
+        plan = self._plan()
+        return None if plan.is_empty else StartedStep(plan, self.duration_ns(plan))
+
+    def _plan(self) -> StepPlan:
         plan = self.core.begin_step()
         while plan.is_empty and plan.preempted:
             plan = self.core.begin_step()
-        return None if plan.is_empty else StartedStep(plan, self.duration_ns(plan))
+        return plan
 
     def finish_step(self, step: StartedStep) -> StepReport:
         return self.core.finish_step(self.execute(step.plan), step.plan)
 
     def begin_stretch(self, now_ns: int, longest: int) -> Stretch | None:
         """As `begin_step`, of `longest` steps at most; for requests that were submitted as imagined ones."""
-        step = self.begin_step()
-        if step is None:
+        plan = self._plan()
+        if plan.is_empty:
             return None
-        count = min(longest, self.core.steady_step_count(step.plan))
-        if count == 1:
-            return Stretch(step.plan, now_ns, [now_ns + step.duration_ns])
-        read_tokens = sum([row.start for row in step.plan.rows]) + len(step.plan.rows)
-        durations_ns = self._times.decode_steps_ns(len(step.plan.rows), read_tokens, count)
-        return Stretch(step.plan, now_ns, list(accumulate(durations_ns, initial=now_ns))[1:])
+        if longest == 1:
+            return Stretch(plan, now_ns, [now_ns + self.duration_ns(plan)])
+        count = self.core.let_coast(plan, longest)
+        decode_tokens = self.core.coasting_token_count
+        if plan.rows:
+            return Stretch(plan, now_ns, [now_ns + self._times.step_ns(plan.rows, plan.coasting_count, decode_tokens)])
+        durations_ns = self._times.decode_steps_ns(plan.coasting_count, decode_tokens, count)
+        durations_ns[0] += now_ns
+        return Stretch(plan, now_ns, list(accumulate(durations_ns)))
 
     def catch_up(self, stretch: Stretch, now_ns: int) -> None:
         """Let the core know of the steps that ended before now, but for the last: that one is for `finish_stretch`."""
         done_count = min(bisect_left(stretch.ends_ns, now_ns), len(stretch.ends_ns) - 1)
         if done_count > stretch.known_count:
-            self.core.leap(stretch.plan, done_count - stretch.known_count)
+            self.core.count_steps(done_count - stretch.known_count)
             stretch.known_count = done_count
 
     def cut(self, stretch: Stretch, now_ns: int) -> None:
@@ -121,8 +128,11 @@ class MockMachine:
         del stretch.ends_ns[stretch.known_count + 1 :]
 
     def finish_stretch(self, stretch: Stretch) -> StepReport:
+        """Its outputs tell of sequences to which more happened than a further token."""
         self.catch_up(stretch, stretch.ends_ns[-1])
-        return self.core.finish_step(self.execute(stretch.plan), stretch.plan)
+        rows = self.core.wake_due() + stretch.plan.rows
+        self.core.finish_coasting()
+        return self.core.finish_step(self._execute(stretch.plan, rows), stretch.plan)
 
     def duration_ns(self, plan: StepPlan) -> int:
         """Pulls come first, then the rows are computed."""
@@ -132,14 +142,14 @@ class MockMachine:
     def execute(self, plan: StepPlan) -> StepOutcome:
         """What the step brings; takes no time worth mentioning. Does not raise."""
         try:
-            return self._execute(plan)
+            return self._execute(plan, plan.rows)
         except Exception as error:  # noqa: BLE001  the root of the engine's work: it ends the requests of this step only
             return StepOutcome(error=error)
 
-    def _execute(self, plan: StepPlan) -> StepOutcome:
+    def _execute(self, plan: StepPlan, wanted: list[Row]) -> StepOutcome:
         pulls = [self._pull(plan, place) for place in range(len(plan.pulls))]
         failed = {result.pull.sequence for result in pulls if result.error is not None}
-        rows = [row for row in plan.rows if row.sequence not in failed]
+        rows = [row for row in wanted if row.sequence not in failed] if failed else wanted
         return StepOutcome(pulls, rows, {row.sequence: self._sample(row.sequence) for row in rows if row.is_sampled})
 
     def _pull(self, plan: StepPlan, place: int) -> PullResult:

@@ -35,9 +35,11 @@ class StepTimes:
         self._attention_token_s = max(self._kv_token_s, self._pair_s)  # of a decoding sequence: one pair for each token that is read
         self._fixed_s = _STEP_S + shape.layer_count * _LAYER_S
 
-    def step_ns(self, rows: Iterable[Row]) -> int:
-        tokens = row_count = read_tokens = 0
-        pairs = 0.0
+    def step_ns(self, rows: Iterable[Row], decode_count: int = 0, decode_tokens: int = 0) -> int:
+        """`decode_count` sequences decode besides the rows; they have `decode_tokens` tokens together."""
+        tokens = row_count = decode_count
+        read_tokens = decode_tokens
+        pairs = float(decode_tokens)
         for row in rows:
             count, end = row.count, row.start + row.count
             row_count += 1
@@ -48,7 +50,7 @@ class StepTimes:
         return int((self._besides_attention_s(tokens, row_count) + attention_s) * self._scale)
 
     def decode_steps_ns(self, row_count: int, read_tokens: int, step_count: int) -> list[int]:
-        """Of so many steps one after the other, in which `row_count` sequences decode; the first one reads `read_tokens` tokens' KV."""
+        """Of so many steps one after the other in which `row_count` sequences decode, which have `read_tokens` tokens before the first."""
         besides_s, token_s, scale = self._besides_attention_s(row_count, row_count), self._attention_token_s, self._scale
         reads = range(read_tokens, read_tokens + step_count * row_count, row_count)
         return [int((besides_s + read * token_s) * scale) for read in reads]
