@@ -94,8 +94,8 @@ class PrefixCache:
             return
         chain = blocks.chain
         chain.extend(token_ids)
-        for index in range(blocks.named_count, full_count):
-            self.pool.name(BlockId(blocks.block_ids[index]), chain.keys[index], chain.hashes[index])
+        fresh = slice(blocks.named_count, full_count)
+        self.pool.name_all(blocks.block_ids[fresh], chain.keys[fresh], chain.hashes[fresh])
         blocks.named_count = full_count
 
     def detach(self, blocks: SequenceBlocks) -> list[BlockId]:
