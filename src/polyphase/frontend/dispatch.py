@@ -18,7 +18,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import DeadlineExceeded, Lost, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
@@ -30,14 +29,13 @@ from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Prediction, Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Route, Router, RouteRequest
+from polyphase.router import Refusals, Route, Router, RouteRequest
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
 log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.1
-FULL_FOR_NS = 1_000_000_000  # a worker that refused is asked again after its next load report, or after this time
 Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 
 
@@ -54,7 +52,7 @@ class Dispatcher:
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
         self._by_wire_id: dict[RequestId, Flight] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
-        self._full: dict[WorkerId, int] = {}  # workers that refused, until when that is believed
+        self._refusals = Refusals()
 
     @property
     def active_count(self) -> int:
@@ -96,11 +94,11 @@ class Dispatcher:
 
     def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
         self._epochs[worker_id] = epoch
-        self._full.pop(worker_id, None)
+        self._refusals.forget(worker_id)
 
     def worker_reported(self, worker_id: WorkerId) -> None:
         """Its load is known again: if it refused before, the router judges anew."""
-        self._full.pop(worker_id, None)
+        self._refusals.forget(worker_id)
 
     def worker_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """This life of the worker is over: what it had goes on elsewhere."""
@@ -133,7 +131,7 @@ class Dispatcher:
                 max_output_tokens=flight.remaining_tokens,
                 excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
             )
-            route = self._route_around_full_ones(request)
+            route = self._refusals.route(self._router.route, request, self._clock.now_ns())
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)
@@ -245,27 +243,13 @@ class Dispatcher:
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
         self._metrics.refusals.labels(worker_id).inc()
-        self._full[worker_id] = now_ns + FULL_FOR_NS
+        self._refusals.note(worker_id, now_ns)
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING
         if not flight.waits_until_ns:
             flight.waits_until_ns = now_ns + int(self._settings.migration_patience_s * 1e9)
         self._depart_again(flight, error_of(failure))
-
-    def _route_around_full_ones(self, request: RouteRequest) -> Route:
-        """Raises: NoWorkers, Overloaded."""
-        if not self._full:
-            return self._router.route(request)
-        now_ns = self._clock.now_ns()
-        full = {worker_id for worker_id, until_ns in self._full.items() if until_ns > now_ns}
-        try:
-            return self._router.route(replace(request, excluded=request.excluded | full))
-        except NoWorkers:
-            if full <= request.excluded:
-                raise
-        names = ", ".join(sorted(full - request.excluded))
-        raise Overloaded(f"no worker has room; refused by {names} a moment ago", retry_after_s=2, request_id=request.request_id)
 
     def _depart_again(self, flight: Flight, cause: PolyphaseError) -> None:
         """As `_depart`, but a refusal is waited out for a while: the client has been promised an answer."""

@@ -9,6 +9,7 @@ from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.policies import POLICIES
+from polyphase.router.refusals import Refusals
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
@@ -38,6 +39,7 @@ __all__ = [
     "Placement",
     "PredictedPrefixIndex",
     "PrefixIndex",
+    "Refusals",
     "Route",
     "RouteRequest",
     "Router",

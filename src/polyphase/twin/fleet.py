@@ -13,7 +13,7 @@ from polyphase.engines.mock import MockSettings
 from polyphase.engines.mock.assembly import assemble_mock
 from polyphase.engines.mock.machine import MockMachine, say_nothing
 from polyphase.router import Router, RouterSettings
-from polyphase.twin.frontend import RoutingCode, SimulatedFrontend
+from polyphase.twin.frontend import Patience, RoutingCode, SimulatedFrontend
 from polyphase.twin.load import Conversation
 from polyphase.twin.measures import Measures, RequestRecord, measure
 from polyphase.twin.timeline import Timeline
@@ -27,6 +27,7 @@ class FleetSettings:
     frontend_count: int = 1
     delays: Delays = field(default_factory=Delays)
     queue_limits: QueueLimits | None = None  # beyond which workers refuse; None: they take whatever comes
+    patience: Patience = field(default_factory=Patience)  # of frontends with refused requests
     longest_stretch: int = 4096  # engine steps played as one while nothing can happen in them; 1: each by itself, same outcome
 
 
@@ -58,8 +59,8 @@ class Fleet:
             )
             for name in names
         }
-        self._frontends = [
-            SimulatedFrontend(make_routing(self.timeline), self.workers, self.timeline, settings.delays)
+        self.frontends = [
+            SimulatedFrontend(make_routing(self.timeline), self.workers, self.timeline, settings.delays, settings.patience)
             for _ in range(settings.frontend_count)
         ]
         self._open_count = sum(len(conversation.turns) for conversation in load)
@@ -81,7 +82,7 @@ class Fleet:
 
     def _ask(self, conversation: Conversation, number: int) -> None:
         request_id = RequestId(f"r{len(self.records)}")
-        frontend = self._frontends[xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)]  # as a load balancer would
+        frontend = self.frontends[xxhash.xxh3_64_intdigest(request_id.encode()) % len(self.frontends)]  # as a load balancer would
 
         def go_on() -> None:
             self._open_count -= 1
