@@ -6,7 +6,8 @@
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
-A worker that is full refuses in its first answer, with its true load: another one is tried at once, and that is no migration.
+A worker that is full, or busier than it was believed to be, refuses in its first answer, with its true load: another choice is made at
+once, and that is no migration.
 
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
@@ -29,7 +30,7 @@ from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Prediction, Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Refusals, Route, Router, RouteRequest
+from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens, is_refusal
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
@@ -146,7 +147,7 @@ class Dispatcher:
             flight.note_route(route, now_ns, is_split=splits)
             flight.predictions = self._predictions_of(flight, route, now_ns)
             try:
-                self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer))
+                self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer, believed_prefill_tokens=believed_tokens(place, flight.attempts)))
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
@@ -166,7 +167,7 @@ class Dispatcher:
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
-        if output.failure is not None and output.failure.code == Overloaded.code and output.failure.is_retryable:
+        if output.failure is not None and output.failure.is_retryable and is_refusal(output.failure.code):
             self._turn_away(flight, output.failure, now_ns)
             return
         end: End | None = None
@@ -239,11 +240,11 @@ class Dispatcher:
         self._depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker's queue is full: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        """The worker is full, or busier than believed: nobody's fault, and no migration. With its true load, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
         self._metrics.refusals.labels(worker_id).inc()
-        self._refusals.note(worker_id, now_ns)
+        self._refusals.note(worker_id, failure.code, now_ns)
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING

@@ -9,7 +9,7 @@ from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.policies import POLICIES
-from polyphase.router.refusals import Refusals
+from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
@@ -49,6 +49,8 @@ __all__ = [
     "StreamFacts",
     "WorkerFacts",
     "WorkerView",
+    "believed_tokens",
     "default_index",
+    "is_refusal",
     "native_index",
 ]

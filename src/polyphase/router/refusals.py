@@ -1,8 +1,10 @@
-"""Which workers refused a moment ago, and routing around them.
+"""What follows from a worker's refusal: another choice, with its true load.
 
-    refusal ─► left out of routing ─► its next load report, or `FULL_FOR_NS` later: the router judges anew
+    full      left out of routing until its next load report, or for `FULL_FOR_NS`; then the router judges anew
+    busier    more waits there than this router believed when it chose: it chooses once more, by what is true; perhaps the same one
 
-A refusal is the worker's answer from a true load, so it outweighs what this router believes; but it is about an instant.
+The choice is this router's and the reservation the worker's, atomic there: so several routers do not herd on one worker. Each refusal
+of the second kind means that somebody else's request was taken in the meantime; after some of them a request is taken as it comes.
 """
 
 from __future__ import annotations
@@ -10,11 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from polyphase.core.errors import NoWorkers, Overloaded
+from polyphase.core.errors import Busier, NoWorkers, Overloaded
 from polyphase.core.ids import WorkerId
-from polyphase.router.types import Route, RouteRequest
+from polyphase.router.types import Placement, Route, RouteRequest
 
 FULL_FOR_NS = 1_000_000_000
+CHOICES = 8  # that may turn out to have been made on too little knowledge; each costs a message there and back
+
+
+def is_refusal(code: str) -> bool:
+    """Whether a failure of this code asks for another choice, and nothing is lost."""
+    return code in (Overloaded.code, Busier.code)
+
+
+def believed_tokens(place: Placement, attempts: int) -> int | None:
+    """What to tell the worker with a request that is sent for the `attempts`-th time."""
+    return place.queued_prefill_tokens if attempts <= CHOICES else None
 
 
 class Refusals:
@@ -23,8 +36,9 @@ class Refusals:
     def __init__(self) -> None:
         self._full: dict[WorkerId, int] = {}  # until when that is believed
 
-    def note(self, worker_id: WorkerId, now_ns: int) -> None:
-        self._full[worker_id] = now_ns + FULL_FOR_NS
+    def note(self, worker_id: WorkerId, code: str, now_ns: int) -> None:
+        if code == Overloaded.code:
+            self._full[worker_id] = now_ns + FULL_FOR_NS
 
     def forget(self, worker_id: WorkerId) -> None:
         """Its load is known again, or it is another life of the worker."""

@@ -17,7 +17,7 @@ from typing import cast
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router import filters
 from polyphase.router.bookings import Bookings, LegBooking
-from polyphase.router.cost import block_count_needed, uncached_tokens
+from polyphase.router.cost import block_count_needed, queued_prefill_tokens, uncached_tokens
 from polyphase.router.indexes import PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Candidates, Lineup, Standings
 from polyphase.router.policies import policy_named
@@ -214,7 +214,8 @@ class Router:
         picked = self._policy.picker.pick(scores, workers, self._settings.first_turn + self._turns[request.model, leg is Leg.PREFILL])
         worker = workers[picked]
         candidates = Candidates(workers, scores, picked)
-        return _Choice(worker, Placement(leg, worker.facts.worker_id, worker.facts.epoch, worker.overlap_block_count, candidates))
+        facts, queued = worker.facts, queued_prefill_tokens(worker) if self._policy.scorers else None
+        return _Choice(worker, Placement(leg, facts.worker_id, facts.epoch, worker.overlap_block_count, candidates, queued))
 
     def _book(self, request: RouteRequest, decode: _Choice, prefill: _Choice | None = None) -> None:
         legs = []

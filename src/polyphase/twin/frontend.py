@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from polyphase.core.errors import Overloaded, Refused
+from polyphase.core.errors import Refused
 from polyphase.core.ids import Epoch, RequestId, WorkerId
-from polyphase.router import Refusals, Route, RouteRequest, WorkerFacts
+from polyphase.router import Refusals, Route, RouteRequest, WorkerFacts, believed_tokens, is_refusal
 from polyphase.twin.load import Turn
 from polyphase.twin.measures import RequestRecord
 from polyphase.twin.timeline import Timeline
@@ -99,6 +99,7 @@ class SimulatedFrontend:
             prompt_token_count=turn.token_count,
             sampling=_SAMPLING,
             stop=StopConditions(max_tokens=turn.max_tokens, ignore_eos=True),
+            believed_prefill_tokens=believed_tokens(route.decode, running.attempts),
         )
         worker = self._workers[worker_id]
         self._timeline.after(self._delays.request_ns, lambda: worker.submit(submit, turn.names, lambda output: self._receive(running, output)))
@@ -116,7 +117,7 @@ class SimulatedFrontend:
     def _receive(self, running: _Running, output: SequenceOutput) -> None:
         record, now_ns = running.record, self._timeline.now_ns()
         failure = output.failure
-        if failure is not None and failure.code == Overloaded.code and failure.is_retryable:
+        if failure is not None and failure.is_retryable and is_refusal(failure.code):
             self._turn_away(running, failure)
             return
         if output.stats is not None:
@@ -131,11 +132,11 @@ class SimulatedFrontend:
             running.when_done()
 
     def _turn_away(self, running: _Running, failure: WireFailure) -> None:
-        """The worker's queue is full; with its true load, another choice is made at once."""
+        """The worker is full, or busier than believed; with its true load, another choice is made at once."""
         worker_id, now_ns = running.record.worker_id, self._timeline.now_ns()
         assert worker_id is not None, "a worker refused"
         running.record.refusal_count += 1
-        self._refusals.note(worker_id, now_ns)
+        self._refusals.note(worker_id, failure.code, now_ns)
         if failure.load is not None:
             self.routing.report_load(worker_id, EPOCH, failure.load)
         if not running.waits_until_ns:
