@@ -17,7 +17,7 @@ from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router.bookings import Bookings, LegBooking
 from polyphase.router.candidates import Candidates
 from polyphase.router.contracts import Filter
-from polyphase.router.cost import block_count_needed, usable_block_count
+from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
 from polyphase.router.filters import no_worker_serves
 from polyphase.router.indexes import PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Lineup, Standings
@@ -260,11 +260,13 @@ class Router:
         turn = self._turn
         self._turn += 1
         row = self._policy.picker.pick(weighing.scores, workers, turn)
-        facts = workers.standings.views[row].facts
+        view = workers.standings.views[row]
+        facts = view.facts
         depth = workers.depth(row)
         held = workers.depth(row, _LOWEST) if workers.uses_lower_tiers else depth
         uncached = request.prompt_token_count - held * facts.block_size
-        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row))
+        queued = queued_prefill_tokens(view) if self._policy.scorers else None
+        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row), queued)
         return _Choice(placement, facts, row, turn, max(uncached, 0))
 
     def _book(self, request: RouteRequest, found: _Found, decode: _Choice, prefill: _Choice | None = None) -> None:

@@ -90,6 +90,7 @@ class Placement:
     epoch: Epoch
     overlap_block_count: int
     candidates: Sequence[Candidate]
+    queued_prefill_tokens: int | None = None  # ahead of the request there, as far as the router knew; None: it did not matter
 
 
 @dataclass(frozen=True, slots=True)
