@@ -22,7 +22,7 @@ class StepPace:
         self.limit_tokens = min(FIRST_TOKENS, most_tokens)
 
     def note(self, token_count: int, duration_ns: int) -> None:
-        """A step that read prompts computed these tokens. One that is much smaller than the limit says little about larger ones, unless it was too long."""
+        """A step that read prompts computed these tokens. A much smaller one than the limit says little, unless it took too long."""
         if 2 * token_count < self.limit_tokens and duration_ns <= self._longest_step_ns:
             return
         fitting = token_count * self._longest_step_ns // max(duration_ns, 1)
