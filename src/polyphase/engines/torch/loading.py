@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from polyphase.core.errors import ModelLoadError
 from polyphase.engines.torch.fingerprint import weights_fingerprint
 from polyphase.engines.torch.hook import ATTENTION_NAME, register
+from polyphase.engines.torch.hub import check_on_hub
 from polyphase.engines.torch.probe import LayerShape, probe_layers
 from polyphase.engines.torch.quiet import quiet_transformers
 from polyphase.engines.torch.settings import TorchSettings
@@ -36,7 +37,7 @@ def load_model(settings: TorchSettings) -> LoadedModel:
     """Raises: ModelLoadError."""
     register()
     device = _device(settings.device)
-    check_folder(settings.model)
+    check_place(settings.model)
     with quiet_transformers():
         return _load(settings, device)
 
@@ -62,8 +63,8 @@ def _load(settings: TorchSettings, device: torch.device) -> LoadedModel:
     )
 
 
-def check_folder(model: str) -> None:
-    """Raises: ModelLoadError if `model` is written like a path and no model is there. A hub name has at most one slash."""
+def check_place(model: str) -> None:
+    """Raises: ModelLoadError if no model is there, in the folder or on the hub. A hub name has at most one slash."""
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -74,6 +75,8 @@ def check_folder(model: str) -> None:
         raise ModelLoadError(f"{model} is a file; a model is a folder with config.json and .safetensors files, or a hub name")
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelLoadError(f"there is no folder {model}")
+    else:
+        check_on_hub(model)
 
 
 def _device(name: str) -> torch.device:
