@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from polyphase.core.errors import ModelLoadError
 from polyphase.engines.torch.fingerprint import weights_fingerprint
 from polyphase.engines.torch.hook import ATTENTION_NAME, register
-from polyphase.engines.torch.hub import check_on_hub
 from polyphase.engines.torch.probe import LayerShape, probe_layers
 from polyphase.engines.torch.quiet import quiet_transformers
 from polyphase.engines.torch.settings import TorchSettings
@@ -37,7 +36,6 @@ def load_model(settings: TorchSettings) -> LoadedModel:
     """Raises: ModelLoadError."""
     register()
     device = _device(settings.device)
-    check_place(settings.model)
     with quiet_transformers():
         return _load(settings, device)
 
@@ -61,22 +59,6 @@ def _load(settings: TorchSettings, device: torch.device) -> LoadedModel:
         max_context_length=max_context_length,
         fingerprint=weights_fingerprint(model),
     )
-
-
-def check_place(model: str) -> None:
-    """Raises: ModelLoadError if no model is there, in the folder or on the hub. A hub name has at most one slash."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(f"the folder {model} holds no model: it has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise ModelLoadError(f"the folder {model} holds no weights: it has no .safetensors file")
-    elif path.exists():
-        raise ModelLoadError(f"{model} is a file; a model is a folder with config.json and .safetensors files, or a hub name")
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelLoadError(f"there is no folder {model}")
-    else:
-        check_on_hub(model)
 
 
 def _device(name: str) -> torch.device:

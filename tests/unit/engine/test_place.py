@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import constants
 
 from polyphase.core.errors import ModelLoadError
-from polyphase.engines.torch import hub
-from polyphase.engines.torch.hub import check_on_hub
+from polyphase.engines.torch import place
+from polyphase.engines.torch.place import check_on_hub
 from polyphase.testing.deployment import free_port
 
 
@@ -96,10 +96,10 @@ def test_what_is_there_or_will_be_is_left_to_the_library(remote: Hub, status: in
 def test_a_hub_that_cannot_be_reached_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     _point_at(monkeypatch, free_port())
     pauses: list[float] = []
-    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    monkeypatch.setattr(place.time, "sleep", pauses.append)
     with pytest.raises(ModelLoadError, match="cannot be reached"):
         check_on_hub("some/model")
-    assert pauses == [hub.PAUSE_S]
+    assert pauses == [place.PAUSE_S]
 
 
 def test_names_that_cannot_be(remote: Hub) -> None:

@@ -1,9 +1,13 @@
-"""Asks the hub once whether it has a model, before its library does: that one tries for half a minute when nobody answers."""
+"""Whether there is a model at all, in the folder or on the hub; found out before torch is imported.
+
+The hub is asked once, before its own library asks: that one tries for half a minute when nobody answers.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -15,6 +19,22 @@ from polyphase.core.errors import ModelLoadError
 TIMEOUT_S = 5.0
 ATTEMPTS = 2
 PAUSE_S = 0.5
+
+
+def check_place(model: str) -> None:
+    """Raises: ModelLoadError if no model is there, in the folder or on the hub. A hub name has at most one slash."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(f"the folder {model} holds no model: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise ModelLoadError(f"the folder {model} holds no weights: it has no .safetensors file")
+    elif path.exists():
+        raise ModelLoadError(f"{model} is a file; a model is a folder with config.json and .safetensors files, or a hub name")
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelLoadError(f"there is no folder {model}")
+    else:
+        check_on_hub(model)
 
 
 def check_on_hub(model: str) -> None:
