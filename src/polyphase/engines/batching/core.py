@@ -17,6 +17,7 @@ from polyphase.core.errors import EngineFailed, InvalidRequest
 from polyphase.engines.batching.admission import check_lengths, check_request
 from polyphase.engines.batching.exports import BlockExports, can_use
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
+from polyphase.engines.batching.pace import StepPace
 from polyphase.engines.batching.sampling_state import SamplingState
 from polyphase.engines.batching.scheduler import Row, Scheduler, SchedulerLimits, StepPlan
 from polyphase.engines.batching.sequence import Sequence
@@ -59,6 +60,7 @@ class EngineCore:
         self.pool = BlockPool(storage.block_count)
         self._cache = PrefixCache(self.pool, card.block_size, storage.layout.fingerprint + storage.layout.dtype)
         self._scheduler = Scheduler(limits, self._cache)
+        self._pace = _pace_of(limits)
         self.exports = BlockExports(self.pool, storage.shared, lease_ns)
         self._sequences: dict[str, Sequence] = {}
         self._cancelled: list[Sequence] = []  # during the current step
@@ -68,6 +70,7 @@ class EngineCore:
         self._released_offers: list[KvOffer] = []
         self._untaken_events: list[KvEvent] = []
         self._current: StepPlan | None = None  # while it is performed
+        self._step_began_ns = 0
 
     # What the worker calls.
 
@@ -146,7 +149,7 @@ class EngineCore:
             if sequence.offer is not None and not can_use(sequence.offer, self._storage.layout, now_ns):
                 logger.info("request %s: the offered blocks cannot be used and are computed here", sequence.request.request_id)
                 self._give_up_offer(sequence)
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(None if self._pace is None else self._pace.limit_tokens)
         self._totals.preemptions += len(plan.preempted)
         pulled = {pull.sequence: pull.first_block for pull in plan.pulls}
         for sequence in plan.admitted:
@@ -164,6 +167,7 @@ class EngineCore:
                 ]
             )
         self._current = None if plan.is_empty else plan
+        self._step_began_ns = now_ns
         return plan
 
     # Many steps at once, for whoever reads no tokens.
@@ -208,6 +212,8 @@ class EngineCore:
         else:
             for result in outcome.pulls:
                 self._finish_pull(result)
+            if self._pace is not None and any(row.count > 1 for row in outcome.computed):
+                self._pace.note(sum(row.count for row in outcome.computed), self._clock.now_ns() - self._step_began_ns)
             outputs = []
             block_size, samples = self._card.block_size, outcome.samples
             for row in outcome.computed:
@@ -338,3 +344,10 @@ class EngineCore:
         self._give_up_offer(sequence)
         del self._sequences[sequence.request.request_id]
         self._totals.finished += 1
+
+
+def _pace_of(limits: SchedulerLimits) -> StepPace | None:
+    if limits.longest_step_ms is None:
+        return None
+    most_tokens = max(limits.max_batch_tokens, limits.max_prefill_batch_tokens or 0)
+    return StepPace(int(limits.longest_step_ms * 1e6), most_tokens)

@@ -24,6 +24,7 @@ class SchedulerLimits:
     max_running: int
     max_waiting: int
     max_prefill_batch_tokens: int | None = None  # of a step in which nobody decodes; None: the same
+    longest_step_ms: float | None = None  # prompts are read in chunks that take about this long at most; None: however long
 
 
 @dataclass(slots=True, eq=False)  # not frozen: one is made for each token of each answer, and that would take twice as long
@@ -124,8 +125,12 @@ class Scheduler:
             raise KvError(f"request {sequence.request.request_id} is not scheduled, so it cannot be removed")
         self._cache.close(sequence.blocks)
 
-    def plan(self) -> StepPlan:
-        """Decide the next step, and take the blocks that it writes to. Cost: linear in the running sequences and the admitted tokens."""
+    def plan(self, prefill_limit: int | None = None) -> StepPlan:
+        """Decide the next step, and take the blocks that it writes to. Cost: linear in the running sequences and the admitted tokens.
+
+        Args:
+            prefill_limit: tokens of prompts that this step may hold at most, on top of the limits that always hold.
+        """
         if self.coasting and self._cache.pool.available_count < len(self._running):
             self._wake(self.coasting.wake_all())  # some may have to give up their blocks for others
         plan = StepPlan(coasting_count=len(self.coasting))
@@ -142,6 +147,8 @@ class Scheduler:
         budget = self._limits.max_batch_tokens - len(rows) - plan.coasting_count
         if not rows and not plan.coasting_count:
             budget = self._limits.max_prefill_batch_tokens or budget
+        if prefill_limit is not None:
+            budget = min(budget, prefill_limit)
         for sequence in prefilling:
             if budget and sequence not in plan.preempted:
                 budget -= self._plan_prefill(sequence, plan, budget)
