@@ -8,7 +8,8 @@
 
 While all workers are saturated, requests wait in a bounded queue (`waiting_room`), in its order, and are routed when they leave it. Ahead
 of the queue wait the *stranded*: what was broken off, and so has been promised an answer, and what a worker sent back. A worker that is
-full refuses in its first answer, with its true load: another one is tried at once, and that is no migration.
+full, or busier than it was believed to be, refuses in its first answer, with its true load: another choice is made at once, and that is
+no migration.
 
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
@@ -27,7 +28,6 @@ from polyphase.core.errors import DeadlineExceeded, Evicted, NoWorkers, Overload
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.frontend.failures import error_of, lost_for_want_of_room
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
-from polyphase.frontend.full_workers import FullWorkers
 from polyphase.frontend.inbox import Arrival, End, Inbox, how_it_ended
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Predictions
@@ -35,7 +35,7 @@ from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.terms import Terms
 from polyphase.frontend.waiting_room import Lane, Party, WaitingRoom
-from polyphase.router import EvictReason, Router, RouteRequest
+from polyphase.router import EvictReason, Refusals, Router, RouteRequest, believed_tokens, is_refusal
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
@@ -58,7 +58,7 @@ class Dispatcher:
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
         self._by_wire_id: dict[RequestId, Flight] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
-        self._full = FullWorkers()
+        self._refusals = Refusals()
         self._stranded: dict[RequestId, tuple[Flight, PolyphaseError]] = {}  # with what they were broken off or sent back for
         self.waiting_room = WaitingRoom(router, metrics, settings.admission, settings.migration_patience_s)
         self._tick_timer: asyncio.TimerHandle | None = None  # runs while anything waits
@@ -115,12 +115,12 @@ class Dispatcher:
 
     def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
         self._epochs[worker_id] = epoch
-        self._full.forget(worker_id)
+        self._refusals.forget(worker_id)
         self._let_in()
 
     def worker_reported(self, worker_id: WorkerId) -> None:
         """Its load is known again: if it refused before, the router judges anew."""
-        self._full.forget(worker_id)
+        self._refusals.forget(worker_id)
         self._let_in()
 
     def worker_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
@@ -237,7 +237,7 @@ class Dispatcher:
         while True:
             started = time.perf_counter()
             request = self._request_of(flight, hashes)
-            route = self._full.route_around(self._router, request, self._clock.now_ns())
+            route = self._refusals.route(self._router.route, request, self._clock.now_ns())
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)
@@ -252,7 +252,8 @@ class Dispatcher:
             flight.note_route(route, now_ns, is_split=splits)
             flight.predict(route, now_ns, self.predictions.removed_block_count)
             try:
-                self._send(place.worker_id, flight.submit(now_ns, hand_over=splits, offer=offer))
+                believed = believed_tokens(place, flight.attempts)
+                self._send(place.worker_id, flight.submit(now_ns, hand_over=splits, offer=offer, believed_prefill_tokens=believed))
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
@@ -276,7 +277,7 @@ class Dispatcher:
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
-        if output.failure is not None and output.failure.code == Overloaded.code and output.failure.is_retryable:
+        if output.failure is not None and output.failure.is_retryable and is_refusal(output.failure.code):
             self._turn_away(flight, output.failure, now_ns)
             return
         end: End | None = None
@@ -350,11 +351,11 @@ class Dispatcher:
         self._depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker's queue is full: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        """The worker is full, or busier than believed: no fault, and no migration. With its true load, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
         self._metrics.refusals.labels(worker_id).inc()
-        self._full.note(worker_id, now_ns)
+        self._refusals.note(worker_id, failure.code, now_ns)
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING

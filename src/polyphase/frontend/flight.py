@@ -96,7 +96,9 @@ class Flight:
         parent = job.hashes[-1] if job.hashes else None
         return job.hashes + sequence_hashes(self.token_ids()[done:], job.block_size, job.cache_salt, parent)
 
-    def submit(self, now_ns: int, *, hand_over: bool = False, offer: KvOffer | None = None) -> Submit:
+    def submit(
+        self, now_ns: int, *, hand_over: bool = False, offer: KvOffer | None = None, believed_prefill_tokens: int | None = None
+    ) -> Submit:
         job = self.job
         return Submit(
             request_id=self.wire_id,
@@ -108,6 +110,7 @@ class Flight:
             priority=job.priority,
             hand_over=hand_over,
             offer=offer,
+            believed_prefill_tokens=believed_prefill_tokens,
             remaining_ms=max((self.deadline_ns - now_ns) // 1_000_000, 1),
         )
 

@@ -10,23 +10,29 @@ from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.fair_share import Ticket
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
-from polyphase.router.policies import POLICIES
+from polyphase.router.parts import BUILT_IN, Parts
+from polyphase.router.policies import FILTERS, POLICIES, policy_of
+from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
     Leg,
     Overlaps,
     Placement,
+    PolicySettings,
     PrefixIndex,
     Route,
     RouteRequest,
     RouterSettings,
+    SessionRule,
     SplitRule,
     WorkerFacts,
     WorkerView,
 )
 
 __all__ = [
+    "BUILT_IN",
+    "FILTERS",
     "POLICIES",
     "AdmissionQueue",
     "AdmissionSettings",
@@ -40,10 +46,13 @@ __all__ = [
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",
+    "Parts",
     "Placement",
+    "PolicySettings",
     "PredictedPrefixIndex",
     "PrefixIndex",
     "Queued",
+    "Refusals",
     "RejectReason",
     "Rejected",
     "Route",
@@ -51,11 +60,15 @@ __all__ = [
     "Router",
     "RouterSettings",
     "Sample",
+    "SessionRule",
     "SplitRule",
     "StreamFacts",
     "Ticket",
     "WorkerFacts",
     "WorkerView",
+    "believed_tokens",
     "default_index",
+    "is_refusal",
     "native_index",
+    "policy_of",
 ]
