@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -334,3 +335,40 @@ class DispatchMachine(RuleBasedStateMachine):
 
 TestDispatch = DispatchMachine.TestCase
 TestDispatch.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@contextlib.contextmanager
+def machine() -> Iterator[DispatchMachine]:
+    """Driven by hand; at its end everything is cancelled, and nothing may be left."""
+    one = DispatchMachine()
+    try:
+        yield one
+    finally:
+        one.teardown()
+
+
+def test_what_could_not_be_sent_to_a_worker_is_not_lost_with_it() -> None:
+    """It waits in the queue by then, and is not broken off as well."""
+    with machine() as one:
+        one.join("prefill-0")
+        one.start(length=3, count=3, priority=0, tenant="a", patience_s=30)
+        one.join("prefill-1")
+        one.deaf.add("prefill-1")
+        one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+        waiting = one.flights[-1]
+        life = one.lives.pop("prefill-1")
+        one.router.remove_worker(WorkerId("prefill-1"))
+        one.dispatcher.worker_lost(WorkerId("prefill-1"), Epoch(life.epoch))
+        assert waiting.party is not None
+        assert not one.dispatcher._stranded
+        assert waiting.record.migrations == 0
+
+
+def test_what_strands_at_its_start_is_watched() -> None:
+    """There is room for the first of three sequences; the others have been promised as much, and a timer sees to it."""
+    with machine() as one:
+        one.join("prefill-0")
+        one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+        one.start(length=3, count=3, priority=0, tenant="a", patience_s=30)
+        assert one.dispatcher._stranded
+        assert one.dispatcher._tick_timer is not None
