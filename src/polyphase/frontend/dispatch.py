@@ -132,6 +132,10 @@ class Dispatcher:
                 prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
                 max_output_tokens=flight.remaining_tokens,
                 excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
+                now_ns=self._clock.now_ns(),
+                session=job.hints.session,
+                preferred_labels=job.hints.preferred_labels,
+                required_labels=job.hints.required_labels,
             )
             route = self._route_around_full_ones(request)
             self._metrics.decision_s.observe(time.perf_counter() - started)

@@ -16,6 +16,7 @@ from polyphase.frontend.assembly import Assembler, Piece
 from polyphase.frontend.bodies import ClientGone
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.flight import Flight, Job
+from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.inbox import Arrival, End, Inbox
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import ServedModel
@@ -36,6 +37,7 @@ class Order:
     model: ServedModel
     wishes: Wishes
     prompts: list[Prompt]
+    hints: RoutingHints = NO_HINTS
 
 
 class Generation:
@@ -81,6 +83,7 @@ class Generation:
                 stop=prompt.stop,
                 cache_salt=order.wishes.cache_salt,
                 priority=order.wishes.priority,
+                hints=order.hints,
             )
             self._assemblers[index] = Assembler(order.model, prompt.token_ids, order.wishes)
             flight = self._flights[index] = self._dispatcher.start(job, self._inbox)
