@@ -180,6 +180,11 @@ private:
     size_t ready_ = 0;
 };
 
+uint64_t digest_sum(py::handle hashes) {
+    PromptChain chain(hashes);
+    return sum_of_mixed(chain.upto(chain.size()), chain.size());
+}
+
 constexpr uint32_t kUnknown = UINT32_MAX;
 
 // Workers' names and numbers. A copy is made before a change if an answer still refers to them.
@@ -325,6 +330,13 @@ public:
         return number == kUnknown ? 0 : index_.held(number, level);
     }
 
+    py::tuple digest(py::handle worker, py::handle tier) const {
+        const size_t level = tier_number(tier);
+        const uint32_t number = names_->number_of(worker.ptr());
+        const Told told = number == kUnknown ? Told() : index_.told(number, level);
+        return py::make_tuple(told.count, told.sum);
+    }
+
     const PrefixIndex& core() const { return index_; }
 
 private:
@@ -372,6 +384,7 @@ PYBIND11_MODULE(_native, module) {
 
     module.def("scores_of", &scores_of, py::arg("count"), py::arg("columns"), py::arg("weights"), py::arg("rows"));
     module.def("best_row", &best_row, py::arg("scores"), py::arg("last_turns"), py::arg("rows"));
+    module.def("digest_sum", &digest_sum, py::arg("sequence_hashes"));
 
     py::class_<Overlaps>(module, "Overlaps")
         .def("depth", &Overlaps::depth, py::arg("worker_id"), py::arg("tier") = "device")
@@ -388,6 +401,7 @@ PYBIND11_MODULE(_native, module) {
         .def("clear", &Index::clear, py::arg("worker_id"))
         .def("match", &Index::match, py::arg("hashes"))
         .def("block_count", &Index::block_count, py::arg("worker_id"), py::arg("tier") = "device")
+        .def("digest", &Index::digest, py::arg("worker_id"), py::arg("tier") = "device")
         .def("check", [](const Index& index) { index.core().check(); })
         .def_property_readonly("capacity", [](const Index& index) { return index.core().capacity(); })
         .def_property_readonly("size", [](const Index& index) { return index.core().size(); })

@@ -12,6 +12,7 @@
     ├── Refused                      correct, but not now: rejected before anything was started (429, 503)
     │   ├── NoWorkers                  503  nothing serves this model
     │   ├── Overloaded                 429  every worker's queue is full
+    │   │   └── Busier                 429  the worker has more to do than it was chosen for; with its true load, choose again
     │   ├── Draining                   503  this process is going away
     │   └── PartFailed                 500  a router part of somebody else's broke its contract
     ├── Lost                         started, and then broken off (500, 503, 504)
@@ -116,6 +117,10 @@ class Overloaded(Refused):
     code = "overloaded"
     http_status = 429
     error_type = "rate_limit_error"
+
+
+class Busier(Overloaded):
+    code = "busier"
 
 
 class Draining(Refused):

@@ -10,6 +10,7 @@ from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import FILTERS, POLICIES, policy_of
+from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
@@ -45,6 +46,7 @@ __all__ = [
     "PolicySettings",
     "PredictedPrefixIndex",
     "PrefixIndex",
+    "Refusals",
     "Route",
     "RouteRequest",
     "Router",
@@ -55,7 +57,9 @@ __all__ = [
     "StreamFacts",
     "WorkerFacts",
     "WorkerView",
+    "believed_tokens",
     "default_index",
+    "is_refusal",
     "native_index",
     "policy_of",
 ]

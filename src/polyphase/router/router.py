@@ -17,7 +17,7 @@ from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router.bookings import Bookings, LegBooking
 from polyphase.router.candidates import Candidates
 from polyphase.router.contracts import Filter
-from polyphase.router.cost import block_count_needed, usable_block_count
+from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
 from polyphase.router.filters import no_worker_serves
 from polyphase.router.indexes import PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Lineup, Standings
@@ -40,8 +40,9 @@ from polyphase.router.types import (
     WorkerFacts,
     WorkerView,
 )
-from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load, Tier
+from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, Digests, KvEvent, Load, Tier, TierDigest
 
+ALL_TIERS = tuple(Tier)
 _LOWEST = Tier.OBJECT
 
 
@@ -120,6 +121,24 @@ class Router:
         if self._is_current(worker_id, epoch):
             self.index.clear(worker_id)
             self.index.store(worker_id, hashes)
+
+    def add_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
+        """The worker holds these besides what is known."""
+        if self._is_current(worker_id, epoch):
+            self.index.store(worker_id, hashes, tier)
+
+    def digests(self, worker_id: WorkerId, epoch: Epoch) -> Digests | None:
+        """Of all that this worker told of its blocks, as far as it got here; None if it is not known, or not followed so closely."""
+        if not self._is_current(worker_id, epoch):
+            return None
+        digests: Digests = {}
+        for tier in ALL_TIERS:
+            digest = self.index.digest(worker_id, tier)
+            if digest is None:
+                return None
+            if digest[0]:
+                digests[tier] = TierDigest(*digest)
+        return digests
 
     def apply(self, worker_id: WorkerId, epoch: Epoch, events: list[KvEvent]) -> None:
         """Blocks come and go, in each tier by itself."""
@@ -241,11 +260,13 @@ class Router:
         turn = self._turn
         self._turn += 1
         row = self._policy.picker.pick(weighing.scores, workers, turn)
-        facts = workers.standings.views[row].facts
+        view = workers.standings.views[row]
+        facts = view.facts
         depth = workers.depth(row)
         held = workers.depth(row, _LOWEST) if workers.uses_lower_tiers else depth
         uncached = request.prompt_token_count - held * facts.block_size
-        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row))
+        queued = queued_prefill_tokens(view) if self._policy.scorers else None
+        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row), queued)
         return _Choice(placement, facts, row, turn, max(uncached, 0))
 
     def _book(self, request: RouteRequest, found: _Found, decode: _Choice, prefill: _Choice | None = None) -> None:

@@ -90,6 +90,7 @@ class Placement:
     epoch: Epoch
     overlap_block_count: int
     candidates: Sequence[Candidate]
+    queued_prefill_tokens: int | None = None  # ahead of the request there, as far as the router knew; None: it did not matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,12 @@ class PrefixIndex(Protocol):
     def match(self, hashes: Sequence[SequenceHash]) -> Overlaps: ...
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
+
+    def digest(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> tuple[int, int] | None:
+        """Count and sum (`core.digest`) of the blocks this worker is said to hold, those among them that were forgotten for want of room.
+
+        None: this index does not follow what workers say. A removed block that is not held is taken for a forgotten one, if there are any.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,6 @@ from polyphase.wire.requests import (
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     Submit,
     ToWorker,
@@ -151,6 +150,7 @@ class WorkerHost:
             case ReleaseLease():
                 if self._exporter is not None:
                     self._exporter.release_lease(message.lease_id)
+                    self._publish(None)  # no step may follow to tell of it
             case Query():
                 self._answer(peer, message)
             case Drain():
@@ -220,6 +220,8 @@ class WorkerHost:
             self._send(peer, [SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED)])
         else:
             self._engine.abort(request_id)  # also frees the lease of one that was handed over already
+            if live is None:
+                self._publish(None)
 
     def _abort(self, live: LiveRequest) -> None:
         """Forget a request; what the engine still says of it reaches nobody."""
@@ -241,8 +243,13 @@ class WorkerHost:
             case Question.CARD:
                 body: Answer = Answer(query.query_id, self._engine.card)
             case Question.SNAPSHOT:
-                hashes = self._engine.cached_hashes()
-                body = Answer(query.query_id, Snapshot(self._entry.worker_id, self._entry.epoch, self._publisher.sequence, hashes))
+                try:
+                    body = Answer(query.query_id, self._publisher.source.page(query.cursor))
+                except ValueError as error:
+                    log.warning("a question is not answered: %s", error)
+                    return
+            case Question.BATCHES:
+                body = Answer(query.query_id, self._publisher.source.missed(query.after))
             case Question.STATUS:
                 status = WorkerStatus(entry=self._entry, load=self._engine.load(), uptime_s=uptime_s(), rss_bytes=rss_bytes())
                 body = Answer(query.query_id, status)
