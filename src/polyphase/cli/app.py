@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
 
 
@@ -228,6 +229,9 @@ def chat(
     from polyphase.cli.chat import ChatSettings, chat_in_terminal
 
     chat_in_terminal(url, name, ChatSettings(model=model, temperature=temperature, max_tokens=max_tokens, system=system))
+
+
+app.add_typer(router_commands, name="router")
 
 
 @app.command()
