@@ -145,7 +145,8 @@ def _why_this_worker(leg: Page, *, is_split: bool) -> str:
         return f"{worker} was chosen{role}: it {_facts(chosen)}; {best['worker']} was just as good, and equals take turns."
     others = leg["candidate_count"] - 2
     rest = f"; {_count(others, 'other')} had no better score than that" if others else ""
-    return f"{worker} was chosen{role} because it {_facts(chosen)}; the next best, {best['worker']}, {_facts(best)}{_difference(chosen, best)}{rest}."
+    next_best = f"the next best, {best['worker']}, {_facts(best)}{_difference(chosen, best)}"
+    return f"{worker} was chosen{role} because it {_facts(chosen)}; {next_best}{rest}."
 
 
 def _difference(chosen: Page, other: Page) -> str:

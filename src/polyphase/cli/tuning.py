@@ -180,11 +180,8 @@ def table_of(outcomes: Sequence[Outcome], best: Outcome) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         m = outcome.measures
-        figures = [
-            f"{m.hit_rate:.3f}",
-            *(f"{time_s:.3f}" for time_s in (m.ttft_mean_s, m.ttft_p50_s, m.ttft_p99_s)),
-            f"{m.busy_spread:.2f}",
-        ]
+        times_s = (m.ttft_mean_s, m.ttft_p50_s, m.ttft_p99_s)
+        figures = [f"{m.hit_rate:.3f}", *(f"{time_s:.3f}" for time_s in times_s), f"{m.busy_spread:.2f}"]
         table.add_row(
             "best" if outcome is best else "",
             describe(outcome.policy),

@@ -70,11 +70,11 @@ def test_an_installed_part_routes(install: Install):
     assert router.route(request()).decode.worker_id == "c"
 
 
-def test_settings_may_name_it_and_the_list_shows_it(install: Install, command_line: CommandLine):
+def test_settings_may_name_it_and_the_list_shows_it(install: Install, polyphase: CommandLine):
     install("letters-part", PART, letters="Alphabetical")
     settings = load_serve_settings({"model": "demo", "router_weights": "letters=3"}, {})
     assert settings.router_policy == PolicySettings(weights={"letters": 3.0})
-    listed = command_line("router", "parts")
+    listed = polyphase("router", "parts")
     assert listed.exit_code == 0
     assert "letters_part:Alphabetical" in listed.output
 
@@ -90,7 +90,7 @@ def test_what_is_not_named_is_not_imported(install: Install):
         ("import no_such_module", "broken-part 1.0.* cannot be loaded: ModuleNotFoundError"),
         ("x = 1", "broken-part 1.0.* cannot be loaded: AttributeError"),
         ("class Thing:\n    def __init__(self, needed): pass", "cannot be loaded: TypeError"),
-        ("Thing = 5", "is a int, which is no scorer"),
+        ("Thing = 5", "is of the type int, which is no scorer"),
     ],
 )
 def test_a_broken_part_is_told_with_its_package(install: Install, source: str, message: str):
