@@ -372,7 +372,7 @@ private:
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Block hashing and the prefix index in C++; polyphase.core.native says whether it is in use.";
-    module.attr("RECIPE") = 2;  // raised with every change that the Python side must know of
+    module.attr("RECIPE") = 3;  // raised with every change that the Python side must know of
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());

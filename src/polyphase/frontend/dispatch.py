@@ -427,6 +427,10 @@ class Dispatcher:
             prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
             max_output_tokens=flight.remaining_tokens,
             excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
+            now_ns=self._clock.now_ns(),
+            session=job.hints.session,
+            preferred_labels=job.hints.preferred_labels,
+            required_labels=job.hints.required_labels,
         )
 
     def _rename(self, flight: Flight) -> None:

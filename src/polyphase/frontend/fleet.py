@@ -206,4 +206,5 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
         is_draining=entry.is_draining,
+        labels=entry.labels,
     )

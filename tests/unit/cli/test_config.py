@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from polyphase.config import ServeSettings, format_bytes, load_serve_settings, parse_duration_s, parse_size_bytes
 from polyphase.core.errors import ConfigurationError
+from polyphase.router import PolicySettings
 from polyphase.router.tenants import format_tenant_weights, parse_tenant_weights
 
 
@@ -93,6 +94,19 @@ def test_nearer_sources_win(tmp_path: Path):
     assert settings.name == "default"
 
 
+def test_a_router_section(tmp_path: Path):
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        '[router]\npolicy = "least-loaded"\ntemperature = 0.5\nweights = { requests = 5, uncached = 1.5 }\nsession-idle = "2min"\n'
+        "split_threshold = 7\n"
+    )
+    settings = load_serve_settings({"model": "demo", "policy": "kv"}, {"POLYPHASE_SPLIT_FRACTION": "0.5"}, file)
+    assert settings.router_policy == PolicySettings("kv", {"requests": 5.0, "uncached": 1.5}, 0.5)
+    assert (settings.session_idle, settings.split_threshold, settings.split_fraction) == (120, 7, 0.5)
+    file.write_text('labels = { zone = "eu-1" }\n')
+    assert load_serve_settings({"model": "demo"}, {}, file).labels == {"zone": "eu-1"}
+
+
 def test_a_nearer_choice_of_roles_replaces_a_farther_one_whole(tmp_path: Path):
     file = tmp_path / "serve.toml"
     file.write_text("prefill = 1\ndecode = 2\n")
@@ -111,6 +125,14 @@ def test_a_nearer_choice_of_roles_replaces_a_farther_one_whole(tmp_path: Path):
         ({"model": "demo", "kv_memory": "2 XB"}, {}, "--kv-memory: '2 XB' is not a size"),
         ({"model": "demo", "kv_memory": "12"}, {}, "--kv-memory '12' is too small"),
         ({"model": "demo", "policy": "best"}, {}, "no router policy 'best'; choose one of kv, least-loaded, round-robin"),
+        ({"model": "demo", "router_weights": "queue=1"}, {}, "no router scorer 'queue'; did you mean queued"),
+        ({"model": "demo", "router_weights": "queued"}, {}, "--router-weights: 'queued' are no weights; write for example uncached=2"),
+        ({"model": "demo"}, {"POLYPHASE_ROUTER_WEIGHTS": "queued=-1"}, "the weight of 'queued' is -1.0; it must be a number from 0"),
+        ({"model": "demo", "router_temperature": "warm"}, {}, "--router-temperature 'warm' should be a valid number"),
+        ({"model": "demo", "router_picker": "bets"}, {}, "no router picker 'bets'; did you mean best"),
+        ({"model": "demo", "router_filters": "ful"}, {}, "no router filter 'ful'; did you mean full"),
+        ({"model": "demo", "split_fraction": "2"}, {}, "--split-fraction '2' should be less than or equal to 1"),
+        ({"model": "demo", "labels": "zone"}, {}, "--labels: 'zone' are no labels; write for example zone=eu-1,rack=7"),
         ({"model": "demo", "dtype": "int8"}, {}, "--dtype 'int8' should be 'auto', 'float32'"),
         ({"model": "demo", "engine": "fast"}, {}, "--engine: there is no engine 'fast'; write torch"),
         ({"model": "demo", "name": "../x"}, {}, "--name: '../x' cannot name a deployment"),
@@ -137,6 +159,10 @@ def test_what_is_wrong_is_one_sentence_that_names_it(flags: dict[str, object], e
         ("colour = 1", "known are model"),
         ("port = ", "is not valid TOML"),
         ("port = 'x'", "should be a valid integer"),
+        ("[router]\npolice = 'kv'", "sets 'router.police', which is not a setting; did you mean router.policy?"),
+        ("[router]\ntemperature = 'x'", "router.temperature in"),
+        ("router = 'kv'", "write it as a table, [router]"),
+        ("policy = 'kv'\n[router]\npolicy = 'kv'", "sets both router.policy and policy, which are the same"),
         (b"\xff\xfe", "is not valid TOML"),
     ],
 )

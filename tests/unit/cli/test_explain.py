@@ -7,11 +7,13 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from polyphase.cli.explain import in_words
+from polyphase.cli.explain import explanation, in_words
 from tests.unit.cli.conftest import CommandLine
 
 
@@ -75,6 +77,38 @@ def test_a_split_request_in_words():
         "The first token came after 13.4 ms, and the others followed every 3.1 ms. "
         "It ended after 9 tokens: the model or a stop string ended it."
     )
+
+
+def with_costs(row: dict[str, Any], **costs: float) -> dict[str, Any]:
+    return {**row, "costs": costs}
+
+
+def test_costs_say_which_part_made_the_difference():
+    legs = [
+        leg(
+            "both",
+            with_costs(candidate("a", "both", 1.0, cached=32, missing=480, chosen=True), uncached=1440, queued=0, decode=10),
+            with_costs(candidate("b", "both", 0.5, cached=0, missing=512, queued=900), uncached=1536, queued=900, decode=0),
+        )
+    ]
+    shown = page(routes=[{**SPLIT, "split": False, "reason": "whole: short", "legs": legs}])
+    assert "(cost 1450 against 2436 tokens of prefill, most of the difference by queued)" in in_words(shown)
+    console = Console(width=200, file=StringIO())
+    console.print(explanation(shown))
+    printed = console.file.getvalue()
+    assert "What each would cost, in tokens of prefill" in printed
+    assert [line.split() for line in printed.splitlines() if line.startswith("→")][1] == ["→", "a", "all", "1,450", "1,440", "0", "10"]
+
+
+def test_a_choice_by_chance_is_called_that():
+    drawn = leg(
+        "both",
+        candidate("b", "both", 1.0, cached=16, missing=9),
+        candidate("a", "both", 0.5, cached=0, missing=25, chosen=True),
+        reported=0,
+    )
+    text = in_words(page(routes=[{**SPLIT, "split": False, "reason": "whole: short", "legs": [drawn]}]))
+    assert "a was drawn by chance, with a score of 0.500 where the best, b, had 1.000" in text
 
 
 def test_a_migration_says_why():
