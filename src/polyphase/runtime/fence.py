@@ -242,5 +242,5 @@ def _difference(told: Digests, believed: Digests) -> str:
     nothing = TierDigest(0, 0)
     pairs = [(tier, believed.get(tier, nothing), told.get(tier, nothing)) for tier in Tier]
     return "; ".join(
-        f"{tier}: {ours.block_count} blocks known, {theirs.block_count} told" for tier, ours, theirs in pairs if ours != theirs
+        f"{tier}: knows {ours.block_count} blocks, told {theirs.block_count}" for tier, ours, theirs in pairs if ours != theirs
     )

@@ -36,12 +36,12 @@ _encoder = msgspec.msgpack.Encoder()
 class BatchSource:
     """What a worker's listeners are told, without the sockets: numbers batches, and remembers what listeners may ask for."""
 
-    def __init__(self, worker_id: str, epoch: int) -> None:
+    def __init__(self, worker_id: str, epoch: int, ledger: Ledger | None = None, recent: RecentBatches | None = None) -> None:
         self.worker_id = worker_id
         self.epoch = epoch
         self.sequence = 0  # of the last batch
-        self.ledger = Ledger()
-        self._recent = RecentBatches()
+        self.ledger = ledger or Ledger()
+        self._recent = recent or RecentBatches()
 
     def next_batch(self, events: list[KvEvent], load: Load) -> bytes:
         """What of these events changes nothing is left out."""
