@@ -39,6 +39,24 @@ _SERVER = "Server"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
 
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from polyphase import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 Name = Annotated[str | None, typer.Option("--name", help="Which deployment, where several run on this machine.")]
 
 
@@ -185,6 +203,4 @@ def doctor() -> None:
 @app.command()
 def version() -> None:
     """Print the version."""
-    from polyphase import __version__
-
-    typer.echo(__version__)
+    _print_version(True)

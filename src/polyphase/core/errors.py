@@ -12,7 +12,9 @@
     ├── Refused                      correct, but not now: rejected before anything was started (429, 503)
     │   ├── NoWorkers                  503  nothing serves this model
     │   ├── Overloaded                 429  every worker's queue is full
-    │   └── Draining                   503  this process is going away
+    │   │   └── Busier                 429  the worker has more to do than it was chosen for; with its true load, choose again
+    │   ├── Draining                   503  this process is going away
+    │   └── PartFailed                 500  a router part of somebody else's broke its contract
     ├── Lost                         started, and then broken off (500, 503, 504)
     │   ├── WorkerLost                 503  the worker died or went silent
     │   ├── EngineFailed               500  the engine raised while it computed
@@ -117,8 +119,20 @@ class Overloaded(Refused):
     error_type = "rate_limit_error"
 
 
+class Busier(Overloaded):
+    code = "busier"
+
+
 class Draining(Refused):
     code = "draining"
+
+
+class PartFailed(Refused):
+    code = "router_part_failed"
+    http_status = 500
+    is_retryable = False
+    error_type = "server_error"
+    stage = "routing"
 
 
 class Lost(PolyphaseError):

@@ -27,7 +27,7 @@ from polyphase.frontend.records import Records
 from polyphase.frontend.server import HttpServer, open_socket
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.observe.logs import LEVELS, configure_logging
-from polyphase.router import POLICIES, Router, RouterSettings, SplitRule
+from polyphase.router import POLICIES, PolicySettings, Router, RouterSettings, SplitRule
 from polyphase.runtime import Registry
 from polyphase.runtime.lifeline import Lifeline
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--run-folder", type=Path, required=True, help="private folder of the deployment, with the registry of its workers")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    add("--policy", choices=sorted(POLICIES), default=router.policy, help="how workers are chosen (default: %(default)s)")
+    add("--policy", choices=sorted(POLICIES), default=router.policy.name, help="how workers are chosen (default: %(default)s)")
     add(
         "--split-threshold",
         type=int,
@@ -103,7 +103,7 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
     )
     split = SplitRule(min_uncached_tokens=flags.split_threshold)
     first_turn = secrets.randbelow(1 << 16)  # so that several frontends do not break the same tie for the same worker
-    router = RouterSettings(flags.policy, split, first_turn, flags.max_waiting_requests)
+    router = RouterSettings(PolicySettings(flags.policy), split, first_turn, flags.max_waiting_requests)
     return http, router
 
 

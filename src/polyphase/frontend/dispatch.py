@@ -6,7 +6,8 @@
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
-A worker that is full refuses in its first answer, with its true load: another one is tried at once, and that is no migration.
+A worker that is full, or busier than it was believed to be, refuses in its first answer, with its true load: another choice is made at
+once, and that is no migration.
 
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
@@ -18,7 +19,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import DeadlineExceeded, Lost, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
@@ -30,14 +30,13 @@ from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Prediction, Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Route, Router, RouteRequest
+from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens, is_refusal
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
 log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.1
-FULL_FOR_NS = 1_000_000_000  # a worker that refused is asked again after its next load report, or after this time
 Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 
 
@@ -54,7 +53,7 @@ class Dispatcher:
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
         self._by_wire_id: dict[RequestId, Flight] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
-        self._full: dict[WorkerId, int] = {}  # workers that refused, until when that is believed
+        self._refusals = Refusals()
 
     @property
     def active_count(self) -> int:
@@ -96,11 +95,11 @@ class Dispatcher:
 
     def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
         self._epochs[worker_id] = epoch
-        self._full.pop(worker_id, None)
+        self._refusals.forget(worker_id)
 
     def worker_reported(self, worker_id: WorkerId) -> None:
         """Its load is known again: if it refused before, the router judges anew."""
-        self._full.pop(worker_id, None)
+        self._refusals.forget(worker_id)
 
     def worker_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """This life of the worker is over: what it had goes on elsewhere."""
@@ -133,7 +132,7 @@ class Dispatcher:
                 max_output_tokens=flight.remaining_tokens,
                 excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
             )
-            route = self._route_around_full_ones(request)
+            route = self._refusals.route(self._router.route, request, self._clock.now_ns())
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)
@@ -148,7 +147,7 @@ class Dispatcher:
             flight.note_route(route, now_ns, is_split=splits)
             flight.predictions = self._predictions_of(flight, route, now_ns)
             try:
-                self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer))
+                self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer, believed_prefill_tokens=believed_tokens(place, flight.attempts)))
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
@@ -168,7 +167,7 @@ class Dispatcher:
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
-        if output.failure is not None and output.failure.code == Overloaded.code and output.failure.is_retryable:
+        if output.failure is not None and output.failure.is_retryable and is_refusal(output.failure.code):
             self._turn_away(flight, output.failure, now_ns)
             return
         end: End | None = None
@@ -241,31 +240,17 @@ class Dispatcher:
         self._depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker's queue is full: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        """The worker is full, or busier than believed: nobody's fault, and no migration. With its true load, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
         self._metrics.refusals.labels(worker_id).inc()
-        self._full[worker_id] = now_ns + FULL_FOR_NS
+        self._refusals.note(worker_id, failure.code, now_ns)
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING
         if not flight.waits_until_ns:
             flight.waits_until_ns = now_ns + int(self._settings.migration_patience_s * 1e9)
         self._depart_again(flight, error_of(failure))
-
-    def _route_around_full_ones(self, request: RouteRequest) -> Route:
-        """Raises: NoWorkers, Overloaded."""
-        if not self._full:
-            return self._router.route(request)
-        now_ns = self._clock.now_ns()
-        full = {worker_id for worker_id, until_ns in self._full.items() if until_ns > now_ns}
-        try:
-            return self._router.route(replace(request, excluded=request.excluded | full))
-        except NoWorkers:
-            if full <= request.excluded:
-                raise
-        names = ", ".join(sorted(full - request.excluded))
-        raise Overloaded(f"no worker has room; refused by {names} a moment ago", retry_after_s=2, request_id=request.request_id)
 
     def _depart_again(self, flight: Flight, cause: PolyphaseError) -> None:
         """As `_depart`, but a refusal is waited out for a while: the client has been promised an answer."""

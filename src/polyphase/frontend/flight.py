@@ -89,7 +89,7 @@ class Flight:
         parent = job.hashes[-1] if job.hashes else None
         return job.hashes + sequence_hashes(self.token_ids()[done:], job.block_size, job.cache_salt, parent)
 
-    def submit(self, *, hand_over: bool = False, offer: KvOffer | None = None) -> Submit:
+    def submit(self, *, hand_over: bool = False, offer: KvOffer | None = None, believed_prefill_tokens: int | None = None) -> Submit:
         job = self.job
         return Submit(
             request_id=self.wire_id,
@@ -101,6 +101,7 @@ class Flight:
             priority=job.priority,
             hand_over=hand_over,
             offer=offer,
+            believed_prefill_tokens=believed_prefill_tokens,
         )
 
     # For people who ask why

@@ -87,7 +87,8 @@ class WorkerServer:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             return False
-        self._pump.after_send()
+        finally:
+            self._pump.after_send()  # also after a failure, which may have swallowed the news of input
         return True
 
     def close(self) -> None:
@@ -163,7 +164,8 @@ class WorkerClient:
             connection.socket.send(_encoder.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             raise WorkerLost(f"worker {worker_id} does not take messages: {MAX_QUEUED_MESSAGES} are waiting") from None
-        connection.pump.after_send()
+        finally:
+            connection.pump.after_send()  # also after a failure, which may have swallowed the news of input
 
     async def ask(
         self, worker_id: str, question: Question, timeout_s: float = 5, *, cursor: str | None = None, after: int = 0

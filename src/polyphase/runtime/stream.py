@@ -141,6 +141,7 @@ class EventSubscriber:
         fence = self._fences[entry.worker_id] = StreamFence(entry.worker_id, entry.epoch, self._sink)
         self._endpoints[entry.worker_id] = entry.event_endpoint
         self._socket.connect(entry.event_endpoint)
+        self._pump.after_send()  # connecting, too, may swallow the news of input
         if self._tasks is not None:
             self._start(fence, fence.begin(self._clock.now_ns()))
 
@@ -153,6 +154,7 @@ class EventSubscriber:
                 self._socket.disconnect(endpoint)
             except zmq.ZMQError as error:  # ZeroMQ may have given it up before
                 log.debug("disconnecting from %s: %s", endpoint, error)
+            self._pump.after_send()
 
     def is_synced(self, worker_id: str) -> bool:
         """Whether the sink knows exactly what this worker published last."""

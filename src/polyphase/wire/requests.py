@@ -65,6 +65,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     priority: int = 0  # lower is served first
     hand_over: bool = False
     offer: KvOffer | None = None
+    believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -109,7 +110,7 @@ class FinishReason(enum.StrEnum):
 
 
 class WireFailure(msgspec.Struct, frozen=True):
-    """A `PolyphaseError` on its way to another process; `code` is the class's. A worker that is `overloaded` adds its load of now."""
+    """A `PolyphaseError` on its way to another process; `code` is the class's. `overloaded` and `busier` come with the worker's load of now."""
 
     code: str
     message: str

@@ -150,6 +150,7 @@ class WorkerHost:
             case ReleaseLease():
                 if self._exporter is not None:
                     self._exporter.release_lease(message.lease_id)
+                    self._publish(None)  # no step may follow to tell of it
             case Query():
                 self._answer(peer, message)
             case Drain():
@@ -219,6 +220,8 @@ class WorkerHost:
             self._send(peer, [SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED)])
         else:
             self._engine.abort(request_id)  # also frees the lease of one that was handed over already
+            if live is None:
+                self._publish(None)
 
     def _abort(self, live: LiveRequest) -> None:
         """Forget a request; what the engine still says of it reaches nobody."""

@@ -8,11 +8,13 @@ A block counts only if all blocks before it are there too: a worker that evicted
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from polyphase.core.digest import add_sums, mixed, subtract_sums
 from polyphase.core.ids import SequenceHash, WorkerId
+from polyphase.router.columns import Column
 from polyphase.wire.events import Tier
 
 DEFAULT_CAPACITY = 1_000_000
@@ -35,8 +37,12 @@ class NaiveOverlaps:
 
     def tokens_beyond(
         self, worker_ids: Sequence[WorkerId], block_size: int, token_count: int, at_least: int = 0, tier: Tier = Tier.DEVICE
-    ) -> list[int]:
-        return [max(token_count - depth * block_size, at_least) for depth in self.depths(worker_ids, tier)]
+    ) -> Column:
+        return array("d", (max(token_count - depth * block_size, at_least) for depth in self.depths(worker_ids, tier)))
+
+    @property
+    def level_count(self) -> int:
+        return len({id(depths) for depths in self._by_tier.values()})
 
     def as_dict(self, tier: Tier = Tier.DEVICE) -> dict[WorkerId, int]:
         return dict(self._by_tier[tier])

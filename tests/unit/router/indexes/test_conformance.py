@@ -46,10 +46,11 @@ def test_tokens_behind_what_is_held(index: PrefixIndex):
     index.store(B, prefix(1, 2))
     index.store(C, prefix(1, 3), Tier.HOST)
     overlaps = index.match(prefix(1, 4))
-    assert overlaps.tokens_beyond((A, B, C), 16, 70) == [6, 38, 70]
-    assert overlaps.tokens_beyond([A, B], 16, 64, at_least=1) == [1, 32]
-    assert overlaps.tokens_beyond((A, B), 16, 40) == [0, 8]
-    assert overlaps.tokens_beyond((A, C), 16, 70, tier=Tier.HOST) == [6, 22]
+    assert list(overlaps.tokens_beyond((A, B, C), 16, 70)) == [6, 38, 70]
+    assert list(overlaps.tokens_beyond([A, B], 16, 64, at_least=1)) == [1, 32]
+    assert list(overlaps.tokens_beyond((A, B), 16, 40)) == [0, 8]
+    assert list(overlaps.tokens_beyond((A, C), 16, 70, tier=Tier.HOST)) == [6, 22]
+    assert (overlaps.level_count > 1, index.match(prefix(9, 4)).level_count >= 1) == (True, True)
 
 
 def test_an_answer_keeps_what_was_true(index: PrefixIndex):
