@@ -403,6 +403,7 @@ PYBIND11_MODULE(_native, module) {
         .def("block_count", &Index::block_count, py::arg("worker_id"), py::arg("tier") = "device")
         .def("digest", &Index::digest, py::arg("worker_id"), py::arg("tier") = "device")
         .def("check", [](const Index& index) { index.core().check(); })
+        .def_property_readonly("kind", [](const Index&) { return "native"; })
         .def_property_readonly("capacity", [](const Index& index) { return index.core().capacity(); })
         .def_property_readonly("size", [](const Index& index) { return index.core().size(); })
         .def_property_readonly("run_count", [](const Index& index) { return index.core().run_count(); })

@@ -113,7 +113,8 @@ class Fleet:
         self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch))
         facts = _facts(self._entries[worker_id], card)
         self._router.upsert_worker(facts)
-        self._dispatcher.predictions.worker_joined(facts)
+        if self._router.follows_events(facts):
+            self._dispatcher.predictions.worker_joined(facts)
         self._subscriber.connect(entry)
         log.info("worker %s joined: %s, role %s", worker_id, entry.model, entry.role.value)
 
@@ -205,5 +206,6 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_batch_tokens=card.max_batch_tokens,
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
+        publishes_events=card.publishes_events,
         is_draining=entry.is_draining,
     )

@@ -30,7 +30,9 @@ class _Segment:
         self.live_count = 0
 
     def live(self) -> array[int]:
-        return self.hashes if self.live_count == len(self.hashes) else array("Q", list(compress(self.hashes, self.is_held)))  # from a list: five times as fast
+        return (
+            self.hashes if self.live_count == len(self.hashes) else array("Q", list(compress(self.hashes, self.is_held)))
+        )  # from a list: five times as fast
 
 
 class _TierLedger:

@@ -14,6 +14,7 @@ from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
+    IndexSettings,
     Leg,
     Overlaps,
     Placement,
@@ -38,6 +39,7 @@ __all__ = [
     "Drift",
     "DriftReason",
     "DriftWatch",
+    "IndexSettings",
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",
