@@ -428,6 +428,7 @@ class Dispatcher:
             prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
             max_output_tokens=flight.remaining_tokens,
             excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
+            now_ns=self._clock.now_ns(),
         )
 
     def _rename(self, flight: Flight) -> None:

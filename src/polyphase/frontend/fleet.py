@@ -19,7 +19,7 @@ from polyphase.frontend.models import Models, ServedModel, identity_of, without_
 from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Router, WorkerFacts
-from polyphase.runtime import AskedHistory, EventSubscriber, Joined, Left, RegistryChange, Updated, WorkerClient
+from polyphase.runtime import AskedHistory, EventSubscriber, Joined, Left, RegistryChange, StreamView, Updated, WorkerClient
 from polyphase.wire.cards import ModelCard, WorkerEntry
 from polyphase.wire.events import Digests, KvEvent, Load, Tier
 from polyphase.wire.requests import Question, StepOutputs, ToWorker
@@ -52,6 +52,9 @@ class Fleet:
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Raises: WorkerLost."""
         self._client.send(worker_id, message)
+
+    def streams(self) -> dict[str, StreamView]:
+        return self._subscriber.streams()
 
     async def run(self, dispatcher: Dispatcher) -> None:
         """Follow the registry until cancelled; then all connections are closed."""

@@ -30,9 +30,9 @@ class _Segment:
         self.live_count = 0
 
     def live(self) -> array[int]:
-        return (
-            self.hashes if self.live_count == len(self.hashes) else array("Q", list(compress(self.hashes, self.is_held)))
-        )  # from a list: five times as fast
+        if self.live_count == len(self.hashes):
+            return self.hashes
+        return array("Q", list(compress(self.hashes, self.is_held)))  # from a list: five times as fast as from an iterator
 
 
 class _TierLedger:

@@ -16,6 +16,7 @@ from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
+    IndexFill,
     IndexSettings,
     Leg,
     Overlaps,
@@ -44,6 +45,7 @@ __all__ = [
     "DriftReason",
     "DriftWatch",
     "EvictReason",
+    "IndexFill",
     "IndexSettings",
     "Leg",
     "NaivePrefixIndex",

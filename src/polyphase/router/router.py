@@ -29,6 +29,7 @@ from polyphase.router.types import (
     BOTH,
     DECODE,
     PREFILL,
+    IndexFill,
     Leg,
     Overlaps,
     Placement,
@@ -176,6 +177,11 @@ class Router:
 
     def indexed_block_count(self, worker_id: WorkerId) -> int:
         return self.index.block_count(worker_id)
+
+    def index_fill(self) -> IndexFill:
+        index = self.index
+        forgotten = index.forgotten + self._beliefs.forgotten
+        return IndexFill(index.kind, index.size, index.capacity, forgotten, self._beliefs.size, index.heap_bytes)
 
     # Requests
 

@@ -237,6 +237,18 @@ class SessionRule:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexFill:
+    """How full the index is, for people."""
+
+    kind: str  # native, naive
+    block_count: int
+    capacity: int  # blocks
+    forgotten_block_count: int  # for want of room, ever
+    believed_block_count: int  # of these blocks, those of workers that tell nothing, counted for each
+    heap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class IndexSettings:
     """What is remembered of the blocks that workers hold."""
 

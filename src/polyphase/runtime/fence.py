@@ -73,6 +73,14 @@ class StreamCounts:
     snapshots: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StreamView:
+    """How one worker's stream does, for people."""
+
+    is_synced: bool
+    counts: StreamCounts
+
+
 class StreamFence:
     """The state of one worker's stream at one listener. What takes something in returns what to fetch now, if anything."""
 
