@@ -46,7 +46,7 @@ async def test_a_damaged_index_is_mended_by_the_next_batch(stack: Stack, caplog:
     stack.router.index.store(W, [SequenceHash(77)], Tier.DISK)
     worker.publish([BlocksRemoved([1])])
     await wait_for(lambda: stack.services.streams()["w"].counts.drifts == 1)
-    await wait_for(lambda: worker.publish() or stack.services.streams()["w"].counts.snapshots == 2)  # heartbeats; not at once after the last
+    await wait_for(lambda: worker.publish() or stack.services.streams()["w"].counts.snapshots == 2)
     await wait_for(lambda: stack.services.streams()["w"].is_synced)
     assert [stack.router.index.block_count(W, tier) for tier in Tier] == [2, 0, 0, 0]
     assert await metric(stack, "polyphase_router_stream_drifts_total") == 1
