@@ -125,6 +125,22 @@ def serve(
         str | None,
         typer.Option(metavar="NAME=VALUE,…", help="Of the workers, such as zone=eu-1,rack=7; see docs/router.md.", rich_help_panel=_MODEL),
     ] = None,
+    kv_events: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: the router goes by what it sent to a worker, not by what the worker tells. [default: on]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    predicted_lifetime: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How long it does, for workers that tell nothing. [default: 2min]", rich_help_panel=_ROUTER),
+    ] = None,
+    index_capacity: Annotated[
+        str | None,
+        typer.Option(metavar="BLOCKS", help="What the router's prefix index holds at most. [default: 4000000]", rich_help_panel=_ROUTER),
+    ] = None,
     drain_timeout: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="What running requests get to finish at the end. [default: 30s]", rich_help_panel=_SERVER),

@@ -16,6 +16,8 @@ from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
+    IndexFill,
+    IndexSettings,
     Leg,
     Overlaps,
     Placement,
@@ -43,6 +45,8 @@ __all__ = [
     "DriftReason",
     "DriftWatch",
     "EvictReason",
+    "IndexFill",
+    "IndexSettings",
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",

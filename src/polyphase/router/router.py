@@ -19,7 +19,7 @@ from polyphase.router.candidates import Candidates
 from polyphase.router.contracts import Filter
 from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
 from polyphase.router.filters import no_worker_serves
-from polyphase.router.indexes import PredictedPrefixIndex, default_index
+from polyphase.router.indexes import DEFAULT_BELIEF_CAPACITY, DEFAULT_CAPACITY, PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Lineup, Standings
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import policy_of
@@ -29,6 +29,7 @@ from polyphase.router.types import (
     BOTH,
     DECODE,
     PREFILL,
+    IndexFill,
     Leg,
     Overlaps,
     Placement,
@@ -82,7 +83,11 @@ class Router:
         self.bookings = Bookings()
         self._settings = settings
         self._policy = policy_of(settings.policy, parts)
-        self.index: PrefixIndex = default_index() if index is None else index
+        self.index: PrefixIndex = default_index(settings.index.capacity or DEFAULT_CAPACITY) if index is None else index
+        # Beliefs about workers that tell nothing lie in the same index as what the others tell.
+        self._beliefs = PredictedPrefixIndex(
+            min(self.index.capacity, DEFAULT_BELIEF_CAPACITY), settings.index.predicted_lifetime_ns, self.index
+        )
         self._known: dict[WorkerId, _Known] = {}
         self._standings: dict[str, Standings] = {}  # by model; made when first wanted
         self._expected = ExpectedPrefixes()
@@ -111,25 +116,25 @@ class Router:
         known = self._known.pop(worker_id, None)
         if known is None:
             return
-        self.index.clear(worker_id)
+        self._beliefs.clear(worker_id)  # and all else that is in the index
         self.bookings.drop_worker(worker_id)
         self._standings.clear()
         self._expected.drop_worker(worker_id)
 
     def replace_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash]) -> None:
         """The worker holds exactly these."""
-        if self._is_current(worker_id, epoch):
+        if self._is_followed(worker_id, epoch):
             self.index.clear(worker_id)
             self.index.store(worker_id, hashes)
 
     def add_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
         """The worker holds these besides what is known."""
-        if self._is_current(worker_id, epoch):
+        if self._is_followed(worker_id, epoch):
             self.index.store(worker_id, hashes, tier)
 
     def digests(self, worker_id: WorkerId, epoch: Epoch) -> Digests | None:
         """Of all that this worker told of its blocks, as far as it got here; None if it is not known, or not followed so closely."""
-        if not self._is_current(worker_id, epoch):
+        if not self._is_followed(worker_id, epoch):
             return None
         digests: Digests = {}
         for tier in ALL_TIERS:
@@ -142,7 +147,7 @@ class Router:
 
     def apply(self, worker_id: WorkerId, epoch: Epoch, events: list[KvEvent]) -> None:
         """Blocks come and go, in each tier by itself."""
-        if not self._is_current(worker_id, epoch):
+        if not self._is_followed(worker_id, epoch):
             return
         for event in events:
             match event:
@@ -173,6 +178,11 @@ class Router:
     def indexed_block_count(self, worker_id: WorkerId) -> int:
         return self.index.block_count(worker_id)
 
+    def index_fill(self) -> IndexFill:
+        index = self.index
+        forgotten = index.forgotten + self._beliefs.forgotten
+        return IndexFill(index.kind, index.size, index.capacity, forgotten, self._beliefs.size, index.heap_bytes)
+
     # Requests
 
     def route(self, request: RouteRequest) -> Route:
@@ -188,6 +198,7 @@ class Router:
         # A last block that ends with the prompt is of no use: the last token is computed in any case.
         usable = usable_block_count(request.prompt_token_count, standings.block_size)
         hashes = request.sequence_hashes if usable >= len(request.sequence_hashes) else request.sequence_hashes[:usable]
+        self._beliefs.expire(request.now_ns)
         overlaps = self.index.match(hashes)
         found = _Found(hashes, overlaps, self._expected.beyond(hashes, overlaps))
 
@@ -303,8 +314,8 @@ class Router:
             blocks = block_count_needed(request, facts.block_size, leg)
             legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is PREFILL))
             standings.last_turns[choice.row] = self._known[facts.worker_id].last_turn = choice.turn
-            if isinstance(self.index, PredictedPrefixIndex):
-                self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
+            if not self.follows_events(facts):
+                self._beliefs.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
         self.bookings.book(request.request_id, legs)
         prompt = (prefill or decode).facts
         self._expected.expect(request.request_id, prompt.worker_id, request.sequence_hashes, found.overlaps.depth(prompt.worker_id))
@@ -327,6 +338,13 @@ class Router:
             unreported.block_count,
             unreported.request_count,
         )
+
+    def follows_events(self, facts: WorkerFacts) -> bool:
+        """Whether what the worker tells of its blocks is believed; if not, what is routed there is, for a while."""
+        return facts.publishes_events and self._settings.index.follows_events
+
+    def _is_followed(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        return self._is_current(worker_id, epoch) and self.follows_events(self._known[worker_id].facts)
 
     def _is_current(self, worker_id: WorkerId, epoch: Epoch) -> bool:
         known = self._known.get(worker_id)

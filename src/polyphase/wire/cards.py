@@ -47,6 +47,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     max_batch_tokens: int  # token budget of one step
     max_running: int  # sequences in one step
     can_hand_over: bool  # its blocks can be read by another worker
+    publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
     block_bytes: int
     default_temperature: float | None = None  # from the model's generation_config.json
     default_top_p: float | None = None
