@@ -88,7 +88,7 @@ class Stack:
         )
 
 
-async def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
+async def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -112,7 +112,7 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
         yield stack
     finally:
         server.stop_now()
-        await asyncio.wait_for(tasks[1], 10)
+        await asyncio.wait_for(tasks[1], 30)
         for worker_id in list(stack.workers):
             await stack.kill(worker_id)
         tasks[0].cancel()

@@ -182,7 +182,7 @@ async def test_health_shows_the_workers(stack: Stack) -> None:
         page: dict[str, Any] = (await stack.get("/health")).json()
         return page
 
-    for _ in range(100):
+    for _ in range(1000):
         page = await shown()
         view = page["models"]["tiny"]["workers"]["worker-0"]
         if view["running"]:
