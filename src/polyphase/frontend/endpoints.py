@@ -19,6 +19,7 @@ from polyphase.frontend.bodies import ClientGone, check_content_type, discard_bo
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.door import Door
 from polyphase.frontend.generation import Generation, Order
+from polyphase.frontend.hints import RoutingHints
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models, ServedModel
 from polyphase.frontend.names import RequestNames
@@ -27,6 +28,7 @@ from polyphase.frontend.problems import InternalError, error_events, error_objec
 from polyphase.frontend.prompts import Prompt
 from polyphase.frontend.records import Records, RequestRecord, prefill_worker
 from polyphase.frontend.settings import FrontendSettings
+from polyphase.frontend.terms import Terms, terms_of
 from polyphase.frontend.validation import Wishes
 from polyphase.text import Tokenizer
 
@@ -83,6 +85,7 @@ class GenerationEndpoint(Generic[RequestT]):
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received_ns = self._services.dispatcher.now_ns()
         check_content_type(scope)
         try:
             body = await read_body(scope, receive, self._services.settings)
@@ -90,7 +93,9 @@ class GenerationEndpoint(Generic[RequestT]):
             await _refuse_body(error, receive, send)
             return
         names: RequestNames = scope["state"]["names"]
-        order = await self._order(parse_body(body, self._surface.request), names)
+        request = parse_body(body, self._surface.request)
+        terms = terms_of(scope, request.user, self._services.settings, received_ns)
+        order = await self._order(request, names, terms, RoutingHints.of(scope, request))
         record = self._open_record(order, names)
         answer = AnswerFields(record.answer_id, order.model.name, record.created_unix_s)
         form = self._surface.format(answer, order.wishes, order.prompts, order.model.tokenizer)
@@ -102,11 +107,11 @@ class GenerationEndpoint(Generic[RequestT]):
                 else:
                     await self._answer(generation, form, send)
 
-    async def _order(self, request: RequestT, names: RequestNames) -> Order:
+    async def _order(self, request: RequestT, names: RequestNames, terms: Terms, hints: RoutingHints) -> Order:
         model = self._services.models.get(request.model)
         wishes = self._surface.wishes(request, model)
         prompts = await self._surface.prompts(request, wishes, model, self._services.settings)
-        return Order(names.internal, model, wishes, prompts)
+        return Order(names.internal, model, wishes, prompts, terms, hints)
 
     def _open_record(self, order: Order, names: RequestNames) -> RequestRecord:
         record = RequestRecord(

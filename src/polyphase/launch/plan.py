@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyphase.config import ServeSettings
+from polyphase.config.router import weights_text
 from polyphase.launch.accelerators import Gpu, Share, find_gpus, share_gpus
 from polyphase.launch.cores import core_count, thread_environment, threads_per_worker
 from polyphase.launch.model_source import ModelSource, resolve_model
 from polyphase.launch.process import ProcessKind, ProcessSpec
+from polyphase.router.tenants import format_tenant_weights
 from polyphase.wire.cards import Role
 
 
@@ -88,8 +90,18 @@ def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
         "host": settings.host,
         "port": settings.port,
         "policy": settings.policy,
+        "router-weights": weights_text(settings.router_weights) or None,
+        "router-filters": ",".join(settings.router_filters) or None,
+        "router-picker": settings.router_picker,
+        "router-temperature": settings.router_temperature,
+        "session-idle-s": settings.session_idle,
         "split-threshold": settings.split_threshold,
+        "split-fraction": settings.split_fraction,
         "drain-timeout-s": settings.drain_timeout,
+        "max-queued-requests": settings.max_queued_requests,
+        "max-queued-per-tenant": settings.max_queued_per_tenant,
+        "max-queue-wait-s": settings.max_queue_wait,
+        "tenant-weights": format_tenant_weights(settings.tenant_weights) or None,
     }
     return ProcessSpec("frontend", ProcessKind.FRONTEND, _command("polyphase.frontend", flags), _environment(1))
 
@@ -103,6 +115,7 @@ def _worker(plan: DeploymentPlan, worker: WorkerPlan, run_folder: Path) -> Proce
         "engine": settings.engine,
         "model": plan.model.location,
         "name": plan.model.served_name,
+        "labels": ",".join(f"{name}={value}" for name, value in settings.labels.items()) or None,
         "device": settings.device,
         "dtype": settings.dtype,
         "block-size": settings.block_size,

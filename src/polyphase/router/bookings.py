@@ -154,9 +154,10 @@ class Bookings:
         ledger = self._ledgers.get(worker_id)
         return ledger.all if ledger else Booked()
 
-    def unreported_of(self, worker_id: WorkerId) -> Booked:
+    def sums_of(self, worker_id: WorkerId) -> tuple[Booked, Booked]:
+        """All that is booked there, and the unreported share of it."""
         ledger = self._ledgers.get(worker_id)
-        return ledger.unreported if ledger else Booked()
+        return (ledger.all, ledger.unreported) if ledger else (Booked(), Booked())
 
     def total(self) -> Booked:
         """Over all workers; zero when no request is under way. A split request counts once per leg."""

@@ -22,12 +22,13 @@ import zmq
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.runtime.pump import SocketPump
 from polyphase.wire.cards import ModelCard, WorkerStatus
-from polyphase.wire.requests import Answer, FromWorker, Query, Question, Snapshot, StepOutputs, ToWorker
+from polyphase.wire.events import MissedBatches, SnapshotPage
+from polyphase.wire.requests import Answer, FromWorker, Query, Question, StepOutputs, ToWorker
 
 log = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", bytes)
-AnswerBody = Snapshot | ModelCard | WorkerStatus
+AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus
 
 MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
 MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
@@ -166,14 +167,16 @@ class WorkerClient:
         finally:
             connection.pump.after_send()  # also after a failure, which may have swallowed the news of input
 
-    async def ask(self, worker_id: str, question: Question, timeout_s: float = 5) -> AnswerBody:
-        """Ask a worker.
+    async def ask(
+        self, worker_id: str, question: Question, timeout_s: float = 5, *, cursor: str | None = None, after: int = 0
+    ) -> AnswerBody:
+        """Ask a worker. `cursor` and `after` say which page of a snapshot, or which batches.
 
         Raises: WorkerLost if it is not connected, goes away, or does not answer in time.
         Cancel: a late answer is dropped.
         """
         query_id = next(self._query_ids)
-        self.send(worker_id, Query(query_id, question))
+        self.send(worker_id, Query(query_id, question, cursor, after))
         questions = self._connections[worker_id].questions
         answer: asyncio.Future[AnswerBody] = asyncio.get_running_loop().create_future()
         questions[query_id] = answer

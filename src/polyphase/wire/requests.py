@@ -12,7 +12,7 @@ import enum
 import msgspec
 
 from polyphase.wire.cards import ModelCard, WorkerStatus
-from polyphase.wire.events import Load
+from polyphase.wire.events import Load, MissedBatches, SnapshotPage
 from polyphase.wire.kv import KvOffer
 
 
@@ -65,6 +65,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     priority: int = 0  # lower is served first
     hand_over: bool = False
     offer: KvOffer | None = None
+    believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
+    remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -81,13 +83,16 @@ class ReleaseLease(msgspec.Struct, frozen=True, tag="release"):
 
 class Question(enum.StrEnum):
     CARD = "card"
-    SNAPSHOT = "snapshot"
+    SNAPSHOT = "snapshot"  # a page of what the worker holds
+    BATCHES = "batches"  # of the event stream, that were missed
     STATUS = "status"
 
 
-class Query(msgspec.Struct, frozen=True, tag="query"):
+class Query(msgspec.Struct, frozen=True, tag="query", omit_defaults=True):
     query_id: int
     question: Question
+    cursor: str | None = None  # of a snapshot: the page, as the page before named it; None: the first
+    after: int = 0  # of batches: those behind this sequence number
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -106,7 +111,7 @@ class FinishReason(enum.StrEnum):
 
 
 class WireFailure(msgspec.Struct, frozen=True):
-    """A `PolyphaseError` on its way to another process; `code` is the class's. A worker that is `overloaded` adds its load of now."""
+    """A `PolyphaseError` on its way to another process, by its class's `code`. With `overloaded` and `busier` comes the load of now."""
 
     code: str
     message: str
@@ -150,20 +155,11 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
     outputs: list[SequenceOutput]
 
 
-class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
-    """All that the worker holds, as of event `sequence`: apply only later batches on top of it."""
-
-    worker_id: str
-    epoch: int
-    sequence: int
-    device_hashes: list[int]
-
-
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """Reply to the query with this id."""
 
     query_id: int
-    body: Snapshot | ModelCard | WorkerStatus
+    body: SnapshotPage | MissedBatches | ModelCard | WorkerStatus
 
 
 FromWorker = StepOutputs | Answer

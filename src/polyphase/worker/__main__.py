@@ -91,6 +91,7 @@ async def _host(engine: Engine, lease: Lease, paths: WorkerPaths, options: Worke
         host=socket.gethostname(),
         request_endpoint=paths.request_endpoint,
         event_endpoint=paths.event_endpoint,
+        labels=options.labels,
     )
     exporter = kv_exporter(engine)
     if exporter is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from polyphase.observe.logs import LEVELS
@@ -42,6 +42,7 @@ class WorkerOptions:
     max_waiting_prefill_tokens: int | None
     drain_timeout_s: float
     log_level: str
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 def parse_options(arguments: Sequence[str]) -> WorkerOptions:
@@ -56,6 +57,7 @@ def parse_options(arguments: Sequence[str]) -> WorkerOptions:
         max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,
         drain_timeout_s=given.drain_timeout_s,
         log_level=given.log_level,
+        labels=given.labels,
     )
 
 
@@ -73,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         metavar="TOKENS",
         help="prompt tokens that may wait; fresh requests beyond are refused (default: what 16 steps compute)",
+    )
+    parser.add_argument(
+        "--labels", type=_labels, default={}, metavar="NAME=VALUE,…", help="where it stands, for routers, such as zone=eu-1,rack=7"
     )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     engine = parser.add_argument_group("engine")
@@ -114,6 +119,13 @@ def _factor(text: str) -> float:
     if not factor > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return factor
+
+
+def _labels(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if any(not (name and value) for name, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE,NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 # argparse shows these when the text is no number at all

@@ -54,7 +54,7 @@ class Bench:
             arrived_ns=0,
             token_ids=list(prompt),
             blocks=self.cache.open(prompt, None),
-            sampling=SamplingState(request.sampling, prompt, []),
+            sampling=SamplingState(request.sampling, prompt, len(prompt)),
             stop=StopRule(request, LIMITS),
         )
         self.scheduler.refuse_if_full(request.request_id)

@@ -46,14 +46,18 @@ class Stack:
     workers: dict[str, FakeWorker] = field(default_factory=dict)
     _peers: dict[str, FakeWorker] = field(default_factory=dict)
 
-    async def add(self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None) -> FakeWorker:
+    async def add(
+        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None
+    ) -> FakeWorker:
         """A worker that the router knows by the time this returns."""
-        worker = await self.add_unready(worker_id, role, card)
+        worker = await self.add_unready(worker_id, role, card, labels)
         await wait_for(lambda: any(v.facts.worker_id == worker_id and v.facts.epoch == worker.epoch for v in self.router.workers()))
         return worker
 
-    async def add_unready(self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None) -> FakeWorker:
-        worker = FakeWorker(self.run_folder, worker_id, card or self.card, self.story, role, self._peers)
+    async def add_unready(
+        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None
+    ) -> FakeWorker:
+        worker = FakeWorker(self.run_folder, worker_id, card or self.card, self.story, role, self._peers, labels)
         await worker.start()
         self.workers[worker_id] = worker
         return worker
