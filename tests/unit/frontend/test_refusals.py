@@ -103,8 +103,7 @@ async def test_two_frontends_do_not_overload_one_worker(settings: FrontendSettin
     for _ in range(3):
         for frontend in frontends:
             frontend.start()
-    await asyncio.sleep(0.01)
-    assert sum(len(worker.waiting) for worker in workers.values()) == 6
+    await wait_for(lambda: sum(len(worker.waiting) for worker in workers.values()) == 6)
     for _ in range(2):
         for frontend in frontends:
             frontend.start()
