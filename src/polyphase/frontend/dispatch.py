@@ -147,7 +147,10 @@ class Dispatcher:
             flight.note_route(route, now_ns, is_split=splits)
             flight.predictions = self._predictions_of(flight, route, now_ns)
             try:
-                self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer, believed_prefill_tokens=believed_tokens(place, flight.attempts)))
+                self._send(
+                    place.worker_id,
+                    flight.submit(hand_over=splits, offer=offer, believed_prefill_tokens=believed_tokens(place, flight.attempts)),
+                )
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
