@@ -243,7 +243,7 @@ class Dispatcher:
         self._depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker is full, or busier than believed: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        """The worker is full, or busier than believed: no fault, and no migration. With its true load, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
         self._metrics.refusals.labels(worker_id).inc()

@@ -41,6 +41,10 @@ class EventJournal:
                 gone.append(sequence_hash)
         self._note(False, gone)
 
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
+
     def take(self) -> list[KvEvent]:
         """The events since the last call, oldest first."""
         events: list[KvEvent] = []

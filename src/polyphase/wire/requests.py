@@ -107,7 +107,7 @@ class FinishReason(enum.StrEnum):
 
 
 class WireFailure(msgspec.Struct, frozen=True):
-    """A `PolyphaseError` on its way to another process; `code` is the class's. `overloaded` and `busier` come with the worker's load of now."""
+    """A `PolyphaseError` on its way to another process; `code` is the class's. `overloaded` and `busier` bring the load of now."""
 
     code: str
     message: str

@@ -166,8 +166,8 @@ class Scheduler:
             return False
         known = len(sequence.token_ids)
         uncached = self._cache.uncached_count(sequence.blocks, known)
-        wanted = uncached // (2 * self._cache.block_size)
-        return wanted > 0 and any(
+        wanted = -(-uncached // (2 * self._cache.block_size))
+        return any(
             self._cache.shared_beyond(sequence.blocks, known - uncached, other.blocks, len(other.token_ids)) >= wanted
             for other in prefilling
             if other.blocks.block_ids  # it may have been preempted
