@@ -12,7 +12,8 @@
     ├── Refused                      correct, but not now: rejected before anything was started (429, 503)
     │   ├── NoWorkers                  503  nothing serves this model
     │   ├── Overloaded                 429  every worker's queue is full
-    │   └── Draining                   503  this process is going away
+    │   ├── Draining                   503  this process is going away
+    │   └── RoleChanged                503  the worker has another role than the sender knew; between processes only
     ├── Lost                         started, and then broken off (500, 503, 504)
     │   ├── WorkerLost                 503  the worker died or went silent
     │   ├── EngineFailed               500  the engine raised while it computed
@@ -119,6 +120,10 @@ class Overloaded(Refused):
 
 class Draining(Refused):
     code = "draining"
+
+
+class RoleChanged(Refused):
+    code = "role_changed"
 
 
 class Lost(PolyphaseError):

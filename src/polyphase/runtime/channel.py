@@ -21,13 +21,13 @@ import zmq
 
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.runtime.pump import SocketPump
-from polyphase.wire.cards import ModelCard, WorkerStatus
-from polyphase.wire.requests import Answer, FromWorker, Query, Question, Snapshot, StepOutputs, ToWorker
+from polyphase.wire.cards import ModelCard, Role, WorkerStatus
+from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, Snapshot, StepOutputs, SwitchRole, ToWorker
 
 log = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", bytes)
-AnswerBody = Snapshot | ModelCard | WorkerStatus
+AnswerBody = Snapshot | ModelCard | WorkerStatus | Denied
 
 MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
 MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
@@ -171,7 +171,22 @@ class WorkerClient:
         Cancel: a late answer is dropped.
         """
         query_id = next(self._query_ids)
-        self.send(worker_id, Query(query_id, question))
+        return await self._ask(worker_id, Query(query_id, question), f"the question for its {question.value}", timeout_s)
+
+    async def switch_role(self, worker_id: str, role: Role, timeout_s: float = 5) -> WorkerStatus:
+        """Give a worker another role; when this returns, it has it.
+
+        Raises: ConfigurationError with the worker's reason if it will not; WorkerLost as `ask`.
+        Cancel: the worker may have switched or not.
+        """
+        body = await self._ask(worker_id, SwitchRole(next(self._query_ids), role), "the request to switch its role", timeout_s)
+        if isinstance(body, WorkerStatus):
+            return body
+        raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
+
+    async def _ask(self, worker_id: str, message: Query | SwitchRole, what: str, timeout_s: float) -> AnswerBody:
+        query_id = message.query_id
+        self.send(worker_id, message)
         questions = self._connections[worker_id].questions
         answer: asyncio.Future[AnswerBody] = asyncio.get_running_loop().create_future()
         questions[query_id] = answer
@@ -179,7 +194,7 @@ class WorkerClient:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            raise WorkerLost(f"worker {worker_id} did not answer the question for its {question.value} within {timeout_s} s") from None
+            raise WorkerLost(f"worker {worker_id} did not answer {what} within {timeout_s} s") from None
         finally:
             del questions[query_id]
 

@@ -33,6 +33,7 @@ class Sequence:
     source: BlockSource | None = None
     computed_count: int = 0
     is_cancelled: bool = False
+    is_leaving: bool = False  # to be handed over when the step under way is finished
     stats: PhaseStats | None = None  # until the first output has carried it away
     first_step_ns: int | None = None
     cached_token_count: int = field(default=0)
