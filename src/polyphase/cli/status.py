@@ -23,6 +23,7 @@ from rich.text import Text
 from polyphase.config import format_bytes
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.launch import DeploymentRecord, find_deployment
+from polyphase.router import shortcomings
 from polyphase.runtime import Registry, WorkerClient
 from polyphase.wire.cards import WorkerStatus
 from polyphase.wire.requests import Question
@@ -81,11 +82,15 @@ def _warnings(page: Any) -> list[str]:
         for model in (models.values() if isinstance(models, dict) else ())
         for worker_id, worker in model.get("workers", {}).items()
     }
-    return [
+    stalls = [
+        f"{worker_id}: stands still; its requests go to others" for worker_id, worker in sorted(workers.items()) if worker.get("is_stalled")
+    ]
+    drifts = [
         f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
         for worker_id, worker in sorted(workers.items())
         if worker.get("drift")
     ]
+    return stalls + drifts
 
 
 async def ask_workers(run_folder: Path) -> Answers:
@@ -115,7 +120,8 @@ def _view(record: DeploymentRecord, answers: Answers, warnings: list[str], width
     up_s = time.time() - record.started_unix_s
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
-    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(warning, "yellow") for warning in warnings))
+    notes = shortcomings(answer.entry.role for answer in answers.values() if answer is not None and not answer.entry.is_draining)
+    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(line, "yellow") for line in notes + warnings))
 
 
 def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:

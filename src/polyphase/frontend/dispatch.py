@@ -6,7 +6,8 @@
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
-A worker that is full refuses in its first answer, with its true load: another one is tried at once, and that is no migration.
+A worker that is full, drains, or has taken another role refuses in its first answer: another one is tried at once, and that is no
+migration. Nor is it one when a worker hands a sequence back because it was asked to (`ask_to_hand_over`): its blocks go along.
 
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
@@ -17,11 +18,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import DeadlineExceeded, Lost, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
+from polyphase.core.errors import (
+    DeadlineExceeded,
+    Draining,
+    Lost,
+    NoWorkers,
+    Overloaded,
+    PolyphaseError,
+    Refused,
+    RequestError,
+    RoleChanged,
+    WorkerLost,
+)
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.failures import error_of
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
@@ -31,13 +43,15 @@ from polyphase.frontend.predictions import Prediction, Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Route, Router, RouteRequest
+from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
+from polyphase.wire.requests import Cancel, FinishReason, HandOver, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
 log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.1
 FULL_FOR_NS = 1_000_000_000  # a worker that refused is asked again after its next load report, or after this time
+REFUSALS = frozenset({Overloaded.code, Draining.code, RoleChanged.code})  # that a worker answers with before it has begun
 Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 
 
@@ -47,7 +61,7 @@ class Dispatcher:
     def __init__(self, router: Router, send: Send, metrics: Metrics, settings: FrontendSettings, clock: Clock | None = None) -> None:
         self._router = router
         self._send = send
-        self._metrics = metrics
+        self.metrics = metrics
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self.predictions = Predictions(router, metrics, self._clock)
@@ -68,7 +82,7 @@ class Dispatcher:
         Raises: NoWorkers, Overloaded. Then nothing is booked, and nothing arrives.
         Owner: the caller calls `cancel` when it wants no more; afterwards nothing arrives.
         """
-        flight = Flight(job, inbox, SequenceRecord(self._clock.now_ns()), self._metrics.of(job.model))
+        flight = Flight(job, inbox, SequenceRecord(self._clock.now_ns()), self.metrics.of(job.model))
         flight.record.history.note(flight.record.started_ns, "accepted")
         self._flights[job.sequence_id] = flight
         try:
@@ -110,6 +124,33 @@ class Dispatcher:
             if flight.worker_id == worker_id and flight.epoch == epoch:
                 self._break_off(flight, WorkerLost(f"worker {worker_id} was lost while it served the request"))
 
+    def ask_to_hand_over(self, worker_id: WorkerId, epoch: Epoch, stages: Collection[Stage]) -> int:
+        """Ask this worker for the sequences there that are in one of these stages; each goes on elsewhere once it is handed over.
+
+        Returns: how many were asked for now; none is asked for twice.
+        """
+        asked_count = 0
+        for flight in self._at(worker_id, epoch):
+            if flight.stage in stages and not flight.is_leaving and self._try_send(worker_id, HandOver(flight.wire_id)):
+                flight.is_leaving = True
+                asked_count += 1
+        return asked_count
+
+    def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
+        """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.record.migrations < self._settings.migration_limit]
+        for flight in leaving:
+            self._tell_worker_to_stop(flight)  # it may come round
+            self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
+        return len(leaving)
+
+    def _at(self, worker_id: WorkerId, epoch: Epoch) -> list[Flight]:
+        return [
+            flight
+            for flight in self._flights.values()
+            if flight.worker_id == worker_id and flight.epoch == epoch and flight.stage in (Stage.PREFILL, Stage.SERVING)
+        ]
+
     def on_outputs(self, outputs: StepOutputs) -> None:
         now_ns = self._clock.now_ns()
         for output in outputs.outputs:
@@ -131,10 +172,10 @@ class Dispatcher:
                 sequence_hashes=hashes,
                 prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
                 max_output_tokens=flight.remaining_tokens,
-                excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
+                excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch) | flight.avoided,
             )
             route = self._route_around_full_ones(request)
-            self._metrics.decision_s.observe(time.perf_counter() - started)
+            self.metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)
             offer = self._usable_offer(flight)
@@ -144,6 +185,7 @@ class Dispatcher:
             if route.prefill is not None and not splits:
                 self._router.mark_prefill_done(job.sequence_id)
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
+            flight.roles = self._roles_in(route)
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
             flight.predictions = self._predictions_of(flight, route, now_ns)
@@ -156,7 +198,8 @@ class Dispatcher:
                 continue
             flight.record.history.note(now_ns, "sent", place.worker_id, "to compute the prompt" if splits else "to serve it")
             flight.stage = Stage.PREFILL if splits else Stage.SERVING
-            self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
+            flight.avoided.clear()
+            self.metrics.routes.labels(job.model, "split" if splits else "whole").inc()
             return
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
@@ -168,7 +211,7 @@ class Dispatcher:
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
-        if output.failure is not None and output.failure.code == Overloaded.code and output.failure.is_retryable:
+        if output.failure is not None and output.failure.code in REFUSALS and output.failure.is_retryable:
             self._turn_away(flight, output.failure, now_ns)
             return
         end: End | None = None
@@ -188,7 +231,10 @@ class Dispatcher:
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
-            self._hand_over(flight, output.offer, now_ns)
+            if flight.stage is Stage.PREFILL and output.token_ids:
+                self._hand_over(flight, output.offer, now_ns)
+            else:
+                self._move(flight, output.offer, now_ns)
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)
@@ -211,7 +257,11 @@ class Dispatcher:
         self._router.mark_prefill_done(flight.job.sequence_id)
         place = flight.route.decode
         if self._epochs.get(place.worker_id) == place.epoch:
+            if not self._is_as_chosen(flight, place.worker_id):
+                self._move(flight, offer, now_ns)
+                return
             flight.worker_id, flight.epoch, flight.stage = place.worker_id, place.epoch, Stage.SERVING
+            flight.is_leaving = False
             try:
                 self._send(place.worker_id, flight.submit(offer=offer))
             except WorkerLost as error:
@@ -221,6 +271,18 @@ class Dispatcher:
             return
         flight.worker_id, flight.epoch = place.worker_id, place.epoch
         self._break_off(flight, WorkerLost(f"worker {place.worker_id} was lost before it could take the request over"))
+
+    def _move(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+        """Its worker has handed it back, unfinished and unharmed: on to another one, which may take what was computed."""
+        what = f"with {offer.token_count} tokens of KV" if offer is not None else "with nothing computed"
+        log.info("%s: leaves worker %s after %d tokens, %s", flight.wire_id, flight.worker_id, len(flight.emitted), what)
+        flight.record.history.note(now_ns, "moved", flight.worker_id, what)
+        flight.record.moves += 1
+        flight.metrics.moves.inc()
+        flight.offer = offer
+        flight.stage = Stage.WAITING
+        flight.waits_until_ns = now_ns + int(self._settings.move_patience_s * 1e9)
+        self._depart_again(flight, WorkerLost(f"worker {flight.worker_id} had to hand the request over"))
 
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
@@ -241,11 +303,16 @@ class Dispatcher:
         self._depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker's queue is full: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        """The worker cannot take it now: nobody's fault, and no migration. With what the refusal says, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
-        self._metrics.refusals.labels(worker_id).inc()
-        self._full[worker_id] = now_ns + FULL_FOR_NS
+        self.metrics.refusals.labels(worker_id).inc()
+        if failure.code == Overloaded.code:
+            self._full[worker_id] = now_ns + FULL_FOR_NS
+        elif failure.code == Draining.code:
+            flight.tried.add((worker_id, flight.epoch))
+        else:
+            flight.avoided.add(worker_id)  # until the registry's news is here, which is a matter of milliseconds
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING
@@ -274,8 +341,9 @@ class Dispatcher:
             self._depart(flight)
         except Refused as refusal:
             flight.worker_id, flight.epoch = NOBODY, NEVER
+            flight.avoided.clear()
             # A worker that was lost may come back, and a full one may get room; one that failed would only fail again.
-            is_hopeless = isinstance(refusal, NoWorkers) and not isinstance(cause, WorkerLost)
+            is_hopeless = isinstance(refusal, NoWorkers) and not isinstance(cause, WorkerLost | Draining | RoleChanged)
             if is_hopeless or self._clock.now_ns() >= flight.waits_until_ns:
                 # A worker's own refusal (its queue is full) is the better answer while nothing was sent to the client.
                 error = cause if isinstance(cause, Refused | RequestError) else _lost(cause, refusal)
@@ -326,7 +394,17 @@ class Dispatcher:
             if place is not None
         }
 
+    def _roles_in(self, route: Route) -> dict[WorkerId, Role]:
+        places = [place.worker_id for place in (route.prefill, route.decode) if place is not None]
+        return {worker_id: facts.role for worker_id in places if (facts := self._router.facts_of(worker_id)) is not None}
+
+    def _is_as_chosen(self, flight: Flight, worker_id: WorkerId) -> bool:
+        """Whether the worker still is what it was when the route was chosen."""
+        facts = self._router.facts_of(worker_id)
+        return facts is not None and not (facts.is_draining or facts.is_stalled) and facts.role is flight.roles.get(worker_id)
+
     def _rename(self, flight: Flight) -> None:
+        flight.is_leaving = False
         self._by_wire_id.pop(flight.wire_id, None)
         flight.attempts += 1
         suffix = f".{flight.attempts}" if flight.attempts > 1 else ""
@@ -353,11 +431,13 @@ class Dispatcher:
         if offer is not None:
             self._try_send(offer.worker_id, ReleaseLease(offer.lease_id))
 
-    def _try_send(self, worker_id: str, message: ToWorker) -> None:
+    def _try_send(self, worker_id: str, message: ToWorker) -> bool:
         try:
             self._send(worker_id, message)
         except WorkerLost as error:
             log.debug("not sent: %s", error.message)
+            return False
+        return True
 
 
 def _how(end: End) -> str:

@@ -1,7 +1,7 @@
 """Who is there: turns the registry's news and the workers' event streams into what the router and the dispatcher know.
 
 registry ─► Joined ─ connect ─ ask for the card ─ same model as the others? ─► models, router, event stream
-            Updated (role, draining) ───────────────────────────────────────► router
+            Updated (role, draining) ───────────────────────────────────────► router, then what should move is moved
             Left ───────────────────────────────────────────────────────────► router, models; a moment later the dispatcher
 """
 
@@ -15,6 +15,7 @@ from typing import Protocol
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.core.ids import Epoch, SequenceHash, WorkerId
 from polyphase.frontend.dispatch import Dispatcher
+from polyphase.frontend.fleet_watch import FleetWatch
 from polyphase.frontend.models import Models, ServedModel, identity_of, without_tokenizer
 from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
@@ -48,19 +49,24 @@ class Fleet:
         self._cards: dict[str, ModelCard] = {}  # of those that were admitted
         self._leaving: dict[str, tuple[Epoch, asyncio.TimerHandle]] = {}
         self._dispatcher: Dispatcher | None = None
+        self._watch: FleetWatch | None = None
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Raises: WorkerLost."""
         self._client.send(worker_id, message)
+        if self._watch is not None:
+            self._watch.note_sent(worker_id, message)
 
     async def run(self, dispatcher: Dispatcher) -> None:
         """Follow the registry until cancelled; then all connections are closed."""
         self._dispatcher = dispatcher
+        self._watch = FleetWatch(self._router, dispatcher, self._settings)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.run(), name="request-channel")
                 tasks.create_task(self._subscriber.run(), name="event-stream")
                 tasks.create_task(self._check_predictions(dispatcher), name="predictions")
+                tasks.create_task(self._watch.run(), name="fleet-watch")
                 async for change in self._registry.watch():
                     self._on_change(change, tasks)
         finally:
@@ -78,8 +84,12 @@ class Fleet:
             case Updated(entry):
                 self._entries[entry.worker_id] = entry
                 card = self._cards.get(entry.worker_id)
-                if card is not None:
-                    self._router.upsert_worker(_facts(entry, card))
+                before = self._router.facts_of(WorkerId(entry.worker_id))
+                if card is not None and before is not None:
+                    after = _facts(entry, card)
+                    self._router.upsert_worker(after)
+                    assert self._watch is not None
+                    self._watch.changed(before, after)
             case Left(worker_id, epoch):
                 entry_or_none = self._entries.get(worker_id)
                 if entry_or_none is not None and entry_or_none.epoch == epoch:
@@ -114,6 +124,8 @@ class Fleet:
         facts = _facts(self._entries[worker_id], card)
         self._router.upsert_worker(facts)
         self._dispatcher.predictions.worker_joined(facts)
+        assert self._watch is not None
+        self._watch.joined(facts)
         self._subscriber.connect(entry)
         log.info("worker %s joined: %s, role %s", worker_id, entry.model, entry.role.value)
 
@@ -144,6 +156,8 @@ class Fleet:
         self._models.remove_worker(worker_id)
         assert self._dispatcher is not None
         self._dispatcher.predictions.worker_left(WorkerId(worker_id))
+        if self._watch is not None:
+            self._watch.left(WorkerId(worker_id))
         self._subscriber.disconnect(worker_id)
         timer = asyncio.get_running_loop().call_later(LAST_WORDS_S, self._forget, worker_id)
         self._leaving[worker_id] = (epoch, timer)
@@ -160,6 +174,8 @@ class Fleet:
 
     def _on_outputs(self, outputs: StepOutputs) -> None:
         assert self._dispatcher is not None
+        if self._watch is not None:
+            self._watch.note_outputs(outputs)
         self._dispatcher.on_outputs(outputs)
 
     async def _fetch_snapshot(self, worker_id: str) -> Snapshot:
@@ -187,6 +203,8 @@ class Fleet:
         self._router.report_load(WorkerId(worker_id), Epoch(epoch), load)
         assert self._dispatcher is not None
         self._dispatcher.predictions.note_load(WorkerId(worker_id), load)
+        if self._watch is not None:
+            self._watch.note_load(WorkerId(worker_id), load)
         self._dispatcher.worker_reported(WorkerId(worker_id))
 
 

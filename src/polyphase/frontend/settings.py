@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from polyphase.frontend.stall import StallRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +14,9 @@ class FrontendSettings:
     request_timeout_s: float = 600.0  # from acceptance to the last token; then 504
     migration_limit: int = 3  # how often one sequence may be taken up by another worker
     migration_patience_s: float = 5.0  # how long a sequence that was broken off waits for a worker with room
+    move_patience_s: float = 30.0  # the same for one that its worker handed back unharmed
+    drain_patience_s: float = 2.0  # what a draining worker's requests get to end there, before they go on elsewhere
+    stall: StallRule = field(default_factory=StallRule)
     thread_above_chars: int = 50_000  # longer prompts are tokenised in a thread
     max_sequences: int = 128  # of one request: prompts times n
     record_count: int = 1000

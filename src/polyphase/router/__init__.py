@@ -5,6 +5,7 @@ socket or task: the frontend feeds it and acts on what it says.
 """
 
 from polyphase.router.bookings import Booked, Bookings
+from polyphase.router.coverage import shortcomings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
@@ -49,4 +50,5 @@ __all__ = [
     "WorkerView",
     "default_index",
     "native_index",
+    "shortcomings",
 ]

@@ -5,7 +5,7 @@
     decode    yes             yes          no
     prefill   only if alone   no           yes, if it can hand over
 
-Draining workers and those that a request was already tried on in vain take nothing.
+Draining workers, those that stand still, and those that a request was already tried on in vain take nothing.
 """
 
 from __future__ import annotations
@@ -36,10 +36,17 @@ def available(request: RouteRequest, workers: Collection[WorkerFacts]) -> list[W
             retry_after_s=5,
             request_id=request.request_id,
         )
-    untried = [facts for facts in staying if facts.worker_id not in request.excluded]
+    moving = [facts for facts in staying if not facts.is_stalled]
+    if not moving:
+        raise NoWorkers(
+            f"{_every(len(staying))} of the model {request.model!r} stands still; retry when one makes progress again",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+    untried = [facts for facts in moving if facts.worker_id not in request.excluded]
     if not untried:
         raise NoWorkers(
-            f"{_every(len(staying))} of the model {request.model!r} was tried for this request and failed",
+            f"{_every(len(moving))} of the model {request.model!r} was tried for this request and failed",
             request_id=request.request_id,
         )
     return sorted(untried, key=lambda facts: facts.worker_id)

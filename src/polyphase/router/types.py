@@ -19,7 +19,7 @@ from polyphase.wire.events import Load, Tier
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What does not change in one life of a worker, but for its role and whether it drains."""
+    """What does not change in one life of a worker, but for its role, and whether it drains or stands still."""
 
     worker_id: WorkerId
     epoch: Epoch
@@ -31,6 +31,7 @@ class WorkerFacts:
     max_running: int
     can_hand_over: bool
     is_draining: bool = False
+    is_stalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

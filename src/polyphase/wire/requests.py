@@ -1,8 +1,8 @@
 """The request channel between a frontend (or a peer worker, or the command line) and a worker.
 
 To the worker go `Submit`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole` and `Query`; back come `StepOutputs` (one message per engine
-step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id. Every submitted request ends in exactly one `SequenceOutput`
-whose `finish_reason` is not None.
+step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id. Every submitted request ends in
+exactly one `SequenceOutput` whose `finish_reason` is not None.
 """
 
 from __future__ import annotations
@@ -110,7 +110,10 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 
 
 class SwitchRole(msgspec.Struct, frozen=True, tag="switch_role"):
-    """Take another role from now on. What runs goes on; frontends move what the new role is not for. Answered by `WorkerStatus` or `Denied`."""
+    """Take another role from now on. What runs goes on; frontends move what the new role is not for.
+
+    Answered by `WorkerStatus` or `Denied`.
+    """
 
     query_id: int
     role: Role

@@ -2,8 +2,8 @@
 
     submit · abort · hand_over · release ─► begin_step ─► StepPlan ─► execute (elsewhere) ─► finish_step ─► StepReport
 
-`submit`, `abort`, `hand_over` and the release of a lease may come between `begin_step` and `finish_step`, while the step runs: nothing that the
-step reads or writes changes until it is finished. A sequence lives in `_sequences` from submission to its one terminal output.
+All but the last two may come between `begin_step` and `finish_step`, while the step runs: nothing that the step reads or writes changes
+until it is finished. A sequence lives in `_sequences` from submission to its one terminal output.
 """
 
 from __future__ import annotations
