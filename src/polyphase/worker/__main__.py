@@ -85,7 +85,7 @@ async def _host(engine: Engine, lease: Lease, paths: WorkerPaths, options: Worke
     entry = WorkerEntry(
         worker_id=options.worker_id,
         epoch=time.time_ns(),
-        role=options.role,
+        role=lease.remembered_role() or options.role,
         model=engine.card.name,
         pid=os.getpid(),
         host=socket.gethostname(),

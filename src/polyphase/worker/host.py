@@ -271,6 +271,10 @@ class WorkerHost:
         except OSError as error:
             return f"worker {entry.worker_id} keeps its role {self._entry.role}: the registry cannot be told of another: {error}"
         before, self._entry = self._entry.role, entry
+        try:
+            self._lease.remember_role(role)
+        except OSError as error:
+            log.warning("after a restart the role will be the one before: %s", error)
         log.info("role: %s, was %s; %d of %d requests are to move", role, before, self._live.count_misplaced(role), len(self._live))
         return None
 
