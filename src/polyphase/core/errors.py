@@ -16,6 +16,7 @@
     │   └── RoleChanged                503  the worker has another role than the sender knew; between processes only
     ├── Lost                         started, and then broken off (500, 503, 504)
     │   ├── WorkerLost                 503  the worker died or went silent
+    │   │   └── ConnectionLost         503  it may be well, but what was said meanwhile is lost
     │   ├── EngineFailed               500  the engine raised while it computed
     │   └── DeadlineExceeded           504
     ├── TransferError                KV blocks could not be moved, or may not be used
@@ -138,6 +139,10 @@ class Lost(PolyphaseError):
 class WorkerLost(Lost):
     code = "worker_lost"
     http_status = 503
+
+
+class ConnectionLost(WorkerLost):
+    code = "connection_lost"
 
 
 class EngineFailed(Lost):

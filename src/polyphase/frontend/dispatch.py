@@ -23,6 +23,7 @@ from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import (
+    ConnectionLost,
     DeadlineExceeded,
     Draining,
     Lost,
@@ -124,6 +125,11 @@ class Dispatcher:
             if flight.worker_id == worker_id and flight.epoch == epoch:
                 self._break_off(flight, WorkerLost(f"worker {worker_id} was lost while it served the request"))
 
+    def connection_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
+        """Nobody knows which words between here and this worker were lost: what it had begins anew, at whichever worker."""
+        for flight in self._at(worker_id, epoch):
+            self._break_off(flight, ConnectionLost(f"the connection to worker {worker_id} broke"))
+
     def ask_to_hand_over(self, worker_id: WorkerId, epoch: Epoch, stages: Collection[Stage]) -> int:
         """Ask this worker for the sequences there that are in one of these stages; each goes on elsewhere once it is handed over.
 
@@ -198,7 +204,6 @@ class Dispatcher:
                 continue
             flight.record.history.note(now_ns, "sent", place.worker_id, "to compute the prompt" if splits else "to serve it")
             flight.stage = Stage.PREFILL if splits else Stage.SERVING
-            flight.avoided.clear()
             self.metrics.routes.labels(job.model, "split" if splits else "whole").inc()
             return
 
@@ -247,6 +252,7 @@ class Dispatcher:
             if gap_ms is not None:
                 flight.metrics.itl_s.observe(gap_ms / 1e3)
             flight.emitted += output.token_ids
+            flight.avoided.clear()
             flight.waits_until_ns = 0
         flight.inbox.put(Arrival(flight.job.index, output.token_ids, output.logprobs or [], end))
 
@@ -277,6 +283,7 @@ class Dispatcher:
         what = f"with {offer.token_count} tokens of KV" if offer is not None else "with nothing computed"
         log.info("%s: leaves worker %s after %d tokens, %s", flight.wire_id, flight.worker_id, len(flight.emitted), what)
         flight.record.history.note(now_ns, "moved", flight.worker_id, what)
+        flight.cause = self._why_moved(flight)
         flight.record.moves += 1
         flight.metrics.moves.inc()
         flight.offer = offer
@@ -284,9 +291,18 @@ class Dispatcher:
         flight.waits_until_ns = now_ns + int(self._settings.move_patience_s * 1e9)
         self._depart_again(flight, WorkerLost(f"worker {flight.worker_id} had to hand the request over"))
 
+    def _why_moved(self, flight: Flight) -> str:
+        facts = self._router.facts_of(flight.worker_id)
+        if facts is not None and facts.role is not flight.roles.get(flight.worker_id):
+            return f"worker {flight.worker_id} is a {facts.role} worker now"
+        return f"worker {flight.worker_id} drains" if facts is None or facts.is_draining else f"worker {flight.worker_id} handed it back"
+
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
-        flight.tried.add((flight.worker_id, flight.epoch))
+        if isinstance(cause, ConnectionLost):
+            flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
+        else:
+            flight.tried.add((flight.worker_id, flight.epoch))
         flight.note_break(self._clock.now_ns(), cause.message)
         if flight.remaining_tokens <= 0:  # all is there but the word that it ended
             self._finish(flight, End(FinishReason.LENGTH))

@@ -3,6 +3,7 @@
 registry ─► Joined ─ connect ─ ask for the card ─ same model as the others? ─► models, router, event stream
             Updated (role, draining) ───────────────────────────────────────► router, then what should move is moved
             Left ───────────────────────────────────────────────────────────► router, models; a moment later the dispatcher
+connection cut ─► a moment later: connect anew ─────────────────────────────► dispatcher
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Fleet:
         self._router = router
         self._models = models
         self._settings = settings
-        self._client = WorkerClient(self._on_outputs, name="frontend")
+        self._client = WorkerClient(self._on_outputs, name="frontend", on_cut=self._on_cut)
         self._subscriber = EventSubscriber(self, self._fetch_snapshot)
         self._entries: dict[str, WorkerEntry] = {}
         self._cards: dict[str, ModelCard] = {}  # of those that were admitted
@@ -171,6 +172,23 @@ class Fleet:
         self._client.disconnect(worker_id)
         assert self._dispatcher is not None
         self._dispatcher.worker_lost(WorkerId(worker_id), epoch)
+
+    def _on_cut(self, worker_id: str) -> None:
+        """It died, which the registry is about to tell; or only the connection broke."""
+        entry = self._entries.get(worker_id)
+        if entry is not None:
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._reconnect, entry)
+
+    def _reconnect(self, entry: WorkerEntry) -> None:
+        """As another peer, so that the worker aborts what it still does for the earlier one: nobody knows what of it has arrived."""
+        if not self._is_current(entry) or entry.worker_id not in self._cards or self._dispatcher is None:
+            return
+        log.warning("the connection to worker %s broke; what it has goes on elsewhere, or there once more", entry.worker_id)
+        try:
+            self._client.connect(entry.worker_id, entry.request_endpoint)
+        except WorkerLost as error:
+            log.warning("%s", error.message)
+        self._dispatcher.connection_lost(WorkerId(entry.worker_id), Epoch(entry.epoch))
 
     def _on_outputs(self, outputs: StepOutputs) -> None:
         assert self._dispatcher is not None

@@ -147,6 +147,7 @@ class FakeWorker:
                 task = self.running.pop(request_id, None)
                 if task is not None:
                     task.cancel()
+                    self._step -= 1  # it takes no step
                     self._send(peer, SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED))
             case HandOver(request_id):
                 task = self.running.pop(request_id, None)
