@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "columns.h"
 #include "hashing.h"
 #include "prefix_index.h"
 #include "python_numbers.h"
@@ -179,6 +180,11 @@ private:
     size_t ready_ = 0;
 };
 
+uint64_t digest_sum(py::handle hashes) {
+    PromptChain chain(hashes);
+    return sum_of_mixed(chain.upto(chain.size()), chain.size());
+}
+
 constexpr uint32_t kUnknown = UINT32_MAX;
 
 // Workers' names and numbers. A copy is made before a change if an answer still refers to them.
@@ -238,15 +244,21 @@ public:
         return figures_of(names_->numbers_of(workers), level, same);
     }
 
-    py::list tokens_beyond(const py::object& workers, uint64_t block_size, uint64_t token_count, uint64_t at_least, py::handle tier) const {
+    py::object tokens_beyond(const py::object& workers, uint64_t block_size, uint64_t token_count, uint64_t at_least, py::handle tier) const {
         const size_t level = tier_number(tier);
-        const auto beyond = [&](uint32_t depth) {
-            const uint64_t held = depth * block_size;
-            return held < token_count && token_count - held > at_least ? token_count - held : at_least;
+        const auto column_of = [&](const std::vector<uint32_t>& numbers) {
+            return make_column(numbers.size(), [&](double* column) {
+                for (size_t i = 0; i < numbers.size(); ++i) {
+                    const uint64_t held = numbers[i] == kUnknown ? 0 : depths_.of(level, numbers[i]) * block_size;
+                    column[i] = static_cast<double>(held < token_count && token_count - held > at_least ? token_count - held : at_least);
+                }
+            });
         };
-        if (PyTuple_CheckExact(workers.ptr())) return figures_of(names_->line_up(workers), level, beyond);
-        return figures_of(names_->numbers_of(workers), level, beyond);
+        if (PyTuple_CheckExact(workers.ptr())) return column_of(names_->line_up(workers));
+        return column_of(names_->numbers_of(workers));
     }
+
+    size_t level_count() const { return depths_.level_count; }
 
     py::dict as_dict(py::handle tier) const {
         const size_t level = tier_number(tier);
@@ -318,6 +330,13 @@ public:
         return number == kUnknown ? 0 : index_.held(number, level);
     }
 
+    py::tuple digest(py::handle worker, py::handle tier) const {
+        const size_t level = tier_number(tier);
+        const uint32_t number = names_->number_of(worker.ptr());
+        const Told told = number == kUnknown ? Told() : index_.told(number, level);
+        return py::make_tuple(told.count, told.sum);
+    }
+
     const PrefixIndex& core() const { return index_; }
 
 private:
@@ -349,43 +368,11 @@ private:
     PrefixIndex index_;
 };
 
-// Columns
-
-double as_double(PyObject* number) {
-    if (PyFloat_CheckExact(number)) return PyFloat_AS_DOUBLE(number);
-    uint32_t word = 0;
-    if (PyLong_CheckExact(number) && read_short(number, word)) return word;
-    const double value = PyFloat_AsDouble(number);
-    if (value == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return value;
-}
-
-// See polyphase.router.columns.
-py::list scores_of_costs(const py::list& loads, const py::list& tokens, double weight) {
-    const size_t count = loads.size();
-    if (tokens.size() != count) throw py::value_error("columns of different lengths");
-    std::vector<double> costs(count);
-    double lowest = 0.0;
-    for (size_t i = 0; i < count; ++i) {
-        const auto row = static_cast<Py_ssize_t>(i);
-        costs[i] = as_double(PyList_GET_ITEM(loads.ptr(), row)) + weight * as_double(PyList_GET_ITEM(tokens.ptr(), row));
-        if (i == 0 || costs[i] < lowest) lowest = costs[i];
-    }
-    auto scores = py::reinterpret_steal<py::list>(PyList_New(static_cast<Py_ssize_t>(count)));
-    if (!scores) throw py::error_already_set();
-    for (size_t i = 0; i < count; ++i) {
-        PyObject* score = PyFloat_FromDouble((lowest + 1.0) / (costs[i] + 1.0));
-        if (score == nullptr) throw py::error_already_set();
-        PyList_SET_ITEM(scores.ptr(), static_cast<Py_ssize_t>(i), score);
-    }
-    return scores;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Block hashing and the prefix index in C++; polyphase.core.native says whether it is in use.";
-    module.attr("RECIPE") = 1;  // raised with every change that the Python side must know of
+    module.attr("RECIPE") = 2;  // raised with every change that the Python side must know of
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());
@@ -395,13 +382,16 @@ PYBIND11_MODULE(_native, module) {
         return xxh3_64(view.data(), view.size(), seed);
     }, py::arg("data"), py::arg("seed"));
 
-    module.def("scores_of_costs", &scores_of_costs, py::arg("loads"), py::arg("tokens"), py::arg("weight"));
+    module.def("scores_of", &scores_of, py::arg("count"), py::arg("columns"), py::arg("weights"), py::arg("rows"));
+    module.def("best_row", &best_row, py::arg("scores"), py::arg("last_turns"), py::arg("rows"));
+    module.def("digest_sum", &digest_sum, py::arg("sequence_hashes"));
 
     py::class_<Overlaps>(module, "Overlaps")
         .def("depth", &Overlaps::depth, py::arg("worker_id"), py::arg("tier") = "device")
         .def("depths", &Overlaps::depths, py::arg("worker_ids"), py::arg("tier") = "device")
         .def("tokens_beyond", &Overlaps::tokens_beyond, py::arg("worker_ids"), py::arg("block_size"), py::arg("token_count"),
              py::arg("at_least") = 0, py::arg("tier") = "device")
+        .def_property_readonly("level_count", &Overlaps::level_count)
         .def("as_dict", &Overlaps::as_dict, py::arg("tier") = "device");
 
     py::class_<Index>(module, "Index")
@@ -411,6 +401,7 @@ PYBIND11_MODULE(_native, module) {
         .def("clear", &Index::clear, py::arg("worker_id"))
         .def("match", &Index::match, py::arg("hashes"))
         .def("block_count", &Index::block_count, py::arg("worker_id"), py::arg("tier") = "device")
+        .def("digest", &Index::digest, py::arg("worker_id"), py::arg("tier") = "device")
         .def("check", [](const Index& index) { index.core().check(); })
         .def_property_readonly("capacity", [](const Index& index) { return index.core().capacity(); })
         .def_property_readonly("size", [](const Index& index) { return index.core().size(); })

@@ -156,6 +156,24 @@ void PrefixIndex::leave(size_t tier, uint32_t worker) {
     if (tier > 0) --lower_entered_;
 }
 
+bool PrefixIndex::holds(uint32_t worker, size_t tier, uint64_t hash) const {
+    const Place* place = table_.find(hash);
+    return place != nullptr && (mask_of(runs_[place->run], tier, worker) & bit(place->offset)) != 0;
+}
+
+// The worker gave up blocks of this run, of which it may not be known to hold all.
+void PrefixIndex::give_up(uint32_t number, size_t tier, uint32_t worker, uint64_t mask) {
+    const Run& run = runs_[number];
+    for (uint64_t rest = mask & ~mask_of(run, tier, worker); rest != 0; rest &= rest - 1) withdraw(tier, worker, run.hashes[lowest(rest)]);
+    take(number, tier, worker, mask);
+}
+
+// The worker gave up a block that it is not known to hold.
+void PrefixIndex::withdraw(size_t tier, uint32_t worker, uint64_t hash) {
+    Worker& state = workers_[worker];
+    if (state.told[tier].count > state.held[tier]) state.told[tier].subtract(hash);
+}
+
 // The worker holds the blocks of `mask`, all of them live.
 void PrefixIndex::add(uint32_t number, size_t tier, uint32_t worker, uint64_t mask) {
     Run& run = runs_[number];
@@ -170,7 +188,9 @@ void PrefixIndex::add(uint32_t number, size_t tier, uint32_t worker, uint64_t ma
     const uint64_t before = is_listed ? (*holders.parts)[at].mask : 0;
     const uint64_t after = before | mask;
     if (before == 0) enter(number, tier, worker);
-    workers_[worker].held[tier] += popcount(after & ~before);
+    Worker& state = workers_[worker];
+    state.held[tier] += popcount(after & ~before);
+    for (uint64_t fresh = after & ~before; fresh != 0; fresh &= fresh - 1) state.told[tier].add(run.hashes[lowest(fresh)]);
     if (after == run.live) {
         if (is_listed) {
             holders.parts->erase(holders.parts->begin() + static_cast<std::ptrdiff_t>(at));
@@ -194,6 +214,7 @@ void PrefixIndex::take(uint32_t number, size_t tier, uint32_t worker, uint64_t m
     Holders& holders = *holders_of(run, tier);
     const uint64_t after = before & ~gone;
     workers_[worker].held[tier] -= popcount(gone);
+    for (uint64_t rest = gone; rest != 0; rest &= rest - 1) workers_[worker].told[tier].subtract(run.hashes[lowest(rest)]);
     if (holders.whole.contains(worker)) {
         holders.whole.remove(worker);
         if (after != 0) {
@@ -253,6 +274,7 @@ Place PrefixIndex::place_new(Place last, size_t tier, uint32_t worker, uint64_t 
     put_hash(runs_[place.run], place.offset, hash);
     runs_[place.run].live |= bit(place.offset);
     ++workers_[worker].held[tier];
+    workers_[worker].told[tier].add(hash);
     return place;
 }
 
@@ -311,6 +333,9 @@ void PrefixIndex::store(uint32_t worker, size_t tier, const uint64_t* hashes, si
             pending = 0;
             if (!make_room(at.run)) {
                 forgotten_ += count - i;
+                for (; i < count; ++i) {
+                    if (!holds(worker, tier, hashes[i])) workers_[worker].told[tier].add(hashes[i]);
+                }
                 break;
             }
         }
@@ -343,10 +368,13 @@ void PrefixIndex::remove(uint32_t worker, size_t tier, const uint64_t* hashes, s
             --offset;
         } else {
             const Place* place = table_.find(hash);
-            if (place == nullptr) continue;
+            if (place == nullptr) {
+                withdraw(tier, worker, hash);
+                continue;
+            }
             if (place->run != number) {
                 const Place found = *place;  // taking changes the table
-                if (pending != 0) take(number, tier, worker, pending);
+                if (pending != 0) give_up(number, tier, worker, pending);
                 pending = 0;
                 number = found.run;
                 offset = found.offset;
@@ -356,7 +384,7 @@ void PrefixIndex::remove(uint32_t worker, size_t tier, const uint64_t* hashes, s
         }
         pending |= bit(offset);
     }
-    if (pending != 0) take(number, tier, worker, pending);
+    if (pending != 0) give_up(number, tier, worker, pending);
 }
 
 void PrefixIndex::clear(uint32_t worker) {
@@ -366,6 +394,7 @@ void PrefixIndex::clear(uint32_t worker) {
     for (const uint32_t number : listed) {
         for (size_t tier = 0; tier < kTierCount; ++tier) take(number, tier, worker, ~uint64_t{0});
     }
+    workers_[worker].told = {};
 }
 
 // What a prompt asks
@@ -588,6 +617,7 @@ size_t PrefixIndex::heap_bytes() const {
 
 void PrefixIndex::check() const {
     std::vector<std::array<size_t, kTierCount>> held(workers_.size());
+    std::vector<std::array<uint64_t, kTierCount>> sums(workers_.size());
     std::vector<size_t> entered(workers_.size());
     size_t live = 0, free = 0, lower = 0;
     for (uint32_t number = 0; number < runs_.size(); ++number) {
@@ -605,6 +635,7 @@ void PrefixIndex::check() const {
             size_t counted = 0;
             const auto count = [&](uint32_t worker, uint64_t mask) {
                 held[worker][tier] += popcount(mask);
+                for (uint64_t rest = mask; rest != 0; rest &= rest - 1) sums[worker][tier] += mixed(run.hashes[lowest(rest)]);
                 ++entered[worker];
                 if (tier > 0) ++lower;
                 const auto& listed = workers_[worker].run_list;
@@ -632,6 +663,11 @@ void PrefixIndex::check() const {
     for (size_t worker = 0; worker < workers_.size(); ++worker) {
         require(held[worker] == workers_[worker].held, "a worker's count of blocks is wrong");
         require(entered[worker] == workers_[worker].entered, "a worker's count of runs is wrong");
+        for (size_t tier = 0; tier < kTierCount; ++tier) {
+            const Told& told = workers_[worker].told[tier];
+            require(told.count >= held[worker][tier], "a worker holds more than it was told to");
+            require(forgotten_ > 0 || (told.count == held[worker][tier] && told.sum == sums[worker][tier]), "a worker's digest is wrong");
+        }
     }
 }
 

@@ -19,6 +19,7 @@
 #include <memory>
 #include <vector>
 
+#include "digest.h"
 #include "hash_table.h"
 #include "worker_set.h"
 
@@ -57,6 +58,7 @@ public:
     void match(Chain& chain, Depths& depths);
 
     size_t held(uint32_t worker, size_t tier) const { return worker < workers_.size() ? workers_[worker].held[tier] : 0; }
+    Told told(uint32_t worker, size_t tier) const { return worker < workers_.size() ? workers_[worker].told[tier] : Told(); }
     bool holds_nothing(uint32_t worker) const { return worker >= workers_.size() || workers_[worker].entered == 0; }
     size_t size() const { return table_.size(); }
     size_t capacity() const { return capacity_; }
@@ -90,6 +92,8 @@ private:
     struct Worker {
         Last last;  // block stored, which the next one may follow
         std::array<size_t, kTierCount> held{};
+        // With what was forgotten for want of room: a block removed that the index does not know was one of those, if there are any.
+        std::array<Told, kTierCount> told{};
         size_t entered = 0;              // pairs of run and tier that it holds something of
         std::vector<uint32_t> run_list;  // all of these runs, and some that it has left
     };
@@ -116,6 +120,9 @@ private:
     void settle(Run& run);
     void enter(uint32_t number, size_t tier, uint32_t worker);
     void leave(size_t tier, uint32_t worker);
+    bool holds(uint32_t worker, size_t tier, uint64_t hash) const;
+    void give_up(uint32_t number, size_t tier, uint32_t worker, uint64_t mask);
+    void withdraw(size_t tier, uint32_t worker, uint64_t hash);
     Place place_new(Place last, size_t tier, uint32_t worker, uint64_t hash);
     bool make_room(uint32_t kept_run);
     void forget_run(uint32_t number);

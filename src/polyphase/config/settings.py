@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from polyphase.config.units import parse_duration_s, parse_size_bytes
 from polyphase.router.policies import POLICIES
+from polyphase.router.tenants import parse_tenant_weights
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,19}")
 MIN_KV_BYTES = 1024**2
@@ -47,6 +48,7 @@ def _check_model(model: str) -> str:
 
 Size = Annotated[int, BeforeValidator(parse_size_bytes), AfterValidator(_check_kv_bytes)]
 Duration = Annotated[float, BeforeValidator(parse_duration_s)]
+Weights = Annotated[dict[str, float], BeforeValidator(parse_tenant_weights)]
 
 
 class ServeSettings(BaseModel):
@@ -66,6 +68,12 @@ class ServeSettings(BaseModel):
     port: int = Field(8000, ge=1, le=65535)
     policy: Annotated[str, AfterValidator(_check_policy)] = "kv"
     split_threshold: int = Field(256, ge=0)  # tokens to compute from which prefill and decode are split
+
+    # What waits at the frontend while every worker is saturated.
+    max_queued_requests: int = Field(4096, ge=0)  # 0: nothing waits there
+    max_queued_per_tenant: int | None = Field(None, ge=1)
+    max_queue_wait: Duration = Field(60.0, gt=0)  # seconds
+    tenant_weights: Weights = Field(default_factory=dict)  # tenants that are not named weigh 1
 
     engine: Annotated[str, AfterValidator(_check_engine)] = "torch"
     device: str = "auto"

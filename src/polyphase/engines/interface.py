@@ -65,9 +65,6 @@ class Engine(Protocol):
 
     def load(self) -> Load: ...
 
-    def cached_hashes(self) -> list[int]:
-        """Sequence hashes of all cached blocks: the truth that the KV events describe, as of the last report."""
-
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Step until cancelled; `on_step` is called on the loop after each step, also for steps that only free or cancel.
 

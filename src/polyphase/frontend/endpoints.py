@@ -27,6 +27,7 @@ from polyphase.frontend.problems import InternalError, error_events, error_objec
 from polyphase.frontend.prompts import Prompt
 from polyphase.frontend.records import Records, RequestRecord, prefill_worker
 from polyphase.frontend.settings import FrontendSettings
+from polyphase.frontend.terms import Terms, terms_of
 from polyphase.frontend.validation import Wishes
 from polyphase.text import Tokenizer
 
@@ -83,6 +84,7 @@ class GenerationEndpoint(Generic[RequestT]):
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received_ns = self._services.dispatcher.now_ns()
         check_content_type(scope)
         try:
             body = await read_body(scope, receive, self._services.settings)
@@ -90,7 +92,8 @@ class GenerationEndpoint(Generic[RequestT]):
             await _refuse_body(error, receive, send)
             return
         names: RequestNames = scope["state"]["names"]
-        order = await self._order(parse_body(body, self._surface.request), names)
+        request = parse_body(body, self._surface.request)
+        order = await self._order(request, names, terms_of(scope, request.user, self._services.settings, received_ns))
         record = self._open_record(order, names)
         answer = AnswerFields(record.answer_id, order.model.name, record.created_unix_s)
         form = self._surface.format(answer, order.wishes, order.prompts, order.model.tokenizer)
@@ -102,11 +105,11 @@ class GenerationEndpoint(Generic[RequestT]):
                 else:
                     await self._answer(generation, form, send)
 
-    async def _order(self, request: RequestT, names: RequestNames) -> Order:
+    async def _order(self, request: RequestT, names: RequestNames, terms: Terms) -> Order:
         model = self._services.models.get(request.model)
         wishes = self._surface.wishes(request, model)
         prompts = await self._surface.prompts(request, wishes, model, self._services.settings)
-        return Order(names.internal, model, wishes, prompts)
+        return Order(names.internal, model, wishes, prompts, terms)
 
     def _open_record(self, order: Order, names: RequestNames) -> RequestRecord:
         record = RequestRecord(

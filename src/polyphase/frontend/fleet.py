@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, cast
 
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.core.ids import Epoch, SequenceHash, WorkerId
@@ -21,10 +21,10 @@ from polyphase.frontend.models import Models, ServedModel, identity_of, without_
 from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Router, WorkerFacts
-from polyphase.runtime import EventSubscriber, Joined, Left, RegistryChange, Updated, WorkerClient
+from polyphase.runtime import AskedHistory, EventSubscriber, Joined, Left, RegistryChange, Updated, WorkerClient
 from polyphase.wire.cards import ModelCard, WorkerEntry
-from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.requests import Question, Snapshot, StepOutputs, ToWorker
+from polyphase.wire.events import Digests, KvEvent, Load, Tier
+from polyphase.wire.requests import Question, StepOutputs, ToWorker
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Fleet:
         self._models = models
         self._settings = settings
         self._client = WorkerClient(self._on_outputs, name="frontend", on_cut=self._on_cut)
-        self._subscriber = EventSubscriber(self, self._fetch_snapshot)
+        self._subscriber = EventSubscriber(self, AskedHistory(self._client))
         self._entries: dict[str, WorkerEntry] = {}
         self._cards: dict[str, ModelCard] = {}  # of those that were admitted
         self._leaving: dict[str, tuple[Epoch, asyncio.TimerHandle]] = {}
@@ -196,21 +196,25 @@ class Fleet:
             self._watch.note_outputs(outputs)
         self._dispatcher.on_outputs(outputs)
 
-    async def _fetch_snapshot(self, worker_id: str) -> Snapshot:
-        answer = await self._client.ask(worker_id, Question.SNAPSHOT)
-        if isinstance(answer, Snapshot):
-            return answer
-        raise WorkerLost(f"worker {worker_id} answered the question for a snapshot with {type(answer).__name__}")
-
     async def _check_predictions(self, dispatcher: Dispatcher) -> None:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
-            dispatcher.predictions.check(self._subscriber.repair_count)
+            dispatcher.predictions.check(self._repair_count)
+
+    def _repair_count(self, worker_id: str) -> int:
+        counts = self._subscriber.counts(worker_id)
+        return counts.gaps + counts.drifts
 
     # runtime.EventSink
 
-    def on_snapshot(self, worker_id: str, epoch: int, hashes: list[int]) -> None:
-        self._router.replace_blocks(WorkerId(worker_id), Epoch(epoch), map(SequenceHash, hashes))
+    def on_reset(self, worker_id: str, epoch: int) -> None:
+        self._router.replace_blocks(WorkerId(worker_id), Epoch(epoch), ())
+
+    def on_held(self, worker_id: str, epoch: int, tier: Tier, hashes: Sequence[int]) -> None:
+        self._router.add_blocks(WorkerId(worker_id), Epoch(epoch), cast("Sequence[SequenceHash]", hashes), tier)
+
+    def digests(self, worker_id: str, epoch: int) -> Digests | None:
+        return self._router.digests(WorkerId(worker_id), Epoch(epoch))
 
     def on_events(self, worker_id: str, epoch: int, events: list[KvEvent]) -> None:
         self._router.apply(WorkerId(worker_id), Epoch(epoch), events)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from polyphase.frontend.stall import StallRule
+from polyphase.router import AdmissionSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class FrontendSettings:
     body_timeout_s: float = 60.0  # for a request's body to arrive
     request_timeout_s: float = 600.0  # from acceptance to the last token; then 504
     migration_limit: int = 3  # how often one sequence may be taken up by another worker
-    migration_patience_s: float = 5.0  # how long a sequence that was broken off waits for a worker with room
+    migration_patience_s: float = 5.0  # how long sequences wait for a worker to join, when the last one was lost
     move_patience_s: float = 30.0  # the same for one that its worker handed back unharmed
     drain_patience_s: float = 2.0  # what a draining worker's requests get to end there, before they go on elsewhere
     stall: StallRule = field(default_factory=StallRule)
@@ -22,3 +23,4 @@ class FrontendSettings:
     record_count: int = 1000
     card_timeout_s: float = 10.0  # for a worker that joined to hand out its model card
     drain_timeout_s: float = 30.0
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)

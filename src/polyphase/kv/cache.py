@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from polyphase.core.ids import BlockId
-from polyphase.kv.chain import PrefixChain
+from polyphase.kv.chain import BlockNames, PrefixChain
 from polyphase.kv.pool import BlockPool
 
 
@@ -22,7 +22,7 @@ class SequenceBlocks:
 
     __slots__ = ("block_ids", "chain", "named_count")
 
-    def __init__(self, chain: PrefixChain) -> None:
+    def __init__(self, chain: BlockNames) -> None:
         self.chain = chain
         self.block_ids: array[int] = array("q")
         self.named_count = 0  # leading blocks that need no name any more
@@ -94,8 +94,8 @@ class PrefixCache:
             return
         chain = blocks.chain
         chain.extend(token_ids)
-        for index in range(blocks.named_count, full_count):
-            self.pool.name(BlockId(blocks.block_ids[index]), chain.keys[index], chain.hashes[index])
+        fresh = slice(blocks.named_count, full_count)
+        self.pool.name_all(blocks.block_ids[fresh], chain.keys[fresh], chain.hashes[fresh])
         blocks.named_count = full_count
 
     def detach(self, blocks: SequenceBlocks) -> list[BlockId]:

@@ -154,6 +154,11 @@ class Bookings:
         ledger = self._ledgers.get(worker_id)
         return ledger.all if ledger else Booked()
 
+    def sums_of(self, worker_id: WorkerId) -> tuple[Booked, Booked]:
+        """All that is booked there, and the unreported share of it."""
+        ledger = self._ledgers.get(worker_id)
+        return (ledger.all, ledger.unreported) if ledger else (Booked(), Booked())
+
     def unreported_of(self, worker_id: WorkerId) -> Booked:
         ledger = self._ledgers.get(worker_id)
         return ledger.unreported if ledger else Booked()

@@ -1,4 +1,4 @@
-"""What the router is told, what it answers, and the contract of its index. The contracts of its scoring parts are in `lineup`.
+"""What the router is told, what it answers, and the contract of its index. The contracts of its scoring parts are in `contracts`.
 
 RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
                 eligible   [0,1]    one
@@ -8,13 +8,18 @@ RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.router.columns import Column
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load, Tier
+
+Labels = Mapping[str, str]  # for example zone → eu-1, rack → 7
+NO_LABELS: Labels = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,7 @@ class WorkerFacts:
     can_hand_over: bool
     is_draining: bool = False
     is_stalled: bool = False
+    labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +50,20 @@ class RouteRequest:
     prompt_token_count: int
     max_output_tokens: int
     excluded: frozenset[WorkerId] = frozenset()  # tried in vain
-    now_ns: int = 0  # for an index that predicts; any clock that goes forward
+    now_ns: int = 0  # for what is forgotten in time; any clock that goes forward
+    session: int | None = None  # hash of what the client says belongs together; `frontend.sessions`
+    preferred_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 
 class Leg(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
+
+
+# For what runs at each decision: to look a member up in its enum takes as long as a call, in Python 3.11.
+PREFILL, DECODE, BOTH = Leg.PREFILL, Leg.DECODE, Leg.BOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +78,8 @@ class Candidate:
     booked_request_count: int
     queued_prefill_tokens: int | None = None  # ahead of the request, those of other frontends included
     used_block_count: int | None = None
+    held_block_count: int | None = None  # leading blocks in any tier; `overlap_block_count` are those on the device
+    costs: tuple[tuple[str, float], ...] = ()  # by scorer, in tokens of prefill; the score comes of their sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,7 @@ class Placement:
     epoch: Epoch
     overlap_block_count: int
     candidates: Sequence[Candidate]
+    queued_prefill_tokens: int | None = None  # ahead of the request there, as far as the router knew; None: it did not matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +120,12 @@ class Overlaps(Protocol):
 
     def tokens_beyond(
         self, worker_ids: Sequence[WorkerId], block_size: int, token_count: int, at_least: int = 0, tier: Tier = Tier.DEVICE
-    ) -> list[int]:
-        """Of a prompt of `token_count` tokens, those behind the blocks that each worker holds; not fewer than `at_least`."""
+    ) -> Column:
+        """Of a prompt of `token_count` tokens, those behind the blocks that each worker holds; not fewer than `at_least`. A new column."""
+
+    @property
+    def level_count(self) -> int:
+        """1 if tiers below the device hold nothing of anybody, so that all tiers agree."""
 
     def as_dict(self, tier: Tier = Tier.DEVICE) -> dict[WorkerId, int]:
         """Without the workers that hold none."""
@@ -142,10 +162,16 @@ class PrefixIndex(Protocol):
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
 
+    def digest(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> tuple[int, int] | None:
+        """Count and sum (`core.digest`) of the blocks this worker is said to hold, those among them that were forgotten for want of room.
+
+        None: this index does not follow what workers say. A removed block that is not held is taken for a forgotten one, if there are any.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """All that a scorer may look at for one eligible worker."""
+    """One worker as it stands."""
 
     facts: WorkerFacts
     load: Load | None  # as last reported; None before the first report
@@ -155,6 +181,7 @@ class WorkerView:
     booked_request_count: int
     unreported_prefill_tokens: int = 0  # of the booked ones, those that came after `load` was reported
     unreported_block_count: int = 0
+    unreported_request_count: int = 0
 
     def with_overlap(self, overlap_block_count: int) -> WorkerView:
         """The same worker, for a request that has so many blocks there."""
@@ -170,6 +197,7 @@ class WorkerView:
             self.booked_request_count,
             self.unreported_prefill_tokens,
             self.unreported_block_count,
+            self.unreported_request_count,
         )
 
 
@@ -182,8 +210,28 @@ class SplitRule:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """A named policy, and what is changed of it. `parts` and `policies` know the names."""
+
+    name: str = "kv"  # kv | least-loaded | round-robin
+    weights: Mapping[str, float] = field(default_factory=dict, hash=False)  # of scorers, in place of the policy's own; 0 switches one off
+    temperature: float = 0.0  # 0: always the best; 1: half the score, half as often
+    filters: tuple[str, ...] = ()  # besides those of every policy
+    picker: str = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRule:
+    """How long and of how many sessions the router remembers where they were."""
+
+    capacity: int = 100_000  # about 0.3 kB each
+    idle_ns: int = 600 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
 class RouterSettings:
-    policy: str = "kv"  # kv | least-loaded | round-robin
+    policy: PolicySettings = field(default_factory=PolicySettings)
     split: SplitRule = field(default_factory=SplitRule)
-    first_turn: int = 0  # ties are broken in turns; several routers that begin at different ones do not pick the same worker at once
+    first_turn: int = 0  # equals are chosen in another order by routers that begin elsewhere, so that not all pick the same one at once
     max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests are refused
+    sessions: SessionRule = field(default_factory=SessionRule)

@@ -5,16 +5,18 @@ here knows what a request means, and nothing is retried behind the caller's back
 """
 
 from polyphase.runtime.channel import PeerId, WorkerClient, WorkerServer
-from polyphase.runtime.fence import EventSink
+from polyphase.runtime.fence import EventSink, StreamCounts
 from polyphase.runtime.paths import WorkerPaths
 from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
 from polyphase.runtime.role_switch import Moving, Settled, Switched, switch_role
-from polyphase.runtime.stream import EventPublisher, EventSubscriber
+from polyphase.runtime.stream import AskedHistory, EventPublisher, EventSubscriber, History
 
 __all__ = [
+    "AskedHistory",
     "EventPublisher",
     "EventSink",
     "EventSubscriber",
+    "History",
     "Joined",
     "Lease",
     "Left",
@@ -23,6 +25,7 @@ __all__ = [
     "Registry",
     "RegistryChange",
     "Settled",
+    "StreamCounts",
     "Switched",
     "Updated",
     "WorkerClient",

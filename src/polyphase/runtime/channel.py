@@ -25,12 +25,13 @@ import zmq
 from polyphase.core.errors import ConfigurationError, ConnectionLost, WorkerLost
 from polyphase.runtime.pump import SocketPump
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
-from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, Snapshot, StepOutputs, SwitchRole, ToWorker
+from polyphase.wire.events import MissedBatches, SnapshotPage
+from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, StepOutputs, SwitchRole, ToWorker
 
 log = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", bytes)
-AnswerBody = Snapshot | ModelCard | WorkerStatus | Denied
+AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
 
 MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
 MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
@@ -90,7 +91,8 @@ class WorkerServer:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             return False
-        self._pump.after_send()
+        finally:
+            self._pump.after_send()  # also after a failure, which may have swallowed the news of input
         return True
 
     def close(self) -> None:
@@ -198,16 +200,19 @@ class WorkerClient:
             connection.socket.send(_encoder.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             raise WorkerLost(f"worker {worker_id} does not take messages: {MAX_QUEUED_MESSAGES} are waiting") from None
-        connection.pump.after_send()
+        finally:
+            connection.pump.after_send()  # also after a failure, which may have swallowed the news of input
 
-    async def ask(self, worker_id: str, question: Question, timeout_s: float = 5) -> AnswerBody:
-        """Ask a worker.
+    async def ask(
+        self, worker_id: str, question: Question, timeout_s: float = 5, *, cursor: str | None = None, after: int = 0
+    ) -> AnswerBody:
+        """Ask a worker. `cursor` and `after` say which page of a snapshot, or which batches.
 
         Raises: WorkerLost if it is not connected, goes away, or does not answer in time.
         Cancel: a late answer is dropped.
         """
         query_id = next(self._query_ids)
-        return await self._ask(worker_id, Query(query_id, question), f"the question for its {question.value}", timeout_s)
+        return await self._ask(worker_id, Query(query_id, question, cursor, after), f"the question for its {question.value}", timeout_s)
 
     async def switch_role(self, worker_id: str, role: Role, timeout_s: float = 5) -> WorkerStatus:
         """Give a worker another role; when this returns, it has it.

@@ -12,7 +12,7 @@ import enum
 import msgspec
 
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
-from polyphase.wire.events import Load
+from polyphase.wire.events import Load, MissedBatches, SnapshotPage
 from polyphase.wire.kv import KvOffer
 
 
@@ -70,6 +70,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     hand_over: bool = False
     offer: KvOffer | None = None
     for_role: Role | None = None  # None: whatever the role is
+    believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
+    remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -96,13 +98,16 @@ class ReleaseLease(msgspec.Struct, frozen=True, tag="release"):
 
 class Question(enum.StrEnum):
     CARD = "card"
-    SNAPSHOT = "snapshot"
+    SNAPSHOT = "snapshot"  # a page of what the worker holds
+    BATCHES = "batches"  # of the event stream, that were missed
     STATUS = "status"
 
 
-class Query(msgspec.Struct, frozen=True, tag="query"):
+class Query(msgspec.Struct, frozen=True, tag="query", omit_defaults=True):
     query_id: int
     question: Question
+    cursor: str | None = None  # of a snapshot: the page, as the page before named it; None: the first
+    after: int = 0  # of batches: those behind this sequence number
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -131,7 +136,7 @@ class FinishReason(enum.StrEnum):
 
 
 class WireFailure(msgspec.Struct, frozen=True):
-    """A `PolyphaseError` on its way to another process; `code` is the class's. A worker that is `overloaded` adds its load of now."""
+    """A `PolyphaseError` on its way to another process, by its class's `code`. With `overloaded` and `busier` comes the load of now."""
 
     code: str
     message: str
@@ -175,15 +180,6 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
     outputs: list[SequenceOutput]
 
 
-class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
-    """All that the worker holds, as of event `sequence`: apply only later batches on top of it."""
-
-    worker_id: str
-    epoch: int
-    sequence: int
-    device_hashes: list[int]
-
-
 class Denied(msgspec.Struct, frozen=True, tag="denied"):
     """What was asked will not be done."""
 
@@ -194,7 +190,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """Reply to the query with this id."""
 
     query_id: int
-    body: Snapshot | ModelCard | WorkerStatus | Denied
+    body: SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
 
 
 FromWorker = StepOutputs | Answer

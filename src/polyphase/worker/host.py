@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 from polyphase.core.errors import (
+    DeadlineExceeded,
     Draining,
     EngineFailed,
     InvalidRequest,
@@ -48,7 +49,6 @@ from polyphase.wire.requests import (
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     Submit,
     SwitchRole,
@@ -67,6 +67,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 LOAD_INTERVAL_S = 0.1  # between load reports while steps change nothing but token counts
 ACCEPT_LOAD_INTERVAL_S = 0.005  # between those that only tell of requests accepted; other frontends should know before a long step ends
 DRAIN_CHECK_INTERVAL_S = 0.05
+DEADLINE_GRACE_S = 0.25  # the peer, which set the deadline, cancels by itself; this is for when it cannot
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ class WorkerHost:
             case ReleaseLease():
                 if self._exporter is not None:
                     self._exporter.release_lease(message.lease_id)
+                    self._publish(None)  # no step may follow to tell of it
             case Query():
                 self._answer(peer, message)
             case Drain():
@@ -188,6 +190,8 @@ class WorkerHost:
             self._refuse(peer, request, refusal)
             return
         live = self._live.add(request_id, peer, wants_hand_over=request.hand_over)
+        if request.remaining_ms is not None:
+            self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
         if request.offer is None:
             self._submit(request, None)
         else:
@@ -244,6 +248,8 @@ class WorkerHost:
             self._send(peer, [SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED)])
         else:
             self._engine.abort(request_id)  # also frees the lease of one that was handed over already
+            if live is None:
+                self._publish(None)
 
     def _hand_over(self, peer: PeerId, request_id: str) -> None:
         """The peer wants to go on with it elsewhere."""
@@ -307,8 +313,13 @@ class WorkerHost:
             case Question.CARD:
                 body: Answer = Answer(query.query_id, self._engine.card)
             case Question.SNAPSHOT:
-                hashes = self._engine.cached_hashes()
-                body = Answer(query.query_id, Snapshot(self._entry.worker_id, self._entry.epoch, self._publisher.sequence, hashes))
+                try:
+                    body = Answer(query.query_id, self._publisher.source.page(query.cursor))
+                except ValueError as error:
+                    log.warning("a question is not answered: %s", error)
+                    return
+            case Question.BATCHES:
+                body = Answer(query.query_id, self._publisher.source.missed(query.after))
             case Question.STATUS:
                 body = Answer(query.query_id, self._status())
         self._server.send(peer, body)
@@ -329,6 +340,7 @@ class WorkerHost:
             self._releases.send(offer)
         if report.events or has_finished or time.monotonic() - self._last_load_s >= LOAD_INTERVAL_S:
             self._publish(report)
+        self._end_overdue()
 
     def _finish(self, output: SequenceOutput) -> None:
         live = self._live.get(output.request_id)
@@ -363,6 +375,7 @@ class WorkerHost:
         """Once a second: report the load, and find out whether peers whose requests only wait are still there."""
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            self._end_overdue()
             self._publish(None)
             self._releases.close_idle()
             self._pools.close_idle()
@@ -372,6 +385,15 @@ class WorkerHost:
                 if now_s - self._last_sent_s.get(peer, 0.0) >= HEARTBEAT_INTERVAL_S:
                     self._send(peer, [])
             self._last_sent_s = {peer: sent_s for peer, sent_s in self._last_sent_s.items() if now_s - sent_s < 60}
+
+    def _end_overdue(self) -> None:
+        """Nothing is computed for those whom nobody awaits any more."""
+        for live in self._live.overdue(time.monotonic()):
+            with request_context(live.request_id):
+                log.warning("given up: its deadline has passed, and nobody cancelled it")
+            self._abort(live)
+            error = DeadlineExceeded(f"worker {self._entry.worker_id} had not finished the request by its deadline")
+            self._send(live.peer, [_failed(live.request_id, error)])
 
     def _fail_all(self, error: Lost) -> None:
         """End whatever is left with an error that lets the peer try elsewhere."""

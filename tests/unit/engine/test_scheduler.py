@@ -54,7 +54,7 @@ class Bench:
             arrived_ns=0,
             token_ids=list(prompt),
             blocks=self.cache.open(prompt, None),
-            sampling=SamplingState(request.sampling, prompt, []),
+            sampling=SamplingState(request.sampling, prompt, len(prompt)),
             stop=StopRule(request, LIMITS),
         )
         self.scheduler.refuse_if_full(request.request_id)
@@ -173,6 +173,17 @@ def test_every_running_sequence_gets_a_token_in_each_step() -> None:
     bench.step()
     for _ in range(5):
         assert [count for _, count in counts(bench.step())] == [1, 1, 1]
+
+
+def test_a_limit_of_one_step_cuts_prompts_but_not_those_that_decode() -> None:
+    bench = Bench(budget=32, prefill_budget=64)
+    first = bench.add(list(range(100)), wanted=3)
+    plan = bench.scheduler.plan(prefill_limit=10)
+    assert [row.count for row in plan.rows] == [10]
+    first.computed_count = len(first.token_ids) - 1  # it decodes now
+    bench.add(list(range(200, 300)))
+    assert [row.count for row in bench.scheduler.plan(prefill_limit=10).rows] == [1, 10]
+    assert [row.count for row in bench.scheduler.plan(prefill_limit=1000).rows] == [1, 31]
 
 
 def test_too_many_waiting_are_refused() -> None:

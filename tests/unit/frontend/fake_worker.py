@@ -14,7 +14,7 @@ from pathlib import Path
 from polyphase.runtime import EventPublisher, PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.text import IncrementalDetokenizer, StopStringMatcher, Tokenizer
 from polyphase.wire.cards import ModelCard, Role, WorkerEntry, WorkerStatus
-from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load
+from polyphase.wire.events import KvEvent, Load
 from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
 from polyphase.wire.requests import (
     Answer,
@@ -26,7 +26,6 @@ from polyphase.wire.requests import (
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     Submit,
     TokenLogprob,
@@ -74,7 +73,6 @@ class FakeWorker:
         self.cancels: list[str] = []
         self.released: list[str] = []
         self.leases: set[str] = set()
-        self.held: set[int] = set()  # sequence hashes, as published
         self.running: dict[str, asyncio.Task[None]] = {}
         self._peers = peers if peers is not None else {}
         self._peers[worker_id] = self
@@ -126,14 +124,6 @@ class FakeWorker:
         self._peers.pop(self.worker_id, None)
 
     def publish(self, events: list[KvEvent] | None = None, load: Load | None = None) -> None:
-        for event in events or []:
-            match event:
-                case BlocksStored():
-                    self.held.update(event.sequence_hashes)
-                case BlocksRemoved():
-                    self.held.difference_update(event.sequence_hashes)
-                case AllCleared():
-                    self.held.clear()
         self._publisher.publish(events or [], load or Load(block_count=self.card.block_count))
 
     def _on_message(self, peer: PeerId, message: ToWorker) -> None:
@@ -161,9 +151,10 @@ class FakeWorker:
                 self.leases.discard(lease_id)
             case Query(query_id, Question.CARD):
                 self._server.send(peer, Answer(query_id, self.card))
-            case Query(query_id, Question.SNAPSHOT):
-                snapshot = Snapshot(self.worker_id, self.epoch, self._publisher.sequence, sorted(self.held))
-                self._server.send(peer, Answer(query_id, snapshot))
+            case Query(query_id, Question.SNAPSHOT, cursor):
+                self._server.send(peer, Answer(query_id, self._publisher.source.page(cursor)))
+            case Query(query_id, Question.BATCHES, _, after):
+                self._server.send(peer, Answer(query_id, self._publisher.source.missed(after)))
             case Query(query_id, Question.STATUS):
                 status = WorkerStatus(entry=self.entry, load=Load(), uptime_s=1.0, rss_bytes=1)
                 self._server.send(peer, Answer(query_id, status))

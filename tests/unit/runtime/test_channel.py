@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -134,6 +135,21 @@ async def test_a_peer_that_went_away_is_noticed_by_the_next_send(run_folder: Pat
         first.connect("w", endpoint)
         await first.ask("w", Question.SNAPSHOT)
         assert worker.received[-1][0] not in (gone, stays)
+
+
+async def test_a_send_that_fails_does_not_hide_what_came_meanwhile(run_folder: Path) -> None:
+    endpoint = f"ipc://{run_folder}/w"
+    worker, client = Worker(endpoint), WorkerClient(lambda _: None)
+    async with running(worker.server, client):
+        client.connect("w", endpoint)
+        client.send("w", Cancel("a"))
+        await eventually(lambda: len(worker.received) == 1)
+        client.send("w", Cancel("b"))
+        time.sleep(0.2)  # noqa: ASYNC251  the loop sees nothing of its arrival
+        assert not worker.server.send(PeerId(b"nobody"), outputs(1))
+        await eventually(lambda: len(worker.received) == 2)
+    client.close()
+    worker.server.close()
 
 
 async def test_a_peer_that_does_not_read_fills_its_own_queue_only(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,9 +141,6 @@ class FakeEngine:
             finished_total=self._finished_count,
         )
 
-    def cached_hashes(self) -> list[int]:
-        return list(self.hashes)
-
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         while True:
             await self._work.wait()

@@ -219,6 +219,22 @@ async def test_cancelling_after_the_hand_over_frees_the_lease(start_host: HostSt
         await eventually(lambda: not prefill.engine.leases)
 
 
+async def test_freed_leases_are_reported_without_waiting_for_the_next_step(
+    start_host: HostStarter, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise routers take the blocks of every hand-over for used until the next heartbeat."""
+    monkeypatch.setattr("polyphase.worker.host.HEARTBEAT_INTERVAL_S", 3600.0)
+    prefill = start_host("p")
+    connected(peer, prefill)
+    for release in ("cancel", "release"):
+        request_id = peer.submit("p", list(range(9)), hand_over=True)
+        last = await peer.last(request_id)
+        assert last.offer is not None
+        await eventually(lambda: peer.loads["p"].leased_block_count == 2)
+        peer.client.send("p", Cancel(request_id) if release == "cancel" else ReleaseLease(last.offer.lease_id))
+        await eventually(lambda: peer.loads["p"].leased_block_count == 0)
+
+
 @pytest.mark.parametrize("prompt", [[1, 2], [NEVER_ANSWER]])
 async def test_requests_of_a_peer_that_went_away_are_aborted(start_host: HostStarter, peer: Peer, prompt: list[int]) -> None:
     """Also those that wait for their first token, when nothing is sent to the peer by itself."""

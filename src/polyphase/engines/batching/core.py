@@ -9,20 +9,22 @@ until it is finished. A sequence lives in `_sequences` from submission to its on
 from __future__ import annotations
 
 import logging
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 
 from polyphase.core.clock import Clock
 from polyphase.core.errors import EngineFailed, InvalidRequest
-from polyphase.engines.batching.admission import check_request
+from polyphase.engines.batching.admission import check_lengths, check_request
 from polyphase.engines.batching.exports import BlockExports, can_use
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
+from polyphase.engines.batching.pace import StepPace
 from polyphase.engines.batching.sampling_state import SamplingState
-from polyphase.engines.batching.scheduler import Scheduler, SchedulerLimits, StepPlan
+from polyphase.engines.batching.scheduler import Row, Scheduler, SchedulerLimits, StepPlan
 from polyphase.engines.batching.sequence import Sequence
 from polyphase.engines.batching.stopping import Stop, StopLimits, StopRule
 from polyphase.engines.batching.storage import BlockStorage
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.kv import BlockPool, PrefixCache
+from polyphase.kv import BlockNames, BlockPool, PrefixCache, SequenceBlocks
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
@@ -59,27 +61,47 @@ class EngineCore:
         self.pool = BlockPool(storage.block_count)
         self._cache = PrefixCache(self.pool, card.block_size, storage.layout.fingerprint + storage.layout.dtype)
         self._scheduler = Scheduler(limits, self._cache)
+        self._pace = _pace_of(limits)
         self.exports = BlockExports(self.pool, storage.shared, lease_ns)
         self._sequences: dict[str, Sequence] = {}
+        self._cancelled: list[Sequence] = []  # during the current step
+        self._leaving: list[Sequence] = []  # likewise
         self._totals = _Totals()
         self._arrivals = 0
         self._ended: list[SequenceOutput] = []  # outputs that did not come from a step
         self._released_offers: list[KvOffer] = []
         self._untaken_events: list[KvEvent] = []
         self._current: StepPlan | None = None  # while it is performed
+        self._step_began_ns = 0
 
     # What the worker calls.
 
     def submit(self, request: Submit, source: BlockSource | None) -> None:
         check_request(request, self._card)
+        self._refuse_if_unfit(request)
+        blocks = self._cache.open(request.token_ids, request.cache_salt)
+        self._add(self._new_sequence(request, list(request.token_ids), blocks, source))
+
+    def submit_imagined(self, request: Submit, names: BlockNames) -> None:
+        """As `submit`, for a simulation: of the tokens only their number counts, and their blocks, the answer's included, are named so.
+
+        The request asks for nothing that depends on a token, and `token_ids` need only have the right length.
+        """
+        check_lengths(request, self._card)
+        self._refuse_if_unfit(request)
+        self._add(self._new_sequence(request, bytearray(len(request.token_ids)), SequenceBlocks(names), None))
+
+    def _refuse_if_unfit(self, request: Submit) -> None:
         if request.request_id in self._sequences:
             raise InvalidRequest("a request of this id is running already", param="request_id", request_id=request.request_id)
         self._scheduler.refuse_if_full(request.request_id)
-        sequence = self._new_sequence(request, source)
+
+    def _add(self, sequence: Sequence) -> None:
+        request = sequence.request
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
         self._totals.prompt_tokens += request.prompt_token_count
-        stop = sequence.stop.at_length(len(sequence.token_ids), sequence.output_count)
+        stop = sequence.stop.at_length(len(sequence.token_ids))
         if stop is not None:  # it came from elsewhere, where all but the end was done
             self._ended.append(self._end(sequence, stop.reason))
 
@@ -88,6 +110,8 @@ class EngineCore:
         if sequence is None:
             self.exports.release_request(request_id)
         elif self._current is not None:
+            if not sequence.is_cancelled:
+                self._cancelled.append(sequence)
             sequence.is_cancelled = True
             self._current.interrupt_if_pointless()
         else:
@@ -98,6 +122,8 @@ class EngineCore:
         if sequence is None:
             return
         if self._current is not None:
+            if not sequence.is_leaving:
+                self._leaving.append(sequence)
             sequence.is_leaving = True
         elif not _leaves_by_itself(sequence):
             self._ended.append(self._hand_over(sequence))
@@ -105,9 +131,6 @@ class EngineCore:
     @property
     def has_requests(self) -> bool:
         return bool(self._sequences)
-
-    def cached_hashes(self) -> list[int]:
-        return self.pool.journal.announced()
 
     def load(self) -> Load:
         totals, scheduler = self._totals, self._scheduler
@@ -140,24 +163,59 @@ class EngineCore:
             if sequence.offer is not None and not can_use(sequence.offer, self._storage.layout, now_ns):
                 logger.info("request %s: the offered blocks cannot be used and are computed here", sequence.request.request_id)
                 self._give_up_offer(sequence)
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(None if self._pace is None else self._pace.limit_tokens)
         self._totals.preemptions += len(plan.preempted)
         pulled = {pull.sequence: pull.first_block for pull in plan.pulls}
         for sequence in plan.admitted:
             self._note_admission(sequence, now_ns)
             if sequence not in pulled:
                 self._give_up_offer(sequence)
-        self.exports.before_writing(
-            [
-                block_id
-                for row in plan.rows
-                for block_id in row.sequence.blocks.block_ids[
-                    pulled.get(row.sequence, row.start // self._card.block_size) : self._cache.blocks_for(row.start + row.count)
+        if self.exports.has_offered:
+            self.exports.before_writing(
+                [
+                    block_id
+                    for row in plan.rows
+                    for block_id in row.sequence.blocks.block_ids[
+                        pulled.get(row.sequence, row.start // self._card.block_size) : self._cache.blocks_for(row.start + row.count)
+                    ]
                 ]
-            ]
-        )
+            )
         self._current = None if plan.is_empty else plan
+        self._step_began_ns = now_ns
         return plan
+
+    # Many steps at once, for whoever reads no tokens.
+
+    def let_coast(self, plan: StepPlan, longest: int) -> int:
+        """Count the plan's decoding sequences instead of planning them; returns for how many steps, at most `longest`, the plan holds.
+
+        In these steps, if nothing comes in between, every coasting sequence gets a token, and nothing else happens before the last.
+        """
+        self._scheduler.let_coast(plan)
+        can_change = plan.rows or plan.admitted or plan.preempted or self.exports.leases.block_count
+        if can_change or any(sequence.offer is not None for sequence in self._scheduler.waiting):
+            return 1
+        return min(longest, self._scheduler.coasting.steps_until_due or 1)
+
+    @property
+    def coasting_token_count(self) -> int:
+        """Sum of the lengths of what coasts."""
+        return self._scheduler.coasting.token_count
+
+    def count_steps(self, step_count: int) -> None:
+        """So many of the steps for which the plan holds are done, and not the last one of them."""
+        self._totals.steps += step_count
+        self._totals.generated_tokens += step_count * len(self._scheduler.coasting)
+        self._scheduler.coasting.count(step_count)
+
+    def wake_due(self) -> list[Row]:
+        """Rows to which something happens in the step that is to be finished next; `finish_coasting` comes before it is."""
+        return self._scheduler.wake_due()
+
+    def finish_coasting(self) -> None:
+        """Count the step that is to be finished next for those that coast on."""
+        self._totals.generated_tokens += len(self._scheduler.coasting)
+        self._scheduler.coasting.count(1)
 
     def finish_step(self, outcome: StepOutcome, plan: StepPlan) -> StepReport:
         self._current = None
@@ -168,20 +226,28 @@ class EngineCore:
         else:
             for result in outcome.pulls:
                 self._finish_pull(result)
+            if self._pace is not None and any(row.count > 1 for row in outcome.computed):
+                self._pace.note(sum(row.count for row in outcome.computed), self._clock.now_ns() - self._step_began_ns)
             outputs = []
+            block_size, samples = self._card.block_size, outcome.samples
             for row in outcome.computed:
                 sequence = row.sequence
-                sequence.computed_count = row.start + row.count
+                sequence.computed_count = computed_count = row.start + row.count
                 self._totals.computed_tokens += row.count
-                self._cache.commit(sequence.blocks, sequence.token_ids, sequence.computed_count)
-                if sequence in outcome.samples and not sequence.is_cancelled:
-                    outputs.append(self._advance(sequence, outcome.samples[sequence]))
-        for sequence in [s for s in self._sequences.values() if s.is_cancelled]:
-            outputs.append(self._end(sequence, FinishReason.CANCELLED))
-        for sequence in [s for s in self._sequences.values() if s.is_leaving]:
-            sequence.is_leaving = False
-            if not _leaves_by_itself(sequence):
-                outputs.append(self._hand_over(sequence))
+                if computed_count >= (sequence.blocks.named_count + 1) * block_size:
+                    self._cache.commit(sequence.blocks, sequence.token_ids, computed_count)
+                if sequence in samples and not sequence.is_cancelled:
+                    outputs.append(self._advance(sequence, samples[sequence]))
+        cancelled, self._cancelled = self._cancelled, []
+        for sequence in cancelled:
+            if self._sequences.get(sequence.request.request_id) is sequence:  # it may have failed
+                outputs.append(self._end(sequence, FinishReason.CANCELLED))
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            if self._sequences.get(sequence.request.request_id) is sequence:
+                sequence.is_leaving = False
+                if not _leaves_by_itself(sequence):
+                    outputs.append(self._hand_over(sequence))
         return self._report(outputs)
 
     def take_idle_report(self) -> StepReport | None:
@@ -203,16 +269,17 @@ class EngineCore:
 
     # One sequence.
 
-    def _new_sequence(self, request: Submit, source: BlockSource | None) -> Sequence:
+    def _new_sequence(
+        self, request: Submit, token_ids: MutableSequence[int], blocks: SequenceBlocks, source: BlockSource | None
+    ) -> Sequence:
         self._arrivals += 1
-        count = request.prompt_token_count
         return Sequence(
             request=request,
             arrival=self._arrivals,
             arrived_ns=self._clock.now_ns(),
-            token_ids=list(request.token_ids),
-            blocks=self._cache.open(request.token_ids, request.cache_salt),
-            sampling=SamplingState(request.sampling, request.token_ids[:count], request.token_ids[count:]),
+            token_ids=token_ids,
+            blocks=blocks,
+            sampling=SamplingState(request.sampling, token_ids, request.prompt_token_count),
             stop=StopRule(request, self._stop_limits),
             offer=request.offer if source is not None else None,  # what nobody opened is not ours to release
             source=source,
@@ -314,3 +381,10 @@ class EngineCore:
 def _leaves_by_itself(sequence: Sequence) -> bool:
     """Its prompt is being computed for another worker already: what is done of it is best finished."""
     return sequence.request.hand_over and sequence.computed_count > 0
+
+
+def _pace_of(limits: SchedulerLimits) -> StepPace | None:
+    if limits.longest_step_ms is None:
+        return None
+    most_tokens = max(limits.max_batch_tokens, limits.max_prefill_batch_tokens or 0)
+    return StepPace(int(limits.longest_step_ms * 1e6), most_tokens)

@@ -40,6 +40,11 @@ class BlockExports:
     def can_offer(self) -> bool:
         return self._shared is not None and self.origin is not None
 
+    @property
+    def has_offered(self) -> bool:
+        """Whether anybody may know the present generation of a block."""
+        return bool(self._offered)
+
     def offer(self, request_id: str, block_ids: list[BlockId], token_count: int, now_ns: int) -> KvOffer:
         """Keep the blocks, whose references pass to this object, under a new lease."""
         if self._shared is None or self.origin is None:

@@ -58,9 +58,6 @@ class MockEngine:
     def load(self) -> Load:
         return self.core.load()
 
-    def cached_hashes(self) -> list[int]:
-        return self.core.cached_hashes()
-
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Cancel: the step under way is finished and its results are kept, but not reported before the next `run`."""
         await self._loop.run(on_step)

@@ -87,9 +87,6 @@ class TorchEngine:
     def load(self) -> Load:
         return self.core.load()
 
-    def cached_hashes(self) -> list[int]:
-        return self.core.cached_hashes()
-
     def step(self) -> StepReport | None:
         """One step on the calling thread; None if there is nothing to do or to say. Not to be mixed with `run`."""
         plan = self.core.begin_step()

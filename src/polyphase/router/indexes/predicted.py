@@ -95,6 +95,9 @@ class PredictedPrefixIndex:
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int:
         return self._index.block_count(worker_id, tier)
 
+    def digest(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> None:
+        return None
+
     def _make_room(self, worker_id: WorkerId, tier: Tier, wanted: set[SequenceHash]) -> None:
         while self._queue:
             known = self._ends_ns.get((worker_id, tier), {})

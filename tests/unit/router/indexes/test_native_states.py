@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from polyphase.core.digest import digest_sum
 from polyphase.core.ids import SequenceHash, WorkerId
 from polyphase.router.indexes import NaivePrefixIndex, native_index
 from polyphase.wire.events import Tier
@@ -73,6 +74,7 @@ class IndexMachine(RuleBasedStateMachine):
             for tier in Tier:
                 worker_id = WorkerId(f"w{number}")
                 assert self.native.block_count(worker_id, tier) == self.naive.block_count(worker_id, tier)
+                assert self.native.digest(worker_id, tier) == self.naive.digest(worker_id, tier)
 
     def teardown(self) -> None:
         for name in range(CHAIN_COUNT):
@@ -83,6 +85,32 @@ class IndexMachine(RuleBasedStateMachine):
 
 IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestIndexStates = IndexMachine.TestCase
+
+SETS = st.lists(st.integers(0, 80).map(SequenceHash), max_size=12, unique=True)
+TOLD_ONCE = st.lists(st.tuples(st.sampled_from(["store", "remove", "match"]), WORKERS, SETS, TIERS), max_size=40)
+
+
+@settings(max_examples=80, deadline=None)
+@given(TOLD_ONCE, st.integers(1, 60))
+def test_a_full_index_forgets_but_its_digests_do_not(changes: list[tuple[str, WorkerId, list[SequenceHash], Tier]], capacity: int):
+    """As long as a worker tells each block once when it comes and once when it goes, as the publisher does."""
+    indexes = [native_index(capacity), NaivePrefixIndex(capacity)]
+    truth: dict[tuple[WorkerId, Tier], set[SequenceHash]] = {}
+    for change, worker_id, hashes, tier in changes:
+        held = truth.setdefault((worker_id, tier), set())
+        told = [one for one in hashes if (one in held) == (change == "remove")]
+        for index in indexes:
+            if change == "match":
+                index.match(hashes)
+            else:
+                getattr(index, change)(worker_id, told, tier)
+        if change == "store":
+            held.update(told)
+        elif change == "remove":
+            held.difference_update(told)
+        for (named, matched), blocks in truth.items():
+            assert [index.digest(named, matched) for index in indexes] == [(len(blocks), digest_sum(blocks))] * 2
+
 
 CHANGES = st.lists(st.tuples(st.sampled_from(["store", "remove", "match"]), WORKERS, HASHES, TIERS), max_size=25)
 
