@@ -10,7 +10,7 @@ One owner, no awaiting: the frontend's event loop calls it, and each call leaves
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
@@ -105,11 +105,18 @@ class Router:
         if known is not None and facts.epoch < known.facts.epoch:
             return
         if known is not None and facts.epoch == known.facts.epoch:
-            known.facts = facts
+            known.facts = replace(facts, is_stalled=known.facts.is_stalled)
         else:
             self.remove_worker(facts.worker_id)
             self._known[facts.worker_id] = _Known(facts)
         self._standings.clear()
+
+    def set_stalled(self, worker_id: WorkerId, is_stalled: bool) -> None:
+        """It gets no requests while it stands still. Unknown workers are ignored."""
+        known = self._known.get(worker_id)
+        if known is not None:
+            known.facts = replace(known.facts, is_stalled=is_stalled)
+            self._standings.clear()
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its blocks and bookings go with it. Unknown workers are ignored."""
@@ -166,6 +173,14 @@ class Router:
     def workers(self) -> list[WorkerView]:
         """All known workers in the order of their names, for people to look at; no request, so no overlap."""
         return [self._view(worker_id) for worker_id in sorted(self._known)]
+
+    def facts(self) -> list[WorkerFacts]:
+        """Of all known workers, in no order."""
+        return [known.facts for known in self._known.values()]
+
+    def facts_of(self, worker_id: WorkerId) -> WorkerFacts | None:
+        known = self._known.get(worker_id)
+        return None if known is None else known.facts
 
     def serves(self, model: str) -> bool:
         """Whether a living worker has this model, be it draining or full."""

@@ -24,7 +24,7 @@ NO_LABELS: Labels = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What does not change in one life of a worker, but for its role and whether it drains."""
+    """What does not change in one life of a worker, but for its role, and whether it drains or stands still."""
 
     worker_id: WorkerId
     epoch: Epoch
@@ -36,6 +36,7 @@ class WorkerFacts:
     max_running: int
     can_hand_over: bool
     is_draining: bool = False
+    is_stalled: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 

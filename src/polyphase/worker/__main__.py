@@ -118,7 +118,7 @@ async def _host(life: _Life, options: WorkerOptions) -> WorkerHost:
     entry = WorkerEntry(
         worker_id=life.worker_id,
         epoch=time.time_ns(),
-        role=options.role,
+        role=life.lease.remembered_role() or options.role,
         model=engine.card.name,
         pid=os.getpid(),
         host=socket.gethostname(),
