@@ -15,7 +15,6 @@ from polyphase.launch.model_source import ModelSource, resolve_model
 from polyphase.launch.process import ProcessKind, ProcessSpec
 from polyphase.wire.cards import Role
 
-
 MOST_MOCK_PROCESSES = 8
 
 
