@@ -85,7 +85,8 @@ class EngineCore:
     def submit_imagined(self, request: Submit, names: BlockNames) -> None:
         """As `submit`, for a simulation: of the tokens only their number counts, and their blocks, the answer's included, are named so.
 
-        The request asks for nothing that depends on a token, and `token_ids` need only have the right length.
+        The request asks for nothing that depends on a token, `token_ids` need only have the right length, and whoever computes its steps
+        samples zeros (`mock.machine.say_nothing`).
         """
         check_lengths(request, self._card)
         self._refuse_if_unfit(request)
