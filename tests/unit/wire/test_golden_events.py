@@ -95,6 +95,7 @@ def test_what_an_adapter_may_leave_out_has_its_default():
     [
         {"worker_id": "w", "epoch": 1, "sequence": 1, "events": [], "load": {}, "digests": {"tape": [1, 2]}},
         {"worker_id": "w", "epoch": 1, "sequence": 1, "events": [{"type": "stored", "sequence_hashes": ["5"]}], "load": {}},
+        {"worker_id": "w", "epoch": 1, "sequence": 1, "events": [{"type": "removed", "sequence_hashes": [-5]}], "load": {}},
         {"worker_id": "w", "epoch": 1, "events": [], "load": {}},
     ],
 )
