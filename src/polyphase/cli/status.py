@@ -110,7 +110,7 @@ def _queue_line(model: str, queue: dict[str, Any]) -> str:
     waiting = f"{count} request{'s wait' if count > 1 else ' waits'}"
     whom = "prefill worker" if queue["waits_for_prefill_worker"] else "worker"
     left = queue["drain_time_s"]
-    pace = "" if left is None else f"; at this pace they are sent on within {format_age(left)}"
+    pace = "" if left is None else f"; sent on within {format_age(left)}"
     oldest = format_age(queue["oldest_wait_s"])
     tokens = format_count(queue["prompt_tokens"])
     return f"queue of {model}: {waiting} for a {whom} with room ({tokens} tokens), the longest for {oldest}{pace}"

@@ -211,4 +211,5 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         can_hand_over=card.can_hand_over,
         publishes_events=card.publishes_events,
         is_draining=entry.is_draining,
+        labels=entry.labels,
     )

@@ -159,10 +159,6 @@ class Bookings:
         ledger = self._ledgers.get(worker_id)
         return (ledger.all, ledger.unreported) if ledger else (Booked(), Booked())
 
-    def unreported_of(self, worker_id: WorkerId) -> Booked:
-        ledger = self._ledgers.get(worker_id)
-        return ledger.unreported if ledger else Booked()
-
     def total(self) -> Booked:
         """Over all workers; zero when no request is under way. A split request counts once per leg."""
         total = Booked()

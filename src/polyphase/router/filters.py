@@ -21,6 +21,8 @@ from polyphase.wire.cards import Role
 
 
 class Draining:
+    """leave, and take nothing new"""
+
     is_lasting = True
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
@@ -36,6 +38,8 @@ class Draining:
 
 
 class Excluded:
+    """were tried for this request in vain"""
+
     is_lasting = True
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
@@ -50,6 +54,8 @@ class Excluded:
 
 
 class RequiredLabels:
+    """do not carry a label that the request requires"""
+
     is_lasting = True
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
@@ -68,7 +74,10 @@ class RequiredLabels:
 
 
 class FitsRole:
-    """Prefill workers serve whole requests when nobody else is there: better a mixed worker than a refused request."""
+    """are not for this leg
+
+    Prefill workers serve whole requests when nobody else is there: better a mixed worker than a refused request.
+    """
 
     is_lasting = True
 
@@ -86,6 +95,8 @@ class FitsRole:
 
 
 class Full:
+    """run and queue as many requests of this router as they may"""
+
     is_lasting = False
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:

@@ -27,6 +27,7 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     request_endpoint: str  # ZeroMQ ROUTER
     event_endpoint: str  # ZeroMQ PUB
     is_draining: bool = False
+    labels: dict[str, str] = {}  # where it stands or what it is, for example zone → eu-1; msgspec copies the default
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):

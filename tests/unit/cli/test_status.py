@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from polyphase.cli.status import _index, _streams, _warnings, ask_frontend, format_age, format_count
+from polyphase.cli.status import _index, _queues, _streams, _warnings, ask_frontend, format_age, format_count
 from polyphase.launch.run_folder import DeploymentRecord, RunFolder
 from polyphase.runtime import PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.runtime.paths import ensure_private_folder
@@ -136,6 +136,16 @@ def test_what_the_router_complains_of(polyphase: CommandLine, folder: RunFolder,
 
 async def test_a_frontend_that_is_not_there():
     assert await ask_frontend("http://127.0.0.1:1") == []
+
+
+def test_queues_of_the_frontend_are_told() -> None:
+    waiting = {"waits_for_prefill_worker": False, "requests": 12, "prompt_tokens": 34_000, "oldest_wait_s": 3.2, "drain_time_s": 8.1}
+    one = {**waiting, "waits_for_prefill_worker": True, "requests": 1, "drain_time_s": None}
+    assert _queues({"models": {"demo": {"workers": {}, "queues": [waiting, one]}, "other": {"workers": {}}}}) == [
+        "queue of demo: 12 requests wait for a worker with room (34.0k tokens), the longest for 3s; sent on within 8s",
+        "queue of demo: 1 request waits for a prefill worker with room (34.0k tokens), the longest for 3s",
+    ]
+    assert _queues({}) == _queues([]) == []
 
 
 def test_the_index_and_broken_streams_are_told() -> None:

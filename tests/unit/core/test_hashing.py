@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyphase.core import native
-from polyphase.core.hashing import MediaSpan, block_hashes, hash_tokens, namespace_of, python_block_hashes, python_sequence_hashes, sequence_hashes
+from polyphase.core.hashing import (
+    MediaSpan,
+    block_hashes,
+    hash_tokens,
+    namespace_of,
+    python_block_hashes,
+    python_sequence_hashes,
+    sequence_hashes,
+)
 from polyphase.core.ids import SequenceHash
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=70)

@@ -32,8 +32,8 @@ RIGHT = [sample(480, 480)] * MIN_SAMPLES
         (sample(0, 0), Verdict.SILENT),
         (sample(480, 480), Verdict.AGREES),
         (sample(480, 475), Verdict.AGREES),
-        (sample(992, 976, prompt=992), Verdict.AGREES),  # the engine computes the last token again
-        (sample(16, 15, prompt=16), Verdict.SILENT),
+        (sample(976, 991, prompt=992), Verdict.AGREES),  # the engine computes the last token alone
+        (sample(0, 15, prompt=16), Verdict.AGREES),
         (sample(0, 480, later=480), Verdict.AGREES),  # computed after routing
         (sample(0, 480, later=0), Verdict.UNDER),
         (sample(0, 480, later=64), Verdict.UNDER),
