@@ -40,6 +40,7 @@ _SERVER = "Server"
 _ROUTER = "Router"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
+_QUEUE = "Waiting requests"
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -130,6 +131,20 @@ def serve(
     ] = None,
     start_timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="Longest start, downloads included. [default: 10min]", rich_help_panel=_SERVER)
+    ] = None,
+    max_queued_requests: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="Wait here while every worker is saturated; 0: none. [default: 4096]", rich_help_panel=_QUEUE),
+    ] = None,
+    max_queued_per_tenant: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Of these, of one tenant. [default: no limit of its own]", rich_help_panel=_QUEUE)
+    ] = None,
+    max_queue_wait: Annotated[
+        str | None, typer.Option(metavar="TIME", help="What cannot begin by then gets 429. [default: 60s]", rich_help_panel=_QUEUE)
+    ] = None,
+    tenant_weights: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=WEIGHT,…", help="Shares while requests wait. [default: 1 each]", rich_help_panel=_QUEUE),
     ] = None,
     engine: Annotated[
         str | None, typer.Option(help="torch, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)

@@ -100,7 +100,7 @@ def explanation(page: Page) -> Group:
 
 def in_words(page: Page) -> str:
     """A few sentences: what was asked, where it went, why there, what it cost, how it ended."""
-    sentences = [_what_was_asked(page)]
+    sentences = [_what_was_asked(page), *_how_long_it_waited(page)]
     for number, route in enumerate(page["routes"]):
         if number:
             sentences.append(f"That was broken off ({_trimmed(route['cause'])}), so another worker went on with {route['tokens']} tokens.")
@@ -116,6 +116,19 @@ def in_words(page: Page) -> str:
 def _what_was_asked(page: Page) -> str:
     choices = f", {page['choices']} sequences of which the first is told of here" if page["choices"] > 1 else ""
     return f"Request {page['id']} asked the model {page['model']} to go on from {_count(page['prompt_tokens'], 'prompt token')}{choices}."
+
+
+def _how_long_it_waited(page: Page) -> list[str]:
+    """In the frontend's queue, if it did."""
+    queued = next((moment for moment in page["timeline"] if moment["event"] == "queued"), None)
+    if queued is None:
+        return []
+    why = _trimmed(queued["detail"])
+    wait_ms = page["admission_wait_ms"]
+    if wait_ms is None:
+        return [f"It waits in the frontend's queue ({why})."]
+    then = "until a worker had room" if page["routes"] else "in vain"
+    return [f"It waited {wait_ms / 1e3:.2f} s in the frontend's queue {then} ({why})."]
 
 
 def _where_and_why(route: Page) -> list[str]:

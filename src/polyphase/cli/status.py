@@ -59,19 +59,36 @@ async def _watch(record: DeploymentRecord, console: Console) -> None:
 
 
 async def _look(record: DeploymentRecord, width: int) -> Group:
-    answers, warnings = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
-    return _view(record, answers, warnings, width)
+    answers, remarks = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
+    return _view(record, answers, remarks, width)
 
 
 async def ask_frontend(url: str) -> list[str]:
-    """What the router has to complain of; nothing if there is no frontend, because the workers can be seen without one."""
+    """What waits there, and what the router has to complain of; nothing if there is no frontend: workers can be seen without one."""
     try:
         async with httpx.AsyncClient(timeout=ANSWER_TIMEOUT_S, trust_env=False) as client:
             page = (await client.get(f"{url}/health")).json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         log.debug("the frontend at %s tells nothing: %s", url, error)
         return []
-    return _warnings(page)
+    return [*_queues(page), *_warnings(page)]
+
+
+def _queues(page: Any) -> list[str]:
+    """One line for each queue in which something waits."""
+    models = page.get("models") if isinstance(page, dict) else None
+    return [_queue_line(name, queue) for name, model in sorted((models or {}).items()) for queue in model.get("queues", [])]
+
+
+def _queue_line(model: str, queue: dict[str, Any]) -> str:
+    count = queue["requests"]
+    waiting = f"{count} request{'s wait' if count > 1 else ' waits'}"
+    whom = "prefill worker" if queue["waits_for_prefill_worker"] else "worker"
+    left = queue["drain_time_s"]
+    pace = "" if left is None else f"; at this pace they are sent on within {format_age(left)}"
+    oldest = format_age(queue["oldest_wait_s"])
+    tokens = format_count(queue["prompt_tokens"])
+    return f"queue of {model}: {waiting} for a {whom} with room ({tokens} tokens), the longest for {oldest}{pace}"
 
 
 def _warnings(page: Any) -> list[str]:
@@ -111,11 +128,11 @@ async def _ask(client: WorkerClient, worker_id: str) -> WorkerStatus | None:
     return answer if isinstance(answer, WorkerStatus) else None
 
 
-def _view(record: DeploymentRecord, answers: Answers, warnings: list[str], width: int) -> Group:
+def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width: int) -> Group:
     up_s = time.time() - record.started_unix_s
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
-    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(warning, "yellow") for warning in warnings))
+    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(remark, "yellow") for remark in remarks))
 
 
 def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:

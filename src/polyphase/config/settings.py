@@ -12,6 +12,7 @@ from polyphase.config.router import parse_names, parse_pairs, parse_weights, par
 from polyphase.config.units import parse_duration_s, parse_size_bytes
 from polyphase.core.errors import ConfigurationError
 from polyphase.router import PolicySettings, policy_of
+from polyphase.router.tenants import parse_tenant_weights
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,19}")
 MIN_KV_BYTES = 1024**2
@@ -54,6 +55,7 @@ def _parse_labels(given: object) -> dict[str, str]:
 
 Size = Annotated[int, BeforeValidator(parse_size_bytes), AfterValidator(_check_kv_bytes)]
 Duration = Annotated[float, BeforeValidator(parse_duration_s)]
+Weights = Annotated[dict[str, float], BeforeValidator(parse_tenant_weights)]
 
 
 # In a file, [router] groups these; each may also stand outside by its own name.
@@ -95,6 +97,12 @@ class ServeSettings(BaseModel):
     split_threshold: int = Field(256, ge=0)  # tokens to compute from which prefill and decode are split
     split_fraction: float = Field(0.3, ge=0, le=1)  # of the prompt; where less is to compute, it is not split
     labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = {}  # of this machine's workers, for example zone → eu-1
+
+    # What waits at the frontend while every worker is saturated.
+    max_queued_requests: int = Field(4096, ge=0)  # 0: nothing waits there
+    max_queued_per_tenant: int | None = Field(None, ge=1)
+    max_queue_wait: Duration = Field(60.0, gt=0)  # seconds
+    tenant_weights: Weights = Field(default_factory=dict)  # tenants that are not named weigh 1
 
     engine: Annotated[str, AfterValidator(_check_engine)] = "torch"
     device: str = "auto"

@@ -11,11 +11,12 @@
     │   └── UnsupportedMediaType       415
     ├── Refused                      correct, but not now: rejected before anything was started (429, 503)
     │   ├── NoWorkers                  503  nothing serves this model
-    │   ├── Overloaded                 429  every worker's queue is full
+    │   ├── Overloaded                 429  no worker can take it in time, and it had better not wait
     │   │   └── Busier                 429  the worker has more to do than it was chosen for; with its true load, choose again
     │   ├── Draining                   503  this process is going away
     │   └── PartFailed                 500  a router part of somebody else's broke its contract
-    ├── Lost                         started, and then broken off (500, 503, 504)
+    ├── Lost                         accepted, and then broken off (429, 500, 503, 504)
+    │   ├── Evicted                    429  while it waited in the queue; Retry-After
     │   ├── WorkerLost                 503  the worker died or went silent
     │   ├── EngineFailed               500  the engine raised while it computed
     │   └── DeadlineExceeded           504
@@ -136,12 +137,25 @@ class PartFailed(Refused):
 
 
 class Lost(PolyphaseError):
-    """Broken off after it had started."""
+    """Broken off after it had been accepted."""
 
     code = "lost"
     http_status = 500
     is_retryable = True
     stage = "serving"
+
+
+class Evicted(Lost):
+    """Turned out of the queue after it had been let in. `retry_after_s` becomes the Retry-After header."""
+
+    code = "evicted"
+    http_status = 429
+    error_type = "rate_limit_error"
+    stage = "admission"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, request_id: str | None = None) -> None:
+        super().__init__(message, request_id=request_id)
+        self.retry_after_s = retry_after_s
 
 
 class WorkerLost(Lost):

@@ -28,7 +28,8 @@ from polyphase.frontend.records import Records
 from polyphase.frontend.server import HttpServer, open_socket
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.observe.logs import LEVELS, configure_logging
-from polyphase.router import FILTERS, POLICIES, PolicySettings, Router, RouterSettings, SessionRule, SplitRule
+from polyphase.router import FILTERS, POLICIES, AdmissionSettings, PolicySettings, Router, RouterSettings, SessionRule, SplitRule
+from polyphase.router.tenants import parse_tenant_weights
 from polyphase.runtime import Registry
 from polyphase.runtime.lifeline import Lifeline
 
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="per worker, beyond those it runs; when all are full, requests get 429 (default: %(default)s)",
     )
+    _add_admission_flags(parser)
     add("--request-timeout-s", type=float, default=http.request_timeout_s, metavar="S", help="then 504 (default: %(default)g)")
     add(
         "--migration-limit",
@@ -115,12 +117,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_admission_flags(parser: argparse.ArgumentParser) -> None:
+    usual, add = AdmissionSettings(), parser.add_argument
+    add(
+        "--max-queued-requests",
+        type=int,
+        default=usual.max_requests,
+        metavar="N",
+        help="per model, waiting here while every worker is saturated; 0: none (default: %(default)s)",
+    )
+    add("--max-queued-per-tenant", type=int, metavar="N", help="of these, of one tenant (default: no limit of its own)")
+    add(
+        "--max-queue-wait-s",
+        type=float,
+        default=usual.max_wait_s,
+        metavar="S",
+        help="requests that cannot begin by then get 429 (default: %(default)g)",
+    )
+    add("--tenant-weights", default="", metavar="NAME=WEIGHT,…", help="shares of tenants while requests wait (default: 1 each)")
+
+
+def _admission(flags: argparse.Namespace) -> AdmissionSettings:
+    """Raises: ConfigurationError."""
+    try:
+        weights = parse_tenant_weights(flags.tenant_weights)
+    except ValueError as error:
+        raise ConfigurationError(f"--tenant-weights: {error}") from None
+    if flags.max_queued_per_tenant is not None and flags.max_queued_per_tenant < 1:
+        raise ConfigurationError(f"--max-queued-per-tenant must be at least 1, not {flags.max_queued_per_tenant}")
+    return AdmissionSettings(flags.max_queued_requests, flags.max_queued_per_tenant, flags.max_queue_wait_s, weights)
+
+
 def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettings]:
     """Raises: ConfigurationError."""
     for name, least in (
         ("port", 0),
         ("split_threshold", 0),
         ("max_waiting_requests", 0),
+        ("max_queued_requests", 0),
+        ("max_queue_wait_s", 0.001),
         ("migration_limit", 0),
         ("max_body_bytes", 1),
         ("request_timeout_s", 0.001),
@@ -137,6 +172,7 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         request_timeout_s=flags.request_timeout_s,
         migration_limit=flags.migration_limit,
         drain_timeout_s=flags.drain_timeout_s,
+        admission=_admission(flags),
     )
     split = SplitRule(flags.split_threshold, flags.split_fraction)
     try:

@@ -6,8 +6,10 @@
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
-A worker that is full, or busier than it was believed to be, refuses in its first answer, with its true load: another choice is made at
-once, and that is no migration.
+While all workers are saturated, requests wait in a bounded queue (`waiting_room`), in its order, and are routed when they leave it. Ahead
+of the queue wait the *stranded*: what was broken off, and so has been promised an answer, and what a worker sent back. A worker that is
+full, or busier than it was believed to be, refuses in its first answer, with its true load: another choice is made at once, and that is
+no migration.
 
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
@@ -18,19 +20,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import DeadlineExceeded, Lost, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
-from polyphase.core.ids import Epoch, RequestId, WorkerId
-from polyphase.frontend.failures import error_of
+from polyphase.core.errors import DeadlineExceeded, Evicted, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
+from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.frontend.failures import error_of, lost_for_want_of_room
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
-from polyphase.frontend.inbox import Arrival, End, Inbox
+from polyphase.frontend.inbox import Arrival, End, Inbox, how_it_ended
 from polyphase.frontend.metrics import Metrics
-from polyphase.frontend.predictions import Prediction, Predictions
+from polyphase.frontend.predictions import Predictions
 from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens, is_refusal
+from polyphase.frontend.terms import Terms
+from polyphase.frontend.waiting_room import Lane, Party, WaitingRoom
+from polyphase.router import EvictReason, Refusals, Router, RouteRequest, believed_tokens, is_refusal
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
@@ -54,52 +59,69 @@ class Dispatcher:
         self._by_wire_id: dict[RequestId, Flight] = {}
         self._epochs: dict[WorkerId, Epoch] = {}
         self._refusals = Refusals()
+        self._stranded: dict[RequestId, tuple[Flight, PolyphaseError]] = {}  # with what they were broken off or sent back for
+        self.waiting_room = WaitingRoom(router, metrics, settings.admission, settings.migration_patience_s)
+        self._tick_timer: asyncio.TimerHandle | None = None  # runs while anything waits
 
     @property
     def active_count(self) -> int:
         return len(self._flights)
 
+    def now_ns(self) -> int:
+        return self._clock.now_ns()
+
     # What the caller does
 
-    def start(self, job: Job, inbox: Inbox) -> Flight:
-        """Send a sequence to a worker; what becomes of it arrives in `inbox`, an `End` last.
+    def start(self, jobs: Sequence[Job], inbox: Inbox, terms: Terms | None = None) -> list[Flight]:
+        """Send the sequences of one request to workers, or let them wait; what becomes of them arrives in `inbox`, an `End` each.
 
         Raises: NoWorkers, Overloaded. Then nothing is booked, and nothing arrives.
-        Owner: the caller calls `cancel` when it wants no more; afterwards nothing arrives.
+        Owner: the caller calls `cancel` for each when it wants no more; afterwards nothing arrives.
         """
-        flight = Flight(job, inbox, SequenceRecord(self._clock.now_ns()), self._metrics.of(job.model))
-        flight.record.history.note(flight.record.started_ns, "accepted")
-        self._flights[job.sequence_id] = flight
+        now_ns = self._clock.now_ns()
+        terms = terms or Terms.usual(self._settings, now_ns)
+        flights = [
+            Flight(job, inbox, SequenceRecord(now_ns), self._metrics.of(job.model), terms.deadline_ns, terms.leave_by_ns) for job in jobs
+        ]
+        for flight in flights:
+            flight.record.history.note(now_ns, "accepted")
+            self._flights[flight.job.sequence_id] = flight
         try:
-            self._depart(flight)
+            self._admit(flights, terms, now_ns)
         except Refused as refusal:
-            self._close(flight, f"refused: {refusal.message}")
+            for flight in flights:
+                self._close(flight, f"refused: {refusal.message}")
             raise
         loop = asyncio.get_running_loop()
-        flight.deadline = loop.call_later(self._settings.request_timeout_s, self._expire, flight)
-        return flight
+        for flight in flights:
+            flight.deadline = loop.call_later(max(terms.deadline_ns - now_ns, 0) / 1e9, self._expire, flight)
+        return flights
 
     def cancel(self, flight: Flight) -> None:
         """Stop it wherever it is, and give back what it holds. Idempotent; after its end nothing happens."""
         if not flight.is_over:
             self._tell_worker_to_stop(flight)
             self._close(flight)
+            self._let_in()
 
     def fail_all(self, error: PolyphaseError) -> None:
         """End every flight with this error; for a frontend that must go now."""
         for flight in list(self._flights.values()):
             self._tell_worker_to_stop(flight)
             self._finish(flight, End(error=error))
+        self._watch()
 
     # What happens elsewhere
 
     def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
         self._epochs[worker_id] = epoch
         self._refusals.forget(worker_id)
+        self._let_in()
 
     def worker_reported(self, worker_id: WorkerId) -> None:
         """Its load is known again: if it refused before, the router judges anew."""
         self._refusals.forget(worker_id)
+        self._let_in()
 
     def worker_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """This life of the worker is over: what it had goes on elsewhere."""
@@ -108,6 +130,7 @@ class Dispatcher:
         for flight in list(self._flights.values()):
             if flight.worker_id == worker_id and flight.epoch == epoch:
                 self._break_off(flight, WorkerLost(f"worker {worker_id} was lost while it served the request"))
+        self._let_in()
 
     def on_outputs(self, outputs: StepOutputs) -> None:
         now_ns = self._clock.now_ns()
@@ -115,6 +138,95 @@ class Dispatcher:
             flight = self._by_wire_id.get(RequestId(output.request_id))
             if flight is not None and flight.worker_id == outputs.worker_id and flight.epoch == outputs.epoch:
                 self._on_output(flight, output, now_ns)
+        self._let_in()
+
+    # Waiting
+
+    def _admit(self, flights: list[Flight], terms: Terms, now_ns: int) -> None:
+        """Send them, or let them wait. Raises: NoWorkers, Overloaded."""
+        request = self._request_of(flights[0])
+        if not self.waiting_room.must_wait(request):
+            try:
+                self._depart_together(flights)
+                return
+            except Overloaded as refusal:  # though none is saturated: each has refused a moment ago, or has its fill of bookings
+                log.debug("%s: %s", request.request_id, refusal.message)
+        displaced = self.waiting_room.enter(flights, request, terms, now_ns)
+        if displaced is not None:
+            self._evict(displaced, EvictReason.DISPLACED, now_ns)
+        self._watch()
+
+    def _depart_together(self, flights: Sequence[Flight]) -> None:
+        """Once the first of them is on its way, the others have been promised as much. Raises: NoWorkers, Overloaded; then none is."""
+        first, *others = flights
+        self._depart(first)
+        if others:
+            first.leave_by_ns = None
+        for flight in others:
+            flight.leave_by_ns = None
+            self._depart_again(flight, Overloaded("no worker had room for all of its sequences at once"))
+
+    def _let_in(self) -> None:
+        """Something changed: those who wait may find room now. First the stranded, then the queue, in its order."""
+        if not self._stranded and not self.waiting_room:
+            self._watch()
+            return
+        held: set[str] = set()  # models without room for one that goes first
+        for flight, cause in list(self._stranded.values()):
+            if flight.job.model not in held and not flight.is_over:
+                is_stranded = self._depart_again(flight, cause)
+                # What was tried in vain on some workers may wait for the others; the queue need not wait with it.
+                if is_stranded and not flight.tried:
+                    held.add(flight.job.model)
+        skipped: set[Lane] = set()
+        while (party := self.waiting_room.take(self._clock.now_ns(), skipped, held)) is not None:
+            if not self._send_party(party):
+                skipped.add(party.lane)
+        self._watch()
+
+    def _send_party(self, party: Party) -> bool:
+        now_ns = self._clock.now_ns()
+        try:
+            self._depart_together(party.flights)
+        except Refused as refusal:
+            log.debug("%s waits on: %s", party.ticket.request_id, refusal.message)
+            for flight in party.flights:
+                flight.worker_id, flight.epoch = NOBODY, NEVER
+            self.waiting_room.put_back(party, now_ns)
+            return False
+        cached_tokens = sum(attempt.predicted_cached_tokens(attempt.prompt_leg) for f in party.flights if (attempt := f.record.attempt))
+        self.waiting_room.note_sent(party, cached_tokens, now_ns)
+        return True
+
+    def _evict(self, party: Party, reason: EvictReason, now_ns: int) -> None:
+        error = self.waiting_room.eviction(party, reason, now_ns)
+        for flight in party.flights:
+            self._finish(flight, End(error=error))
+
+    def _tick(self) -> None:
+        """From time to time while anything waits."""
+        self._tick_timer = None
+        now_ns = self._clock.now_ns()
+        for party, reason in self.waiting_room.turn_out(now_ns):
+            self._evict(party, reason, now_ns)
+        for flight, cause in list(self._stranded.values()):
+            if flight.leave_by_ns is not None and now_ns >= flight.leave_by_ns:
+                self._give_up(flight, cause)
+        self._let_in()
+
+    def _watch(self) -> None:
+        """See to it that the timer runs while anything waits, and only then."""
+        is_waiting = bool(self._stranded or self.waiting_room)
+        if is_waiting and self._tick_timer is None:
+            self._tick_timer = asyncio.get_running_loop().call_later(RETRY_INTERVAL_S, self._tick)
+        elif not is_waiting and self._tick_timer is not None:
+            self._tick_timer.cancel()
+            self._tick_timer = None
+
+    def _give_up(self, flight: Flight, cause: PolyphaseError) -> None:
+        """A worker sent it back, and until now none had room."""
+        self._metrics.evictions.labels(flight.job.model, EvictReason.DEADLINE.value).inc()
+        self._finish(flight, End(error=Evicted(f"no worker had room for it in time; {cause.message}", retry_after_s=2)))
 
     # Transitions
 
@@ -124,18 +236,7 @@ class Dispatcher:
         hashes = flight.hashes()
         while True:
             started = time.perf_counter()
-            request = RouteRequest(
-                request_id=job.sequence_id,
-                model=job.model,
-                sequence_hashes=hashes,
-                prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
-                max_output_tokens=flight.remaining_tokens,
-                excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
-                now_ns=self._clock.now_ns(),
-                session=job.hints.session,
-                preferred_labels=job.hints.preferred_labels,
-                required_labels=job.hints.required_labels,
-            )
+            request = self._request_of(flight, hashes)
             route = self._refusals.route(self._router.route, request, self._clock.now_ns())
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
@@ -149,14 +250,19 @@ class Dispatcher:
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
-            flight.predictions = self._predictions_of(flight, route, now_ns)
+            flight.predict(route, now_ns, self.predictions.removed_block_count)
             try:
-                self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer, believed_prefill_tokens=believed_tokens(place, flight.attempts)))
+                believed = believed_tokens(place, flight.attempts)
+                self._send(place.worker_id, flight.submit(now_ns, hand_over=splits, offer=offer, believed_prefill_tokens=believed))
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
                 flight.tried.add((place.worker_id, place.epoch))
                 continue
+            if flight.record.queued_ns and not flight.record.admitted_ns:
+                flight.record.admitted_ns = now_ns
+                waited_s = (now_ns - flight.record.queued_ns) / 1e9
+                flight.record.history.note(now_ns, "admitted", detail=f"a worker had room after {waited_s:.2f} s")
             flight.record.history.note(now_ns, "sent", place.worker_id, "to compute the prompt" if splits else "to serve it")
             flight.stage = Stage.PREFILL if splits else Stage.SERVING
             self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
@@ -187,7 +293,7 @@ class Dispatcher:
         if output.token_ids or end is not None:
             self._take_tokens(flight, output, now_ns, end)
         if end is not None:
-            self._close(flight, _how(end))
+            self._close(flight, how_it_ended(end))
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
@@ -216,7 +322,7 @@ class Dispatcher:
         if self._epochs.get(place.worker_id) == place.epoch:
             flight.worker_id, flight.epoch, flight.stage = place.worker_id, place.epoch, Stage.SERVING
             try:
-                self._send(place.worker_id, flight.submit(offer=offer))
+                self._send(place.worker_id, flight.submit(now_ns, offer=offer))
             except WorkerLost as error:
                 self._break_off(flight, error)
                 return
@@ -240,11 +346,12 @@ class Dispatcher:
         flight.record.migrations += 1
         flight.metrics.migrations.inc()
         flight.stage = Stage.WAITING
+        flight.leave_by_ns = None
         flight.waits_until_ns = self._clock.now_ns() + int(self._settings.migration_patience_s * 1e9)
         self._depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker is full, or busier than believed: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        """The worker is full, or busier than believed: no fault, and no migration. With its true load, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
         self._metrics.refusals.labels(worker_id).inc()
@@ -256,64 +363,76 @@ class Dispatcher:
             flight.waits_until_ns = now_ns + int(self._settings.migration_patience_s * 1e9)
         self._depart_again(flight, error_of(failure))
 
-    def _depart_again(self, flight: Flight, cause: PolyphaseError) -> None:
-        """As `_depart`, but a refusal is waited out for a while: the client has been promised an answer."""
-        flight.retry = None
+    def _depart_again(self, flight: Flight, cause: PolyphaseError) -> bool:
+        """As `_depart`, but a refusal is waited out. Returns: whether it is, because no worker has room.
+
+        That lasts until the flight must have left, and for one that was promised an answer until its deadline; to wait for a worker to
+        join, a while is enough.
+        """
         try:
             self._depart(flight)
         except Refused as refusal:
             flight.worker_id, flight.epoch = NOBODY, NEVER
+            has_no_worker = isinstance(refusal, NoWorkers)
             # A worker that was lost may come back, and a full one may get room; one that failed would only fail again.
-            is_hopeless = isinstance(refusal, NoWorkers) and not isinstance(cause, WorkerLost)
-            if is_hopeless or self._clock.now_ns() >= flight.waits_until_ns:
+            is_hopeless = has_no_worker and not isinstance(cause, WorkerLost)
+            if is_hopeless or (has_no_worker and self._clock.now_ns() >= flight.waits_until_ns):
                 # A worker's own refusal (its queue is full) is the better answer while nothing was sent to the client.
-                error = cause if isinstance(cause, Refused | RequestError) else _lost(cause, refusal)
+                error = cause if isinstance(cause, Refused | RequestError) else lost_for_want_of_room(cause, refusal)
                 self._finish(flight, End(error=error))
-                return
-            flight.retry = asyncio.get_running_loop().call_later(RETRY_INTERVAL_S, self._depart_again, flight, cause)
+                return False
+            self._stranded[flight.job.sequence_id] = (flight, cause)
+            return not has_no_worker
+        self._stranded.pop(flight.job.sequence_id, None)
+        return False
 
     def _expire(self, flight: Flight) -> None:
-        self._tell_worker_to_stop(flight)
-        seconds = self._settings.request_timeout_s
-        self._finish(flight, End(error=DeadlineExceeded(f"the request was not finished within {seconds:g} s")))
+        now_ns = self._clock.now_ns()
+        if flight.party is not None:
+            party = flight.party
+            self.waiting_room.leave(flight, now_ns)
+            self._evict(replace(party, flights=[flight]), EvictReason.DEADLINE, now_ns)
+        else:
+            self._tell_worker_to_stop(flight)
+            seconds = (flight.deadline_ns - flight.record.started_ns) / 1e9
+            self._finish(flight, End(error=DeadlineExceeded(f"the request was not finished within {seconds:g} s")))
+        self._let_in()
 
     def _finish(self, flight: Flight, end: End) -> None:
         flight.inbox.put(Arrival(flight.job.index, end=end))
-        self._close(flight, _how(end))
+        self._close(flight, how_it_ended(end))
 
     def _close(self, flight: Flight, how: str = "cancelled") -> None:
         """It is over: booking, blocks that nobody took, names and timers go."""
         flight.stage = Stage.OVER
+        self.waiting_room.leave(flight, self._clock.now_ns())
+        self._stranded.pop(flight.job.sequence_id, None)
         self._release_offer(flight)
         flight.record.ended_ns = self._clock.now_ns()
         flight.record.history.note(flight.record.ended_ns, "ended", detail=how)
         self._router.release(flight.job.sequence_id)
         self._flights.pop(flight.job.sequence_id, None)
         self._by_wire_id.pop(flight.wire_id, None)
-        for timer in (flight.deadline, flight.retry):
-            if timer is not None:
-                timer.cancel()
-        flight.deadline = flight.retry = None
+        if flight.deadline is not None:
+            flight.deadline.cancel()
+            flight.deadline = None
 
     # Odds and ends
 
-    def _predictions_of(self, flight: Flight, route: Route, now_ns: int) -> dict[WorkerId, Prediction]:
-        """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
+    def _request_of(self, flight: Flight, hashes: list[SequenceHash] | None = None) -> RouteRequest:
         job = flight.job
-        return {
-            place.worker_id: Prediction(
-                worker_id=place.worker_id,
-                epoch=place.epoch,
-                routed_ns=now_ns,
-                hashes=job.hashes,
-                prompt_tokens=len(job.prompt_ids),
-                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
-                removed_before=self.predictions.removed_block_count(place.worker_id),
-                is_salted=job.cache_salt is not None,
-            )
-            for place in (route.prefill, route.decode)
-            if place is not None
-        }
+        return RouteRequest(
+            request_id=job.sequence_id,
+            model=job.model,
+            sequence_hashes=flight.hashes() if hashes is None else hashes,
+            prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
+            max_output_tokens=flight.remaining_tokens,
+            excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
+            now_ns=self._clock.now_ns(),
+            session=job.hints.session,
+            preferred_labels=job.hints.preferred_labels,
+            required_labels=job.hints.required_labels,
+        )
 
     def _rename(self, flight: Flight) -> None:
         self._by_wire_id.pop(flight.wire_id, None)
@@ -347,13 +466,3 @@ class Dispatcher:
             self._send(worker_id, message)
         except WorkerLost as error:
             log.debug("not sent: %s", error.message)
-
-
-def _how(end: End) -> str:
-    return f"error: {end.error.message}" if end.error is not None else str(end.finish_reason)
-
-
-def _lost(cause: PolyphaseError, refusal: Refused) -> PolyphaseError:
-    kind = type(cause) if isinstance(cause, Lost) else WorkerLost
-    what = "is full" if isinstance(refusal, Overloaded) else "is left to go on with it"
-    return kind(f"{cause.message}, and no other worker {what}: {refusal.message}")

@@ -28,6 +28,7 @@ from polyphase.frontend.problems import InternalError, error_events, error_objec
 from polyphase.frontend.prompts import Prompt
 from polyphase.frontend.records import Records, RequestRecord, prefill_worker
 from polyphase.frontend.settings import FrontendSettings
+from polyphase.frontend.terms import Terms, terms_of
 from polyphase.frontend.validation import Wishes
 from polyphase.text import Tokenizer
 
@@ -84,6 +85,7 @@ class GenerationEndpoint(Generic[RequestT]):
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received_ns = self._services.dispatcher.now_ns()
         check_content_type(scope)
         try:
             body = await read_body(scope, receive, self._services.settings)
@@ -92,7 +94,8 @@ class GenerationEndpoint(Generic[RequestT]):
             return
         names: RequestNames = scope["state"]["names"]
         request = parse_body(body, self._surface.request)
-        order = await self._order(request, names, RoutingHints.of(scope, request))
+        terms = terms_of(scope, request.user, self._services.settings, received_ns)
+        order = await self._order(request, names, terms, RoutingHints.of(scope, request))
         record = self._open_record(order, names)
         answer = AnswerFields(record.answer_id, order.model.name, record.created_unix_s)
         form = self._surface.format(answer, order.wishes, order.prompts, order.model.tokenizer)
@@ -104,11 +107,11 @@ class GenerationEndpoint(Generic[RequestT]):
                 else:
                     await self._answer(generation, form, send)
 
-    async def _order(self, request: RequestT, names: RequestNames, hints: RoutingHints) -> Order:
+    async def _order(self, request: RequestT, names: RequestNames, terms: Terms, hints: RoutingHints) -> Order:
         model = self._services.models.get(request.model)
         wishes = self._surface.wishes(request, model)
         prompts = await self._surface.prompts(request, wishes, model, self._services.settings)
-        return Order(names.internal, model, wishes, prompts, hints)
+        return Order(names.internal, model, wishes, prompts, terms, hints)
 
     def _open_record(self, order: Order, names: RequestNames) -> RequestRecord:
         record = RequestRecord(

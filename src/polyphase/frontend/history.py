@@ -24,7 +24,7 @@ class Moment:
     """`event` is one of a few words, `detail` a phrase for a person."""
 
     at_ns: int
-    event: str  # accepted | queued | refused | sent | first token | handed over | transferred | broken off | ended
+    event: str  # accepted | queued | admitted | refused | sent | first token | handed over | transferred | broken off | ended
     worker: str | None = None
     detail: str | None = None
 

@@ -33,6 +33,7 @@ class ModelMetrics:
         self.input_tokens = metrics.input_tokens.labels(model)
         self.output_tokens = metrics.output_tokens.labels(model)
         self.cached_tokens = metrics.cached_tokens.labels(model)
+        self.queue_wait_s = metrics.queue_wait_s.labels(model)
         self.migrations = metrics.migrations.labels(model)
         self.cancellations = metrics.cancellations.labels(model)
 
@@ -61,6 +62,13 @@ class Metrics:
         self.migrations = counter("model_migration", "Sequences taken up by another worker")
         self.cancellations = counter("model_cancellation", "Requests whose client went away")
         self.rejections = counter("model_rejection", "Requests refused before anything was started, by error code", ("code",))
+        self.queued_requests = Gauge(
+            f"{PREFIX}_queued_requests", "Requests that wait here because every worker is saturated", by_model, registry=self.registry
+        )
+        self.queue_wait_s = histogram("queue_wait_seconds", "Of requests that had to wait here, until they were sent", _DURATION_S)
+        by_reason = ("model", "reason")
+        self.rejections_of_queue = counter("admission_rejections", "Requests that were not let wait, by reason", by_reason)
+        self.evictions = counter("admission_evictions", "Requests turned out of the queue, by reason", by_reason)
         self.routes = Counter("polyphase_router_routes", "Decisions of the router", ("model", "kind"), registry=self.registry)
         self.refusals = Counter(
             "polyphase_router_worker_refusals", "Requests that a worker sent back: its queue was full", ("worker",), registry=self.registry

@@ -12,6 +12,7 @@ from polyphase.frontend.answers import encode
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import ServedModel
+from polyphase.frontend.waiting_room import LaneView
 from polyphase.router import Drift, Router, WorkerView
 
 LATEST_COUNT = 50
@@ -42,6 +43,8 @@ class Pages:
             drift = self._services.dispatcher.predictions.drifts.get(view.facts.worker_id)
             workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift)}
             can_serve = can_serve or not view.facts.is_draining
+        for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
+            models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))
         is_draining = self._services.door.is_closed
         status = "draining" if is_draining else "healthy" if can_serve else "unhealthy"
         page = {"status": status, "active_requests": self._services.dispatcher.active_count, "models": models}
@@ -97,6 +100,16 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         shown = {"running_count", "waiting_count", "block_count", "used_block_count"}
         page.update({name: getattr(load, name) for name in load.__struct_fields__ if name not in shown})
     return page
+
+
+def _lane(lane: LaneView) -> dict[str, Any]:
+    return {
+        "waits_for_prefill_worker": lane.waits_for_prefill,
+        "requests": lane.requests,
+        "prompt_tokens": lane.tokens,
+        "oldest_wait_s": round(lane.oldest_wait_s, 3),
+        "drain_time_s": None if lane.drain_time_s is None else round(lane.drain_time_s, 3),
+    }
 
 
 def _drift(drift: Drift | None) -> dict[str, Any] | None:

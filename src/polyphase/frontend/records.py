@@ -22,6 +22,8 @@ class SequenceRecord:
 
     started_ns: int
     history: History = field(default_factory=History)
+    queued_ns: int = 0  # when it began to wait here for a worker with room; 0 if it did not
+    admitted_ns: int = 0  # when that was over
     stats: PhaseStats | None = None  # of the leg that computed the prompt
     transferred_tokens: int = 0
     kv_bytes_moved: int = 0
@@ -53,6 +55,14 @@ class SequenceRecord:
     @property
     def cached_tokens(self) -> int:
         return self.stats.cached_token_count if self.stats else 0
+
+    @property
+    def admission_wait_ms(self) -> float | None:
+        """Here, before it was first sent to a worker; None while it waits. A request that never waited has 0."""
+        if not self.queued_ns:
+            return 0.0
+        until_ns = self.admitted_ns or self.ended_ns
+        return (until_ns - self.queued_ns) / 1e6 if until_ns else None
 
     @property
     def ttft_ms(self) -> float | None:
@@ -116,6 +126,7 @@ class RequestRecord:
             "transferred_tokens": sum(sequence.transferred_tokens for sequence in self.sequences),
             "kv_bytes_moved": sum(sequence.kv_bytes_moved for sequence in self.sequences),
             "transfer_ms": _rounded(sum(sequence.transfer_ms for sequence in self.sequences)),
+            "admission_wait_ms": _rounded(first.admission_wait_ms) if first else None,
             "queue_ms": _rounded(first.stats.queue_ms) if first and first.stats else None,
             "completion_tokens": sum(sequence.completion_tokens for sequence in self.sequences),
             "ttft_ms": _rounded(first.ttft_ms) if first else None,

@@ -14,6 +14,7 @@ from polyphase.launch.accelerators import Gpu, Share, find_gpus, share_gpus
 from polyphase.launch.cores import core_count, thread_environment, threads_per_worker
 from polyphase.launch.model_source import ModelSource, resolve_model
 from polyphase.launch.process import ProcessKind, ProcessSpec
+from polyphase.router.tenants import format_tenant_weights
 from polyphase.wire.cards import Role
 
 
@@ -97,6 +98,10 @@ def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
         "split-threshold": settings.split_threshold,
         "split-fraction": settings.split_fraction,
         "drain-timeout-s": settings.drain_timeout,
+        "max-queued-requests": settings.max_queued_requests,
+        "max-queued-per-tenant": settings.max_queued_per_tenant,
+        "max-queue-wait-s": settings.max_queue_wait,
+        "tenant-weights": format_tenant_weights(settings.tenant_weights) or None,
     }
     return ProcessSpec("frontend", ProcessKind.FRONTEND, _command("polyphase.frontend", flags), _environment(1))
 

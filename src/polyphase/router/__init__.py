@@ -4,9 +4,11 @@ In come worker facts, KV events, load reports and route requests; out go routes 
 socket or task: the frontend feeds it and acts on what it says.
 """
 
+from polyphase.router.admission import AdmissionQueue, AdmissionSettings, EvictReason, Queued, Rejected, RejectReason
 from polyphase.router.bookings import Booked, Bookings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
+from polyphase.router.fair_share import Ticket
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import FILTERS, POLICIES, policy_of
@@ -32,12 +34,15 @@ __all__ = [
     "BUILT_IN",
     "FILTERS",
     "POLICIES",
+    "AdmissionQueue",
+    "AdmissionSettings",
     "Booked",
     "Bookings",
     "Candidate",
     "Drift",
     "DriftReason",
     "DriftWatch",
+    "EvictReason",
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",
@@ -46,7 +51,10 @@ __all__ = [
     "PolicySettings",
     "PredictedPrefixIndex",
     "PrefixIndex",
+    "Queued",
     "Refusals",
+    "RejectReason",
+    "Rejected",
     "Route",
     "RouteRequest",
     "Router",
@@ -55,6 +63,7 @@ __all__ = [
     "SessionRule",
     "SplitRule",
     "StreamFacts",
+    "Ticket",
     "WorkerFacts",
     "WorkerView",
     "believed_tokens",

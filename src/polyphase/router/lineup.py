@@ -22,6 +22,7 @@ from polyphase.core.ids import Epoch, WorkerId
 from polyphase.router.columns import Column
 from polyphase.router.cost import in_flight_count, queued_prefill_tokens, used_block_count
 from polyphase.router.indexes.naive import NaiveOverlaps
+from polyphase.router.saturation import is_saturated
 from polyphase.router.types import Leg, Overlaps, WorkerFacts, WorkerView
 from polyphase.wire.events import Tier
 
@@ -44,6 +45,7 @@ class Standings:
         "request_counts",
         "room_tokens",
         "rows",
+        "saturated_rows",
         "used_tokens",
         "views",
         "worker_ids",
@@ -62,6 +64,7 @@ class Standings:
         self.request_counts: Column = array("d", map(in_flight_count, self.views))
         self._least_room_tokens = min(self.room_tokens, default=0.0)  # nobody has less; perhaps all have more
         self.full_rows = {row for row, view in enumerate(self.views) if self._is_full(view)}
+        self.saturated_rows = {row for row, view in enumerate(self.views) if is_saturated(view)}
         # Turns count up from 0, so that any of these is longer ago; a router that begins elsewhere has another order.
         self.last_turns = array("q", (-1 - xxhash.xxh3_64_intdigest(name.encode(), seed) % (1 << 62) for name in self.worker_ids))
         self.lasting_rows: dict[Leg, Sequence[int]] = {}  # what lasting filters leave for an ordinary request; the router's
@@ -87,6 +90,10 @@ class Standings:
             self.full_rows.add(row)
         elif self.full_rows:
             self.full_rows.discard(row)
+        if is_saturated(view):
+            self.saturated_rows.add(row)
+        elif self.saturated_rows:
+            self.saturated_rows.discard(row)
 
     def has_room_everywhere(self, token_count: int) -> bool:
         """Whether every worker's pool could take so many tokens."""
@@ -104,6 +111,11 @@ class Standings:
             column = array("d", (sum(view.facts.labels.get(name) != value for name, value in key) for view in self.views))
             self._label_columns[key] = column
         return column
+
+    def has_headroom(self, rows: Sequence[int]) -> bool:
+        """Whether a worker of these rows is not saturated."""
+        saturated = self.saturated_rows
+        return bool(rows) if not saturated else any(row not in saturated for row in rows)
 
     def _is_full(self, view: WorkerView) -> bool:
         return view.booked_request_count >= view.facts.max_running + self.max_waiting_requests

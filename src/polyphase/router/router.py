@@ -211,6 +211,24 @@ class Router:
         reason = f"split: {to_compute} of {request.prompt_token_count} prompt tokens to compute away from decoding requests"
         return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
 
+    def has_headroom(self, request: RouteRequest) -> bool:
+        """Whether a worker would begin with it soon; if not, it had better wait where it can still be sent elsewhere. Books nothing.
+
+        Raises: NoWorkers. Cost: O(workers whose bookings or load changed).
+        """
+        standings = self._standings_of(request)
+        if not standings.has_headroom(self._able(request, BOTH, standings, is_required=True)):
+            return False
+        helpers = self._able(request, PREFILL, standings, is_required=False)
+        return standings.has_headroom(helpers) or not self._needs_one_of(helpers, request)
+
+    def waits_for_prefill(self, request: RouteRequest) -> bool:
+        """Whether it needs a prefill worker besides: those that do and those that do not wait for different workers. Raises: NoWorkers."""
+        return self._needs_one_of(self._able(request, PREFILL, self._standings_of(request), is_required=False), request)
+
+    def _needs_one_of(self, helpers: Sequence[int], request: RouteRequest) -> bool:
+        return bool(helpers) and request.prompt_token_count >= self._settings.split.min_uncached_tokens
+
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
         self._expected.settle(request_id)
@@ -244,16 +262,23 @@ class Router:
 
     def _filter(self, request: RouteRequest, leg: Leg, workers: Lineup, *, is_required: bool) -> bool:
         """Sets `workers.rows`. Returns: whether any are left. Raises: why there are none, if some are required."""
-        is_ordinary = not (request.excluded or request.required_labels)
-        lasting = workers.standings.lasting_rows
-        rows = lasting.get(leg) if is_ordinary else None
-        if rows is None:
-            rows = _kept(self._policy.lasting_filters, request, leg, workers, range(len(workers)), is_required)
-            if is_ordinary:
-                lasting[leg] = rows
+        rows = self._able(request, leg, workers.standings, is_required=is_required, workers=workers)
         rows = _kept(self._policy.passing_filters, request, leg, workers, rows, is_required)
         workers.rows = None if len(rows) == len(workers.standings.views) else rows
         return bool(rows)
+
+    def _able(
+        self, request: RouteRequest, leg: Leg, standings: Standings, *, is_required: bool, workers: Lineup | None = None
+    ) -> Sequence[int]:
+        """Rows that the lasting filters leave: who may take the leg, now or later. Raises: why there are none, if some are required."""
+        is_ordinary = not (request.excluded or request.required_labels)
+        rows = standings.lasting_rows.get(leg) if is_ordinary else None
+        if rows is None:
+            workers = workers or Lineup(standings, self.index.match(()))
+            rows = _kept(self._policy.lasting_filters, request, leg, workers, range(len(workers)), is_required)
+            if is_ordinary:
+                standings.lasting_rows[leg] = rows
+        return rows
 
     def _choose(self, request: RouteRequest, leg: Leg, workers: Lineup) -> _Choice:
         weighing = self._policy.weigh(request, leg, workers)

@@ -20,6 +20,7 @@ from polyphase.twin.timeline import Timeline
 from polyphase.twin.worker import Delays, SimulatedWorker
 from polyphase.worker.room import QueueLimits
 
+
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
     engine: MockSettings

@@ -102,7 +102,9 @@ class SimulatedFrontend:
             believed_prefill_tokens=believed_tokens(route.decode, running.attempts),
         )
         worker = self._workers[worker_id]
-        self._timeline.after(self._delays.request_ns, lambda: worker.submit(submit, turn.names, lambda output: self._receive(running, output)))
+        self._timeline.after(
+            self._delays.request_ns, lambda: worker.submit(submit, turn.names, lambda output: self._receive(running, output))
+        )
 
     def _depart_again(self, running: _Running) -> None:
         """A refusal is waited out for a while."""

@@ -66,6 +66,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     hand_over: bool = False
     offer: KvOffer | None = None
     believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
+    remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -110,7 +111,7 @@ class FinishReason(enum.StrEnum):
 
 
 class WireFailure(msgspec.Struct, frozen=True):
-    """A `PolyphaseError` on its way to another process; `code` is the class's. `overloaded` and `busier` come with the worker's load of now."""
+    """A `PolyphaseError` on its way to another process, by its class's `code`. With `overloaded` and `busier` comes the load of now."""
 
     code: str
     message: str

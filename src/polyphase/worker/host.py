@@ -19,7 +19,17 @@ from dataclasses import dataclass
 
 import msgspec
 
-from polyphase.core.errors import Draining, EngineFailed, InvalidRequest, Lost, Overloaded, PolyphaseError, TransferError, WorkerLost
+from polyphase.core.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    Lost,
+    Overloaded,
+    PolyphaseError,
+    TransferError,
+    WorkerLost,
+)
 from polyphase.engines.interface import BlockSource, Engine, StepReport
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
@@ -52,6 +62,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 LOAD_INTERVAL_S = 0.1  # between load reports while steps change nothing but token counts
 ACCEPT_LOAD_INTERVAL_S = 0.005  # between those that only tell of requests accepted; other frontends should know before a long step ends
 DRAIN_CHECK_INTERVAL_S = 0.05
+DEADLINE_GRACE_S = 0.25  # the peer, which set the deadline, cancels by itself; this is for when it cannot
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +176,8 @@ class WorkerHost:
             self._refuse(peer, request, InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}"))
             return
         live = self._live.add(request_id, peer)
+        if request.remaining_ms is not None:
+            self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
         if request.offer is None:
             self._submit(request, None)
         else:
@@ -271,6 +284,7 @@ class WorkerHost:
             self._releases.send(offer)
         if report.events or has_finished or time.monotonic() - self._last_load_s >= LOAD_INTERVAL_S:
             self._publish(report)
+        self._end_overdue()
 
     def _finish(self, output: SequenceOutput) -> None:
         live = self._live.get(output.request_id)
@@ -305,6 +319,7 @@ class WorkerHost:
         """Once a second: report the load, and find out whether peers whose requests only wait are still there."""
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            self._end_overdue()
             self._publish(None)
             self._releases.close_idle()
             self._pools.close_idle()
@@ -314,6 +329,15 @@ class WorkerHost:
                 if now_s - self._last_sent_s.get(peer, 0.0) >= HEARTBEAT_INTERVAL_S:
                     self._send(peer, [])
             self._last_sent_s = {peer: sent_s for peer, sent_s in self._last_sent_s.items() if now_s - sent_s < 60}
+
+    def _end_overdue(self) -> None:
+        """Nothing is computed for those whom nobody awaits any more."""
+        for live in self._live.overdue(time.monotonic()):
+            with request_context(live.request_id):
+                log.warning("given up: its deadline has passed, and nobody cancelled it")
+            self._abort(live)
+            error = DeadlineExceeded(f"worker {self._entry.worker_id} had not finished the request by its deadline")
+            self._send(live.peer, [_failed(live.request_id, error)])
 
     def _fail_all(self, error: Lost) -> None:
         """End whatever is left with an error that lets the peer try elsewhere."""

@@ -160,7 +160,7 @@ class DispatchMachine(RuleBasedStateMachine):
         name = RequestId(f"r{len(self.flights)}")
         job = Job(name, 0, "tiny", 16, ids, sequence_hashes(ids, 16), SamplingParams(seed=1), StopConditions(max_tokens=MAX_TOKENS))
         try:
-            self.flights.append(self.dispatcher.start(job, Inbox()))
+            self.flights += self.dispatcher.start([job], Inbox())
         except Refused:
             return
 

@@ -82,7 +82,7 @@ class Frontend:
         ids = [len(self.flights)] * PROMPT_TOKENS
         name = RequestId(f"{self.name}-{len(self.flights)}")
         job = Job(name, 0, "m", 16, ids, sequence_hashes(ids, 16), SamplingParams(seed=1), StopConditions(max_tokens=1))
-        self.flights.append(self.dispatcher.start(job, Inbox()))
+        self.flights += self.dispatcher.start([job], Inbox())
         return self.flights[-1]
 
     def refusals(self, worker_id: str) -> float:
