@@ -162,7 +162,8 @@ class Lineup(Sequence[WorkerView]):
     def depth(self, row: int, tier: Tier = Tier.DEVICE) -> int:
         """Leading blocks that this worker holds in this tier or a faster one, or is going to hold."""
         worker_id = self.standings.worker_ids[row]
-        return max(self.overlaps.depth(worker_id, tier), self.expected.get(worker_id, 0))
+        depth = self.overlaps.depth(worker_id, tier)
+        return max(depth, self.expected.get(worker_id, 0)) if self.expected else depth
 
     def depths(self, tier: Tier = Tier.DEVICE) -> list[int]:
         depths = self.overlaps.depths(self.standings.worker_ids, tier)
