@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "block_copy_binding.h"
 #include "hashing.h"
 #include "prefix_index.h"
 #include "python_numbers.h"
@@ -384,8 +385,10 @@ py::list scores_of_costs(const py::list& loads, const py::list& tokens, double w
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Block hashing and the prefix index in C++; polyphase.core.native says whether it is in use.";
-    module.attr("RECIPE") = 1;  // raised with every change that the Python side must know of
+    module.doc() = "Block hashing, the prefix index and the block copy in C++; polyphase.core.native says whether it is in use.";
+    module.attr("RECIPE") = 2;  // raised with every change that the Python side must know of
+
+    bind_block_copy(module);
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());

@@ -26,10 +26,11 @@ from polyphase.runtime import Lease, Registry, WorkerPaths
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
-from polyphase.worker.engines import kv_exporter, load_engine
+from polyphase.worker.engines import load_engine
 from polyphase.worker.host import HostSettings, WorkerHost
 from polyphase.worker.options import WorkerOptions, parse_options
 from polyphase.worker.room import QueueLimits
+from polyphase.worker.transfer import join_transfer
 from polyphase.worker.warm_up import warm_up
 
 log = logging.getLogger("polyphase.worker")
@@ -92,20 +93,17 @@ async def _host(engine: Engine, lease: Lease, paths: WorkerPaths, options: Worke
         request_endpoint=paths.request_endpoint,
         event_endpoint=paths.event_endpoint,
     )
-    exporter = kv_exporter(engine)
-    if exporter is not None:
-        pool = exporter.pool_descriptor(str(paths.pool_socket))
-        exporter.bind_offers(worker_id=entry.worker_id, epoch=entry.epoch, endpoint=entry.request_endpoint, pool=pool)
-    log.info("warming up")
-    await warm_up(engine)
-    limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
-    host = WorkerHost(engine, lease, HostSettings(entry, paths, options.drain_timeout_s, limits))
-    _drain_on_signals(host, lease, paths)
-    watch = asyncio.create_task(_drain_when_cut(lifeline, host), name="lifeline")
-    try:
-        await host.run()
-    finally:
-        watch.cancel()
+    with join_transfer(engine, entry, str(paths.pool_socket), options.transfer) as (agent, region):
+        log.info("warming up")
+        await warm_up(engine)
+        limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
+        host = WorkerHost(engine, lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits))
+        _drain_on_signals(host, lease, paths)
+        watch = asyncio.create_task(_drain_when_cut(lifeline, host), name="lifeline")
+        try:
+            await host.run()
+        finally:
+            watch.cancel()
 
 
 def _drain_on_signals(host: WorkerHost, lease: Lease, paths: WorkerPaths) -> None:
