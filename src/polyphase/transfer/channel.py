@@ -59,6 +59,8 @@ class SocketChannel:
         self._send(Release(lease_id))
 
     def notify(self, payload: bytes, timeout_s: float) -> None:
+        if self.is_lost:
+            raise PeerLost(f"{self.control.peer} has gone")
         self.mailbox.send(payload, timeout_s)
 
     def close(self) -> None:

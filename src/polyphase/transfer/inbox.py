@@ -33,9 +33,7 @@ class Mailbox:
         self._sending = threading.Lock()
 
     def send(self, payload: bytes, timeout_s: float) -> None:
-        """Raises: TransferError if the payload is too long, PeerLost, TransferTimeout if the peer does not read for so long."""
-        if len(payload) > MAX_NOTIFICATION_BYTES:
-            raise TransferError(f"a notification of {len(payload)} bytes cannot be sent; {MAX_NOTIFICATION_BYTES} is the most")
+        """Raises: PeerLost, TransferTimeout if the peer does not read for so long."""
         data = memoryview(encode_frame(NotificationFrame(payload)))
         with self._sending:
             while data:
@@ -77,6 +75,12 @@ class Mailbox:
         self.socket.close()
 
 
+def check_payload(payload: bytes) -> None:
+    """Raises: TransferError if a notification cannot carry it."""
+    if len(payload) > MAX_NOTIFICATION_BYTES:
+        raise TransferError(f"a notification of {len(payload)} bytes cannot be sent; {MAX_NOTIFICATION_BYTES} is the most")
+
+
 class Sender(Protocol):
     """The way back to whoever sent a notification."""
 
@@ -93,6 +97,7 @@ class Notification:
 
     def reply(self, payload: bytes, timeout_s: float = 5.0) -> None:
         """Back along the same connection. Raises: as `Session.notify`."""
+        check_payload(payload)
         self._mailbox.send(payload, timeout_s)
 
 

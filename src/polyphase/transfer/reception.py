@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from polyphase.core.errors import PolyphaseError, TransferRefused
+from polyphase.core.errors import PeerLost, PolyphaseError
 from polyphase.transfer.channel import Guest, SocketChannel
 from polyphase.transfer.doors import Doors, call
 from polyphase.transfer.greeting import answer, greet
@@ -162,7 +162,7 @@ class Reception:
     def dial(self, theirs: AgentCard, purpose: str, session_id: bytes, deadline_ns: int) -> Wire:
         is_local = self._agent.is_on_this_host(theirs)
         if not is_local and not theirs.tcp_address:
-            raise TransferRefused(f"agent {theirs.agent_id} does not listen for other hosts, and its Unix socket is not in reach")
+            raise PeerLost(f"agent {theirs.agent_id} does not listen for other hosts, and its Unix socket is not in reach")
         wire = call(theirs, is_local=is_local, clock=self._agent.clock, deadline_ns=deadline_ns)
         try:
             greet(wire, self._agent.card_with_none(), theirs, purpose, session_id, b"" if is_local else self._agent.token)

@@ -14,6 +14,7 @@ from polyphase.transfer.backends.interface import Job, Link
 from polyphase.transfer.blocks import LocalBlocks, RemoteBlocks, checked_ids, words_of
 from polyphase.transfer.channel import Channel
 from polyphase.transfer.choice import Choice, choose_for_regions
+from polyphase.transfer.inbox import check_payload
 from polyphase.transfer.transfer import Lane, Transfer
 from polyphase.transfer.verdicts import Outcome, Verdict
 from polyphase.wire.transfer import AgentCard, BlockOffer, RegionCard
@@ -145,13 +146,14 @@ class Session:
         self._check()
         self._check_lists(remote, local)
         deadline_ns = self.agent.clock.now_ns() + int(timeout_s * 1e9)
-        link = self._link_for(remote.region, local.region, deadline_ns, is_read=is_read)
+        link = self._link_for(remote.region, local.region, is_read=is_read)
         verdicts = bytearray(len(remote))
         lanes = [Lane(job) for job in _split(remote, local, verdicts, deadline_ns, link.lane_count)]
         transfer = Transfer(self, link, lanes, verdicts, is_read=is_read, notify=notify)
         with self._lock:
             self._check()
             self._running.add(transfer)
+        transfer.arm()
         return transfer, lanes
 
     def _check_lists(self, remote: RemoteBlocks, local: LocalBlocks) -> None:
@@ -170,7 +172,7 @@ class Session:
                 "blocks of other shapes are moved by polyphase.transfer.reshape"
             )
 
-    def _link_for(self, remote: RegionCard, local: Region, deadline_ns: int, *, is_read: bool) -> Link:
+    def _link_for(self, remote: RegionCard, local: Region, *, is_read: bool) -> Link:
         # What is written is fetched by the peer, so the peer must be able to reach it.
         reach = local.usable_backends if is_read else [name for name in local.usable_backends if name in local.card.backends]
         name = choose_for_regions(self.choice, reach, remote)
@@ -179,7 +181,7 @@ class Session:
             with self._linking:
                 link = self._links.get(name)
                 if link is None:
-                    link = self._links[name] = self.agent.backend(name).connect(self.peer, self.session_id, deadline_ns)
+                    link = self._links[name] = self.agent.backend(name).connect(self.peer, self.session_id)
         return link
 
     def forget(self, transfer: Transfer) -> None:
@@ -194,8 +196,12 @@ class Session:
     # Words.
 
     def notify(self, payload: bytes, timeout_s: float = 5.0) -> None:
-        """Into the peer's inbox, after everything that was sent before. Raises: PeerLost, TransferTimeout, HandleReleased."""
+        """Into the peer's inbox, after everything that was sent before.
+
+        Raises: TransferError if the payload is too long; PeerLost; TransferTimeout if the peer does not read; HandleReleased.
+        """
         self._check()
+        check_payload(payload)
         self._channel.notify(payload, timeout_s)
 
     def release(self) -> None:

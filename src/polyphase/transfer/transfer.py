@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyphase.core.errors import HandleReleased, PeerLost, PolyphaseError, StaleDescriptor, TransferError, TransferTimeout
 from polyphase.transfer.backends.interface import Job, Link
+from polyphase.transfer.reactor import Timer
 from polyphase.transfer.verdicts import Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Transfer:
         self._begun_ns = session.agent.clock.now_ns()
         self._future: Future[Outcome] = Future()
         self._is_released = False
-        self._timer = None if not lanes else session.agent.runtime.call_at(lanes[0].job.deadline_ns, self._expire)
+        self._timer: Timer | None = None
 
     def poll(self) -> bool:
         """Whether it has ended. Raises: HandleReleased."""
@@ -124,6 +125,13 @@ class Transfer:
 
     # What the agent calls.
 
+    def arm(self) -> None:
+        """From now on the deadline holds."""
+        timer = self._session.agent.runtime.call_at(self._lanes[0].job.deadline_ns, lambda: self.give_up(Verdict.LATE))
+        self._timer = timer
+        if self._future.done():
+            timer.cancel()
+
     def perform(self, lane: Lane) -> None:
         """Move the blocks of one lane, unless somebody else does."""
         if not lane.claim():
@@ -177,9 +185,6 @@ class Transfer:
 
     def uses(self, region: Region) -> bool:
         return self._lanes[0].job.local is region
-
-    def _expire(self) -> None:
-        self.give_up(Verdict.LATE)
 
     def _end(self) -> None:
         if self._timer is not None:

@@ -118,8 +118,8 @@ class Backend(Protocol):
     def open_channel(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> Channel:
         """Begin a session with a peer that was judged possible. Raises: TransferError. Owner: the session closes the channel."""
 
-    def connect(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> Link:
-        """Raises: TransferError. Owner: the session closes the link."""
+    def connect(self, theirs: AgentCard, session_id: bytes) -> Link:
+        """Waits for nobody: what has to be opened is opened by the first job. Owner: the session closes the link."""
 
     def serve(self, wire: Wire, greeting: Greeting) -> None:
         """Answer one request of a peer that has come in on `wire`; called again for the next. The wire's deadline is set for the answer.

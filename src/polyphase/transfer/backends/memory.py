@@ -176,8 +176,8 @@ class MemoryBackend:
         self.channels.add(channel)
         return channel
 
-    def connect(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> MemoryLink:
-        return MemoryLink(self._network, self, self.peer(theirs))
+    def connect(self, theirs: AgentCard, session_id: bytes) -> MemoryLink:
+        return MemoryLink(self._network, self, theirs)
 
     def peer(self, theirs: AgentCard) -> MemoryBackend:
         """The present life of another agent. Raises: PeerLost, StaleDescriptor."""
@@ -272,14 +272,14 @@ class MemoryLink:
 
     lane_count = 2
 
-    def __init__(self, network: MemoryNetwork, own: MemoryBackend, peer: MemoryBackend) -> None:
+    def __init__(self, network: MemoryNetwork, own: MemoryBackend, theirs: AgentCard) -> None:
         self._network = network
         self._own = own
-        self._peer = peer
+        self._theirs = theirs
         self._is_closed = False
 
     def read(self, job: Job) -> None:
-        source = self._peer.agent.region(job.remote.region_id)
+        source = self._own.peer(self._theirs).agent.region(job.remote.region_id)
         for place in self._order(job):
             if not self._reaches(job):
                 return
@@ -287,7 +287,7 @@ class MemoryLink:
             job.verdicts[place] = self._copy(source, job.remote_ids[place], expected, job.local, job.local_ids[place], None)
 
     def write(self, job: Job) -> None:
-        target = self._peer.agent.region(job.remote.region_id)
+        target = self._own.peer(self._theirs).agent.region(job.remote.region_id)
         for place in self._order(job):
             if not self._reaches(job):
                 return
@@ -316,8 +316,9 @@ class MemoryLink:
         return not job.stop[0]
 
     def _check(self, job: Job) -> None:
-        if self._is_closed or not self._peer.is_alive or not self._own.is_alive:
-            raise PeerLost("the peer is gone, or the session has ended")
+        if self._is_closed or not self._own.is_alive:
+            raise PeerLost("the session has ended")
+        self._own.peer(self._theirs)
         if self._network.scheduler.clock.now_ns() >= job.deadline_ns:
             raise TransferTimeout("the deadline passed")
 

@@ -61,7 +61,7 @@ class ShmBackend:
     def open_channel(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> Channel:
         return self._services.open_socket_channel(theirs, session_id, deadline_ns)
 
-    def connect(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> ShmLink:
+    def connect(self, theirs: AgentCard, session_id: bytes) -> ShmLink:
         shelf = Shelf(lambda by_ns: self._services.dial(theirs, self.name, session_id, by_ns), f"agent {theirs.agent_id}")
         return ShmLink(shelf, self._services, self._lane_count)
 

@@ -76,7 +76,7 @@ class TcpBackend:
     def open_channel(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> Channel:
         return self._services.open_socket_channel(theirs, session_id, deadline_ns)
 
-    def connect(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> TcpLink:
+    def connect(self, theirs: AgentCard, session_id: bytes) -> TcpLink:
         shelf = Shelf(lambda by_ns: self._services.dial(theirs, self.name, session_id, by_ns), f"agent {theirs.agent_id}")
         return TcpLink(shelf, self._services, self._stream_count)
 
