@@ -111,7 +111,7 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings)
+    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams)
     listener = open_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = HttpServer(build_app(services, router), services, listener)
