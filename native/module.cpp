@@ -82,20 +82,43 @@ struct Hashes {
     std::vector<uint64_t> blocks, sequences;
 };
 
-Hashes hash_packed(const uint32_t* tokens, size_t token_count, size_t block_size, uint64_t seed, std::optional<uint64_t> parent, bool chained) {
+// Content hashes of media, each with the block that it lies in; in order.
+using Extras = std::vector<std::pair<size_t, uint64_t>>;
+
+struct Recipe {
+    size_t block_size;
+    uint64_t seed;
+    std::optional<uint64_t> parent = std::nullopt;
+    Extras extras = {};
+};
+
+Hashes hash_packed(const uint32_t* tokens, size_t token_count, const Recipe& recipe, bool chained) {
     Hashes hashes;
+    const size_t block_size = recipe.block_size;
     const size_t block_count = token_count / block_size;
     hashes.blocks.resize(block_count);
-    hash_blocks(tokens, block_count, block_size, seed, hashes.blocks.data());
+    hash_blocks(tokens, block_count, block_size, recipe.seed, hashes.blocks.data());
+    std::vector<unsigned char> data;
+    for (auto extra = recipe.extras.begin(); extra != recipe.extras.end();) {
+        const size_t block = extra->first;
+        if (block >= block_count) break;
+        data.resize(4 * block_size);
+        std::memcpy(data.data(), tokens + block * block_size, 4 * block_size);
+        for (; extra != recipe.extras.end() && extra->first == block; ++extra) {
+            const auto* bytes = reinterpret_cast<const unsigned char*>(&extra->second);
+            data.insert(data.end(), bytes, bytes + sizeof extra->second);
+        }
+        hashes.blocks[block] = xxh3_64(data.data(), data.size(), recipe.seed);
+    }
     if (chained) {
         hashes.sequences.resize(block_count);
-        hash_sequences(hashes.blocks.data(), block_count, parent ? &*parent : nullptr, hashes.sequences.data());
+        hash_sequences(hashes.blocks.data(), block_count, recipe.parent ? &*recipe.parent : nullptr, hashes.sequences.data());
     }
     return hashes;
 }
 
-Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent, bool chained) {
-    if (block_size == 0) throw py::value_error("block_size is 0; a block has at least one token");
+Hashes hash(py::handle token_ids, const Recipe& recipe, bool chained) {
+    if (recipe.block_size == 0) throw py::value_error("block_size is 0; a block has at least one token");
     const IntegerBuffer buffer(token_ids.ptr(), sizeof(uint32_t));
     if (buffer.usable()) {
         const uint32_t* tokens = buffer.words<uint32_t>();
@@ -105,7 +128,7 @@ Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optiona
             if (all >> 31 != 0) throw_out_of_range();
         }
         const py::gil_scoped_release others_may_run;
-        return hash_packed(tokens, buffer.size(), block_size, seed, parent, chained);
+        return hash_packed(tokens, buffer.size(), recipe, chained);
     }
     const IntegerBuffer wide(token_ids.ptr(), sizeof(uint64_t));
     std::vector<uint32_t> tokens;
@@ -116,7 +139,7 @@ Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optiona
             if (token > UINT32_MAX) throw_out_of_range();
             tokens[i] = static_cast<uint32_t>(token);
         }
-        return hash_packed(tokens.data(), tokens.size(), block_size, seed, parent, chained);
+        return hash_packed(tokens.data(), tokens.size(), recipe, chained);
     }
     const py::object sequence = as_sequence(token_ids);
     PyObject** items = PySequence_Fast_ITEMS(sequence.ptr());
@@ -124,19 +147,19 @@ Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optiona
     for (size_t i = 0; i < tokens.size(); ++i) {
         if (!read_u32(items[i], tokens[i])) throw py::error_already_set();
     }
-    return hash_packed(tokens.data(), tokens.size(), block_size, seed, parent, chained);
+    return hash_packed(tokens.data(), tokens.size(), recipe, chained);
 }
 
 py::list block_hashes(py::handle token_ids, size_t block_size, uint64_t seed) {
-    return as_list(hash(token_ids, block_size, seed, std::nullopt, false).blocks);
+    return as_list(hash(token_ids, Recipe{block_size, seed}, false).blocks);
 }
 
 py::list sequence_hashes(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent) {
-    return as_list(hash(token_ids, block_size, seed, parent, true).sequences);
+    return as_list(hash(token_ids, Recipe{block_size, seed, parent}, true).sequences);
 }
 
-py::tuple hash_tokens(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent) {
-    const Hashes hashes = hash(token_ids, block_size, seed, parent, true);
+py::tuple hash_tokens(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent, std::optional<Extras> extras) {
+    const Hashes hashes = hash(token_ids, Recipe{block_size, seed, parent, extras ? std::move(*extras) : Extras()}, true);
     return py::make_tuple(as_list(hashes.blocks), as_list(hashes.sequences));
 }
 
@@ -376,7 +399,8 @@ PYBIND11_MODULE(_native, module) {
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());
-    module.def("hash_tokens", &hash_tokens, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());
+    module.def("hash_tokens", &hash_tokens, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none(),
+               py::arg("extras") = py::none());
     module.def("xxh3_64", [](const py::bytes& data, uint64_t seed) {
         const std::string_view view(data);
         return xxh3_64(view.data(), view.size(), seed);
@@ -403,6 +427,7 @@ PYBIND11_MODULE(_native, module) {
         .def("block_count", &Index::block_count, py::arg("worker_id"), py::arg("tier") = "device")
         .def("digest", &Index::digest, py::arg("worker_id"), py::arg("tier") = "device")
         .def("check", [](const Index& index) { index.core().check(); })
+        .def_property_readonly("kind", [](const Index&) { return "native"; })
         .def_property_readonly("capacity", [](const Index& index) { return index.core().capacity(); })
         .def_property_readonly("size", [](const Index& index) { return index.core().size(); })
         .def_property_readonly("run_count", [](const Index& index) { return index.core().run_count(); })

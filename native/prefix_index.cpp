@@ -10,6 +10,7 @@ namespace polyphase {
 namespace {
 
 constexpr uint32_t kNoRun = UINT32_MAX;
+constexpr size_t kRunsSized = size_t{1} << 16;
 constexpr size_t kProbesAhead = 8;  // far enough for memory to answer meanwhile
 
 uint64_t bit(uint32_t offset) { return uint64_t{1} << offset; }
@@ -600,8 +601,11 @@ uint32_t PrefixIndex::split_off(const Step& step, const uint64_t* hashes) {
 // For people and tests
 
 size_t PrefixIndex::heap_bytes() const {
-    size_t bytes = table_.heap_bytes() + runs_.capacity() * sizeof(Run) + free_runs_.capacity() * sizeof(uint32_t);
-    for (const Run& run : runs_) {
+    // Of very many runs some are looked at: whoever asks must not wait.
+    const size_t stride = runs_.size() / kRunsSized + 1;
+    size_t bytes = 0;
+    for (size_t number = 0; number < runs_.size(); number += stride) {
+        const Run& run = runs_[number];
         if (run.room > 0) bytes += run.room * sizeof(uint64_t) + 16;  // 16: what malloc adds
         if (run.lower) bytes += sizeof(*run.lower) + 16;
         for (size_t tier = 0; tier < kTierCount; ++tier) {
@@ -611,6 +615,7 @@ size_t PrefixIndex::heap_bytes() const {
             if (holders->parts) bytes += sizeof(*holders->parts) + holders->parts->capacity() * sizeof(Part) + 32;
         }
     }
+    bytes = bytes * stride + table_.heap_bytes() + runs_.capacity() * sizeof(Run) + free_runs_.capacity() * sizeof(uint32_t);
     for (const Worker& worker : workers_) bytes += sizeof worker + worker.run_list.capacity() * sizeof(uint32_t);
     return bytes;
 }

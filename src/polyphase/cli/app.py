@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
+from polyphase.wire.cards import Role
 
 
 class _Group(TyperGroup):
@@ -125,6 +126,22 @@ def serve(
         str | None,
         typer.Option(metavar="NAME=VALUE,…", help="Of the workers, such as zone=eu-1,rack=7; see docs/router.md.", rich_help_panel=_MODEL),
     ] = None,
+    kv_events: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: the router goes by what it sent to a worker, not by what the worker tells. [default: on]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    predicted_lifetime: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How long it does, for workers that tell nothing. [default: 2min]", rich_help_panel=_ROUTER),
+    ] = None,
+    index_capacity: Annotated[
+        str | None,
+        typer.Option(metavar="BLOCKS", help="What the router's prefix index holds at most. [default: 4000000]", rich_help_panel=_ROUTER),
+    ] = None,
     drain_timeout: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="What running requests get to finish at the end. [default: 30s]", rich_help_panel=_SERVER),
@@ -214,6 +231,22 @@ def status(
     from polyphase.cli.status import show_status
 
     show_status(name, is_watching=watch)
+
+
+@app.command()
+def role(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as status shows it.")],
+    role: Annotated[Role, typer.Argument(help="What it is for from now on.", show_choices=True)],
+    force: Annotated[bool, typer.Option("--force", help="Even if nobody is left who decodes.")] = False,
+    name: Name = None,
+) -> None:
+    """Give a running worker another role. Its model stays loaded, and its requests go on, here or elsewhere.
+
+    Example: polyphase role decode-1 prefill
+    """
+    from polyphase.cli.role import change_role
+
+    change_role(worker, role, name, is_forced=force)
 
 
 @app.command()

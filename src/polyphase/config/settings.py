@@ -98,6 +98,11 @@ class ServeSettings(BaseModel):
     split_fraction: float = Field(0.3, ge=0, le=1)  # of the prompt; where less is to compute, it is not split
     labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = {}  # of this machine's workers, for example zone → eu-1
 
+    # What the router remembers of the blocks that workers hold.
+    kv_events: bool = True  # False: not what workers tell, but what was sent there, for predicted_lifetime
+    predicted_lifetime: Duration = Field(120.0, gt=0)  # seconds
+    index_capacity: int | None = Field(None, ge=1)  # blocks; None: 4 million
+
     # What waits at the frontend while every worker is saturated.
     max_queued_requests: int = Field(4096, ge=0)  # 0: nothing waits there
     max_queued_per_tenant: int | None = Field(None, ge=1)

@@ -28,7 +28,17 @@ from polyphase.frontend.records import Records
 from polyphase.frontend.server import HttpServer, open_socket
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.observe.logs import LEVELS, configure_logging
-from polyphase.router import FILTERS, POLICIES, AdmissionSettings, PolicySettings, Router, RouterSettings, SessionRule, SplitRule
+from polyphase.router import (
+    FILTERS,
+    POLICIES,
+    AdmissionSettings,
+    IndexSettings,
+    PolicySettings,
+    Router,
+    RouterSettings,
+    SessionRule,
+    SplitRule,
+)
 from polyphase.router.tenants import parse_tenant_weights
 from polyphase.runtime import Registry
 from polyphase.runtime.lifeline import Lifeline
@@ -96,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="per worker, beyond those it runs; when all are full, requests get 429 (default: %(default)s)",
     )
+    _add_index_flags(parser)
     _add_admission_flags(parser)
     add("--request-timeout-s", type=float, default=http.request_timeout_s, metavar="S", help="then 504 (default: %(default)g)")
     add(
@@ -115,6 +126,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--log-level", choices=LEVELS, default="info", help="default: %(default)s")
     return parser
+
+
+def _add_index_flags(parser: argparse.ArgumentParser) -> None:
+    usual, add = IndexSettings(), parser.add_argument
+    add(
+        "--kv-events",
+        choices=("on", "off"),
+        default="on",
+        help="off: go by what was sent to a worker, not by what it tells of its blocks (default: %(default)s)",
+    )
+    add(
+        "--predicted-lifetime-s",
+        type=float,
+        default=usual.predicted_lifetime_ns / 1e9,
+        metavar="S",
+        help="how long it does, for workers that tell nothing (default: %(default)g)",
+    )
+    add("--index-capacity", type=int, metavar="BLOCKS", help="what the prefix index holds at most (default: 4000000)")
 
 
 def _add_admission_flags(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +185,7 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         ("max_waiting_requests", 0),
         ("max_queued_requests", 0),
         ("max_queue_wait_s", 0.001),
+        ("predicted_lifetime_s", 1e-6),
         ("migration_limit", 0),
         ("max_body_bytes", 1),
         ("request_timeout_s", 0.001),
@@ -181,8 +211,11 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         raise ConfigurationError(f"--router-weights or --router-filters: {error}") from None
     policy = PolicySettings(flags.policy, weights, flags.router_temperature, filters, flags.router_picker)
     first_turn = secrets.randbelow(1 << 16)  # so that several frontends do not break the same tie for the same worker
+    if flags.index_capacity is not None and flags.index_capacity < 1:
+        raise ConfigurationError(f"--index-capacity must be at least 1 block, not {flags.index_capacity}")
+    index = IndexSettings(flags.index_capacity, flags.kv_events == "on", int(flags.predicted_lifetime_s * 1e9))
     sessions = SessionRule(idle_ns=int(flags.session_idle_s * 1e9))
-    router = RouterSettings(policy, split, first_turn, flags.max_waiting_requests, sessions)
+    router = RouterSettings(policy, split, first_turn, flags.max_waiting_requests, sessions, index)
     return http, router
 
 
@@ -195,7 +228,7 @@ async def serve(
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings)
+    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams)
     server = HttpServer(build_app(services, router), services, listener)
     server.install_signal_handlers()
     async with asyncio.TaskGroup() as tasks:

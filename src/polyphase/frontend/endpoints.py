@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -30,6 +30,7 @@ from polyphase.frontend.records import Records, RequestRecord, prefill_worker
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.terms import Terms, terms_of
 from polyphase.frontend.validation import Wishes
+from polyphase.runtime import StreamView
 from polyphase.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Services:
     metrics: Metrics
     settings: FrontendSettings
     door: Door = field(default_factory=Door)
+    streams: Callable[[], Mapping[str, StreamView]] = dict  # by worker id: how the event streams of those that are there do
 
 
 class GenerationEndpoint(Generic[RequestT]):

@@ -10,7 +10,7 @@ One owner, no awaiting: the frontend's event loop calls it, and each call leaves
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
@@ -19,7 +19,7 @@ from polyphase.router.candidates import Candidates
 from polyphase.router.contracts import Filter
 from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
 from polyphase.router.filters import no_worker_serves
-from polyphase.router.indexes import PredictedPrefixIndex, default_index
+from polyphase.router.indexes import DEFAULT_BELIEF_CAPACITY, DEFAULT_CAPACITY, PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Lineup, Standings
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import policy_of
@@ -29,6 +29,7 @@ from polyphase.router.types import (
     BOTH,
     DECODE,
     PREFILL,
+    IndexFill,
     Leg,
     Overlaps,
     Placement,
@@ -82,7 +83,11 @@ class Router:
         self.bookings = Bookings()
         self._settings = settings
         self._policy = policy_of(settings.policy, parts)
-        self.index: PrefixIndex = default_index() if index is None else index
+        self.index: PrefixIndex = default_index(settings.index.capacity or DEFAULT_CAPACITY) if index is None else index
+        # Beliefs about workers that tell nothing lie in the same index as what the others tell.
+        self._beliefs = PredictedPrefixIndex(
+            min(self.index.capacity, DEFAULT_BELIEF_CAPACITY), settings.index.predicted_lifetime_ns, self.index
+        )
         self._known: dict[WorkerId, _Known] = {}
         self._standings: dict[str, Standings] = {}  # by model; made when first wanted
         self._expected = ExpectedPrefixes()
@@ -100,36 +105,43 @@ class Router:
         if known is not None and facts.epoch < known.facts.epoch:
             return
         if known is not None and facts.epoch == known.facts.epoch:
-            known.facts = facts
+            known.facts = replace(facts, is_stalled=known.facts.is_stalled)
         else:
             self.remove_worker(facts.worker_id)
             self._known[facts.worker_id] = _Known(facts)
         self._standings.clear()
+
+    def set_stalled(self, worker_id: WorkerId, is_stalled: bool) -> None:
+        """It gets no requests while it stands still. Unknown workers are ignored."""
+        known = self._known.get(worker_id)
+        if known is not None:
+            known.facts = replace(known.facts, is_stalled=is_stalled)
+            self._standings.clear()
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its blocks and bookings go with it. Unknown workers are ignored."""
         known = self._known.pop(worker_id, None)
         if known is None:
             return
-        self.index.clear(worker_id)
+        self._beliefs.clear(worker_id)  # and all else that is in the index
         self.bookings.drop_worker(worker_id)
         self._standings.clear()
         self._expected.drop_worker(worker_id)
 
     def replace_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash]) -> None:
         """The worker holds exactly these."""
-        if self._is_current(worker_id, epoch):
+        if self._is_followed(worker_id, epoch):
             self.index.clear(worker_id)
             self.index.store(worker_id, hashes)
 
     def add_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
         """The worker holds these besides what is known."""
-        if self._is_current(worker_id, epoch):
+        if self._is_followed(worker_id, epoch):
             self.index.store(worker_id, hashes, tier)
 
     def digests(self, worker_id: WorkerId, epoch: Epoch) -> Digests | None:
         """Of all that this worker told of its blocks, as far as it got here; None if it is not known, or not followed so closely."""
-        if not self._is_current(worker_id, epoch):
+        if not self._is_followed(worker_id, epoch):
             return None
         digests: Digests = {}
         for tier in ALL_TIERS:
@@ -142,7 +154,7 @@ class Router:
 
     def apply(self, worker_id: WorkerId, epoch: Epoch, events: list[KvEvent]) -> None:
         """Blocks come and go, in each tier by itself."""
-        if not self._is_current(worker_id, epoch):
+        if not self._is_followed(worker_id, epoch):
             return
         for event in events:
             match event:
@@ -162,6 +174,14 @@ class Router:
         """All known workers in the order of their names, for people to look at; no request, so no overlap."""
         return [self._view(worker_id) for worker_id in sorted(self._known)]
 
+    def facts(self) -> list[WorkerFacts]:
+        """Of all known workers, in no order."""
+        return [known.facts for known in self._known.values()]
+
+    def facts_of(self, worker_id: WorkerId) -> WorkerFacts | None:
+        known = self._known.get(worker_id)
+        return None if known is None else known.facts
+
     def serves(self, model: str) -> bool:
         """Whether a living worker has this model, be it draining or full."""
         return any(known.facts.model == model for known in self._known.values())
@@ -172,6 +192,11 @@ class Router:
 
     def indexed_block_count(self, worker_id: WorkerId) -> int:
         return self.index.block_count(worker_id)
+
+    def index_fill(self) -> IndexFill:
+        index = self.index
+        forgotten = index.forgotten + self._beliefs.forgotten
+        return IndexFill(index.kind, index.size, index.capacity, forgotten, self._beliefs.size, index.heap_bytes)
 
     # Requests
 
@@ -188,6 +213,7 @@ class Router:
         # A last block that ends with the prompt is of no use: the last token is computed in any case.
         usable = usable_block_count(request.prompt_token_count, standings.block_size)
         hashes = request.sequence_hashes if usable >= len(request.sequence_hashes) else request.sequence_hashes[:usable]
+        self._beliefs.expire(request.now_ns)
         overlaps = self.index.match(hashes)
         found = _Found(hashes, overlaps, self._expected.beyond(hashes, overlaps))
 
@@ -313,8 +339,8 @@ class Router:
             blocks = block_count_needed(request, facts.block_size, leg)
             legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is PREFILL))
             standings.last_turns[choice.row] = self._known[facts.worker_id].last_turn = choice.turn
-            if isinstance(self.index, PredictedPrefixIndex):
-                self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
+            if not self.follows_events(facts):
+                self._beliefs.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
         self.bookings.book(request.request_id, legs)
         prompt = (prefill or decode).facts
         self._expected.expect(request.request_id, prompt.worker_id, request.sequence_hashes, found.overlaps.depth(prompt.worker_id))
@@ -337,6 +363,13 @@ class Router:
             unreported.block_count,
             unreported.request_count,
         )
+
+    def follows_events(self, facts: WorkerFacts) -> bool:
+        """Whether what the worker tells of its blocks is believed; if not, what is routed there is, for a while."""
+        return facts.publishes_events and self._settings.index.follows_events
+
+    def _is_followed(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        return self._is_current(worker_id, epoch) and self.follows_events(self._known[worker_id].facts)
 
     def _is_current(self, worker_id: WorkerId, epoch: Epoch) -> bool:
         known = self._known.get(worker_id)

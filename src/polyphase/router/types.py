@@ -28,7 +28,7 @@ NO_LABELS: Labels = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What does not change in one life of a worker, but for its role and whether it drains."""
+    """What does not change in one life of a worker, but for its role, and whether it drains or stands still."""
 
     worker_id: WorkerId
     epoch: Epoch
@@ -40,6 +40,8 @@ class WorkerFacts:
     max_running: int
     can_hand_over: bool
     is_draining: bool = False
+    is_stalled: bool = False
+    publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 
@@ -152,6 +154,14 @@ class PrefixIndex(Protocol):
     def forgotten(self) -> int:
         """Blocks lost for want of room, ever."""
 
+    @property
+    def kind(self) -> str:
+        """What it is made of: native, naive."""
+
+    @property
+    def heap_bytes(self) -> int:
+        """Memory it takes, about. Cost: up to a millisecond."""
+
     def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
         """In any order; quickest in the order of the prompt."""
 
@@ -231,9 +241,31 @@ class SessionRule:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexFill:
+    """How full the index is, for people."""
+
+    kind: str  # native, naive
+    block_count: int
+    capacity: int  # blocks
+    forgotten_block_count: int  # for want of room, ever
+    believed_block_count: int  # of these blocks, those of workers that tell nothing, counted for each
+    heap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSettings:
+    """What is remembered of the blocks that workers hold."""
+
+    capacity: int | None = None  # blocks, over all workers; None: what the index has by default
+    follows_events: bool = True  # False: no worker's are believed, what was routed there is
+    predicted_lifetime_ns: int = 120 * 10**9  # how long that is. Source: Dynamo's approximate mode
+
+
+@dataclass(frozen=True, slots=True)
 class RouterSettings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     split: SplitRule = field(default_factory=SplitRule)
     first_turn: int = 0  # equals are chosen in another order by routers that begin elsewhere, so that not all pick the same one at once
     max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests are refused
     sessions: SessionRule = field(default_factory=SessionRule)
+    index: IndexSettings = field(default_factory=IndexSettings)

@@ -73,6 +73,14 @@ class StreamCounts:
     snapshots: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StreamView:
+    """How one worker's stream does, for people."""
+
+    is_synced: bool
+    counts: StreamCounts
+
+
 class StreamFence:
     """The state of one worker's stream at one listener. What takes something in returns what to fetch now, if anything."""
 
@@ -242,5 +250,5 @@ def _difference(told: Digests, believed: Digests) -> str:
     nothing = TierDigest(0, 0)
     pairs = [(tier, believed.get(tier, nothing), told.get(tier, nothing)) for tier in Tier]
     return "; ".join(
-        f"{tier}: {ours.block_count} blocks known, {theirs.block_count} told" for tier, ours, theirs in pairs if ours != theirs
+        f"{tier}: knows {ours.block_count} blocks, told {theirs.block_count}" for tier, ours, theirs in pairs if ours != theirs
     )

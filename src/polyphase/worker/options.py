@@ -36,6 +36,7 @@ class EngineOptions:
 class WorkerOptions:
     run_folder: Path
     worker_id: str
+    beside: tuple[str, ...]  # further workers of this process, each with an engine of its own
     role: Role
     engine: str
     engine_options: EngineOptions
@@ -51,6 +52,7 @@ def parse_options(arguments: Sequence[str]) -> WorkerOptions:
     return WorkerOptions(
         run_folder=given.run_folder,
         worker_id=given.worker_id,
+        beside=given.beside,
         role=Role(given.role),
         engine=given.engine,
         engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
@@ -67,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run-folder", type=Path, required=True, help="private folder of the deployment; created if missing")
     parser.add_argument("--worker-id", required=True, help="name that outlives restarts, for example decode-0")
+    parser.add_argument(
+        "--beside",
+        type=_names,
+        default=(),
+        metavar="IDS",
+        help="names of further workers like it, divided by commas, that live in the same process; for engines that compute nothing",
+    )
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
     parser.add_argument("--engine", default="torch", help="torch, mock, or module:function that loads another (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
@@ -105,6 +114,10 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return count
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _seconds(text: str) -> float:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from polyphase.config import ServeSettings, format_bytes, load_serve_settings, parse_duration_s, parse_size_bytes
 from polyphase.core.errors import ConfigurationError
 from polyphase.router import PolicySettings
+from polyphase.router.tenants import format_tenant_weights, parse_tenant_weights
 
 
 @pytest.mark.parametrize(
@@ -182,3 +183,44 @@ def test_a_missing_file(tmp_path: Path):
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         ServeSettings(model="demo").port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("acme=3, lab=0.5", {"acme": 3.0, "lab": 0.5}),
+        ("", {}),
+        ({"acme": 3, "key-0123": 0.25}, {"acme": 3.0, "key-0123": 0.25}),
+        ("acme", "is not a list of tenants"),
+        (7, "is not a list of tenants"),
+        ("=3", "cannot be a tenant"),
+        ("a b=3", "cannot be a tenant"),
+        ("acme=3,acme=4", "has two weights"),
+        ("acme=0", "cannot have the weight '0'"),
+        ("acme=-1", "cannot have the weight"),
+        ("acme=nan", "cannot have the weight"),
+        ("acme=inf", "cannot have the weight"),
+        ("acme=much", "cannot have the weight 'much'; write a number between 0.001 and 1000"),
+        ({"acme": True}, "cannot have the weight True"),
+        ({"acme": None}, "cannot have the weight None"),
+    ],
+)
+def test_tenant_weights(given: str | dict[str, float], expected: dict[str, float] | str):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            parse_tenant_weights(given)
+    else:
+        weights = parse_tenant_weights(given)
+        assert weights == expected
+        assert parse_tenant_weights(format_tenant_weights(weights)) == weights
+
+
+def test_admission_in_a_file_and_in_variables(tmp_path: Path):
+    file = tmp_path / "polyphase.toml"
+    file.write_text('model = "demo"\nmax_queue_wait = "2min"\n[tenant_weights]\nacme = 3\n')
+    settings = load_serve_settings({}, {"POLYPHASE_MAX_QUEUED_REQUESTS": "7"}, file)
+    assert (settings.max_queued_requests, settings.max_queue_wait, settings.tenant_weights) == (7, 120.0, {"acme": 3.0})
+    with pytest.raises(ConfigurationError, match=r"POLYPHASE_TENANT_WEIGHTS: 'acme' cannot have the weight"):
+        load_serve_settings({"model": "demo"}, {"POLYPHASE_TENANT_WEIGHTS": "acme=x"})
+    with pytest.raises(ConfigurationError, match="--max-queue-wait"):
+        load_serve_settings({"model": "demo", "max_queue_wait": "0"}, {})

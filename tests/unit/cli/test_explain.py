@@ -48,7 +48,8 @@ SPLIT = {
 }  # fmt: skip
 PAGE: dict[str, Any] = {
     "id": "req-1", "answer_id": "chatcmpl-1", "model": "demo", "status": "finished", "prompt_tokens": 512, "transferred_tokens": 512,
-    "kv_bytes_moved": 2 * 1024**2, "transfer_ms": 1.25, "completion_tokens": 9, "ttft_ms": 13.44, "itl_ms_mean": 3.1,
+    "kv_bytes_moved": 2 * 1024**2, "transfer_ms": 1.25, "admission_wait_ms": 0.0, "completion_tokens": 9,
+    "ttft_ms": 13.44, "itl_ms_mean": 3.1,
     "finish_reason": "stop", "error": None, "choices": 1, "routes": [SPLIT],
     "timeline": [
         {"at_ms": 0.0, "event": "accepted", "worker": None, "detail": None},
@@ -204,3 +205,20 @@ def test_what_cannot_be_explained(polyphase: CommandLine, frontend: Frontend):
     assert nowhere.exit_code == 1
     assert "cannot be asked" in nowhere.output
     assert "no deployment is running" in polyphase("explain").output
+
+
+QUEUED = {"at_ms": 0.1, "event": "queued", "worker": None, "detail": "every worker is busy, 3 wait already; expected to wait 0.4 s"}
+
+
+def test_a_wait_in_the_queue_is_told() -> None:
+    timeline = [PAGE["timeline"][0], QUEUED]
+    waited = in_words(page(timeline=timeline, admission_wait_ms=812.4))
+    why = "(every worker is busy, 3 wait already; expected to wait 0.4 s)"
+    assert f"It waited 0.81 s in the frontend's queue until a worker had room {why}." in waited
+    waits = in_words(page(timeline=timeline, admission_wait_ms=None, routes=[], status="running", ttft_ms=None))
+    assert f"It waits in the frontend's queue {why}." in waits
+    evicted = in_words(
+        page(timeline=timeline, admission_wait_ms=100.0, routes=[], status="failed", error="evicted: too late", ttft_ms=None)
+    )
+    assert f"It waited 0.10 s in the frontend's queue in vain {why}." in evicted
+    assert "frontend's queue" not in in_words(page())
