@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 
 import msgspec
+
 from harness import STDERR, Figure, arguments, report
 from polyphase.core.ids import Epoch, SequenceHash, WorkerId
 from polyphase.router import Router, RouterSettings, WorkerFacts
