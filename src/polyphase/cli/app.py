@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
+from polyphase.wire.cards import Role
 
 
 class _Group(TyperGroup):
@@ -230,6 +231,22 @@ def status(
     from polyphase.cli.status import show_status
 
     show_status(name, is_watching=watch)
+
+
+@app.command()
+def role(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as status shows it.")],
+    role: Annotated[Role, typer.Argument(help="What it is for from now on.", show_choices=True)],
+    force: Annotated[bool, typer.Option("--force", help="Even if nobody is left who decodes.")] = False,
+    name: Name = None,
+) -> None:
+    """Give a running worker another role. Its model stays loaded, and its requests go on, here or elsewhere.
+
+    Example: polyphase role decode-1 prefill
+    """
+    from polyphase.cli.role import change_role
+
+    change_role(worker, role, name, is_forced=force)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from rich.text import Text
 from polyphase.config import format_bytes
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.launch import DeploymentRecord, find_deployment
+from polyphase.router import shortcomings
 from polyphase.runtime import Registry, WorkerClient
 from polyphase.wire.cards import WorkerStatus
 from polyphase.wire.requests import Question
@@ -117,11 +118,14 @@ def _queue_line(model: str, queue: dict[str, Any]) -> str:
 
 
 def _warnings(page: Any) -> list[str]:
-    return [
+    workers = _workers(page)
+    stalls = [f"{worker_id}: stands still; its requests go to others" for worker_id, worker in workers if worker.get("is_stalled")]
+    drifts = [
         f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
-        for worker_id, worker in _workers(page)
+        for worker_id, worker in workers
         if worker.get("drift")
     ]
+    return stalls + drifts
 
 
 def _workers(page: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -162,7 +166,8 @@ def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width:
     up_s = time.time() - record.started_unix_s
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
-    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(remark, "yellow") for remark in remarks))
+    notes = shortcomings(answer.entry.role for answer in answers.values() if answer is not None and not answer.entry.is_draining)
+    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(line, "yellow") for line in notes + remarks))
 
 
 def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:

@@ -14,10 +14,12 @@
     │   ├── Overloaded                 429  no worker can take it in time, and it had better not wait
     │   │   └── Busier                 429  the worker has more to do than it was chosen for; with its true load, choose again
     │   ├── Draining                   503  this process is going away
+    │   ├── RoleChanged                503  the worker has another role than the sender knew; between processes only
     │   └── PartFailed                 500  a router part of somebody else's broke its contract
     ├── Lost                         accepted, and then broken off (429, 500, 503, 504)
     │   ├── Evicted                    429  while it waited in the queue; Retry-After
     │   ├── WorkerLost                 503  the worker died or went silent
+    │   │   └── ConnectionLost         503  it may be well, but what was said meanwhile is lost
     │   ├── EngineFailed               500  the engine raised while it computed
     │   └── DeadlineExceeded           504
     ├── TransferError                KV blocks could not be moved, or may not be used
@@ -128,6 +130,10 @@ class Draining(Refused):
     code = "draining"
 
 
+class RoleChanged(Refused):
+    code = "role_changed"
+
+
 class PartFailed(Refused):
     code = "router_part_failed"
     http_status = 500
@@ -161,6 +167,10 @@ class Evicted(Lost):
 class WorkerLost(Lost):
     code = "worker_lost"
     http_status = 503
+
+
+class ConnectionLost(WorkerLost):
+    code = "connection_lost"
 
 
 class EngineFailed(Lost):

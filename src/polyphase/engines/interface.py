@@ -55,6 +55,14 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None:
         """End a request, free its blocks and its lease. The next report carries its `cancelled` output; unknown ids are ignored."""
 
+    def hand_over(self, request_id: str) -> None:
+        """End a request so that it goes on elsewhere.
+
+        After the step under way a report carries its `handed_over` output, with an offer of all blocks that it has computed, if others can
+        read them; a request that still waits with somebody else's offer gives that back unread. One that was submitted with `hand_over`
+        and is being computed leaves by itself when its prompt is done; unknown ids are ignored.
+        """
+
     def load(self) -> Load: ...
 
     async def run(self, on_step: Callable[[StepReport], None]) -> None:

@@ -7,9 +7,11 @@
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
 While all workers are saturated, requests wait in a bounded queue (`waiting_room`), in its order, and are routed when they leave it. Ahead
-of the queue wait the *stranded*: what was broken off, and so has been promised an answer, and what a worker sent back. A worker that is
-full, or busier than it was believed to be, refuses in its first answer, with its true load: another choice is made at once, and that is
-no migration.
+of the queue wait the *stranded*: what was broken off or handed back, and so has been promised an answer, and what a worker refused.
+
+A worker that is full, busier than it was believed to be, drains, or has taken another role refuses in its first answer: another choice is
+made at once, and that is no migration. Nor is it one when a worker hands a sequence back because it was asked to (`ask_to_hand_over`):
+its blocks go along.
 
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
@@ -20,11 +22,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import DeadlineExceeded, Evicted, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
+from polyphase.core.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    Draining,
+    Evicted,
+    NoWorkers,
+    Overloaded,
+    PolyphaseError,
+    Refused,
+    RequestError,
+    RoleChanged,
+    WorkerLost,
+)
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.frontend.failures import error_of, lost_for_want_of_room
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
@@ -35,9 +49,10 @@ from polyphase.frontend.records import SequenceRecord
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.terms import Terms
 from polyphase.frontend.waiting_room import Lane, Party, WaitingRoom
-from polyphase.router import EvictReason, Refusals, Router, RouteRequest, believed_tokens, is_refusal
+from polyphase.router import EvictReason, Refusals, Route, Router, RouteRequest, believed_tokens, is_refusal
+from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
+from polyphase.wire.requests import Cancel, FinishReason, HandOver, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +66,7 @@ class Dispatcher:
     def __init__(self, router: Router, send: Send, metrics: Metrics, settings: FrontendSettings, clock: Clock | None = None) -> None:
         self._router = router
         self._send = send
-        self._metrics = metrics
+        self.metrics = metrics
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self.predictions = Predictions(router, metrics, self._clock)
@@ -81,7 +96,7 @@ class Dispatcher:
         now_ns = self._clock.now_ns()
         terms = terms or Terms.usual(self._settings, now_ns)
         flights = [
-            Flight(job, inbox, SequenceRecord(now_ns), self._metrics.of(job.model), terms.deadline_ns, terms.leave_by_ns) for job in jobs
+            Flight(job, inbox, SequenceRecord(now_ns), self.metrics.of(job.model), terms.deadline_ns, terms.leave_by_ns) for job in jobs
         ]
         for flight in flights:
             flight.record.history.note(now_ns, "accepted")
@@ -132,6 +147,38 @@ class Dispatcher:
                 self._break_off(flight, WorkerLost(f"worker {worker_id} was lost while it served the request"))
         self._let_in()
 
+    def connection_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
+        """Nobody knows which words between here and this worker were lost: what it had begins anew, at whichever worker."""
+        for flight in self._at(worker_id, epoch):
+            self._break_off(flight, ConnectionLost(f"the connection to worker {worker_id} broke"))
+
+    def ask_to_hand_over(self, worker_id: WorkerId, epoch: Epoch, stages: Collection[Stage]) -> int:
+        """Ask this worker for the sequences there that are in one of these stages; each goes on elsewhere once it is handed over.
+
+        Returns: how many were asked for now; none is asked for twice.
+        """
+        asked_count = 0
+        for flight in self._at(worker_id, epoch):
+            if flight.stage in stages and not flight.is_leaving and self._try_send(worker_id, HandOver(flight.wire_id)):
+                flight.is_leaving = True
+                asked_count += 1
+        return asked_count
+
+    def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
+        """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.record.migrations < self._settings.migration_limit]
+        for flight in leaving:
+            self._tell_worker_to_stop(flight)  # it may come round
+            self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
+        return len(leaving)
+
+    def _at(self, worker_id: WorkerId, epoch: Epoch) -> list[Flight]:
+        return [
+            flight
+            for flight in self._flights.values()
+            if flight.worker_id == worker_id and flight.epoch == epoch and flight.stage in (Stage.PREFILL, Stage.SERVING)
+        ]
+
     def on_outputs(self, outputs: StepOutputs) -> None:
         now_ns = self._clock.now_ns()
         for output in outputs.outputs:
@@ -177,7 +224,7 @@ class Dispatcher:
             if flight.job.model not in held and not flight.is_over:
                 is_stranded = self._depart_again(flight, cause)
                 # What was tried in vain on some workers may wait for the others; the queue need not wait with it.
-                if is_stranded and not flight.tried:
+                if is_stranded and not (flight.tried or flight.avoided):
                     held.add(flight.job.model)
         skipped: set[Lane] = set()
         while (party := self.waiting_room.take(self._clock.now_ns(), skipped, held)) is not None:
@@ -224,7 +271,7 @@ class Dispatcher:
 
     def _give_up(self, flight: Flight, cause: PolyphaseError) -> None:
         """A worker sent it back, and until now none had room."""
-        self._metrics.evictions.labels(flight.job.model, EvictReason.DEADLINE.value).inc()
+        self.metrics.evictions.labels(flight.job.model, EvictReason.DEADLINE.value).inc()
         self._finish(flight, End(error=Evicted(f"no worker had room for it in time; {cause.message}", retry_after_s=2)))
 
     # Transitions
@@ -238,7 +285,7 @@ class Dispatcher:
             started = time.perf_counter()
             request = self._request_of(flight, hashes)
             route = self._refusals.route(self._router.route, request, self._clock.now_ns())
-            self._metrics.decision_s.observe(time.perf_counter() - started)
+            self.metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)
             offer = self._usable_offer(flight)
@@ -248,6 +295,7 @@ class Dispatcher:
             if route.prefill is not None and not splits:
                 self._router.mark_prefill_done(job.sequence_id)
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
+            flight.roles = self._roles_in(route)
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
             flight.predict(route, now_ns, self.predictions.removed_block_count)
@@ -265,7 +313,7 @@ class Dispatcher:
                 flight.record.history.note(now_ns, "admitted", detail=f"a worker had room after {waited_s:.2f} s")
             flight.record.history.note(now_ns, "sent", place.worker_id, "to compute the prompt" if splits else "to serve it")
             flight.stage = Stage.PREFILL if splits else Stage.SERVING
-            self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
+            self.metrics.routes.labels(job.model, "split" if splits else "whole").inc()
             return
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
@@ -297,7 +345,10 @@ class Dispatcher:
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
-            self._hand_over(flight, output.offer, now_ns)
+            if flight.stage is Stage.PREFILL and output.token_ids:
+                self._hand_over(flight, output.offer, now_ns)
+            else:
+                self._move(flight, output.offer, now_ns)
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)
@@ -310,6 +361,7 @@ class Dispatcher:
             if gap_ms is not None:
                 flight.metrics.itl_s.observe(gap_ms / 1e3)
             flight.emitted += output.token_ids
+            flight.avoided.clear()
             flight.waits_until_ns = 0
         flight.inbox.put(Arrival(flight.job.index, output.token_ids, output.logprobs or [], end))
 
@@ -320,7 +372,11 @@ class Dispatcher:
         self._router.mark_prefill_done(flight.job.sequence_id)
         place = flight.route.decode
         if self._epochs.get(place.worker_id) == place.epoch:
+            if not self._is_as_chosen(flight, place.worker_id):
+                self._move(flight, offer, now_ns)
+                return
             flight.worker_id, flight.epoch, flight.stage = place.worker_id, place.epoch, Stage.SERVING
+            flight.is_leaving = False
             try:
                 self._send(place.worker_id, flight.submit(now_ns, offer=offer))
             except WorkerLost as error:
@@ -331,9 +387,32 @@ class Dispatcher:
         flight.worker_id, flight.epoch = place.worker_id, place.epoch
         self._break_off(flight, WorkerLost(f"worker {place.worker_id} was lost before it could take the request over"))
 
+    def _move(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+        """Its worker has handed it back, unfinished and unharmed: on to another one, which may take what was computed."""
+        what = f"with {offer.token_count} tokens of KV" if offer is not None else "with nothing computed"
+        log.info("%s: leaves worker %s after %d tokens, %s", flight.wire_id, flight.worker_id, len(flight.emitted), what)
+        flight.record.history.note(now_ns, "moved", flight.worker_id, what)
+        flight.cause = self._why_moved(flight)
+        flight.record.moves += 1
+        flight.metrics.moves.inc()
+        flight.offer = offer
+        flight.stage = Stage.WAITING
+        flight.leave_by_ns = None
+        flight.waits_until_ns = now_ns + int(self._settings.move_patience_s * 1e9)
+        self._depart_again(flight, WorkerLost(f"worker {flight.worker_id} had to hand the request over"))
+
+    def _why_moved(self, flight: Flight) -> str:
+        facts = self._router.facts_of(flight.worker_id)
+        if facts is not None and facts.role is not flight.roles.get(flight.worker_id):
+            return f"worker {flight.worker_id} is a {facts.role} worker now"
+        return f"worker {flight.worker_id} drains" if facts is None or facts.is_draining else f"worker {flight.worker_id} handed it back"
+
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
-        flight.tried.add((flight.worker_id, flight.epoch))
+        if isinstance(cause, ConnectionLost):
+            flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
+        else:
+            flight.tried.add((flight.worker_id, flight.epoch))
         flight.note_break(self._clock.now_ns(), cause.message)
         if flight.remaining_tokens <= 0:  # all is there but the word that it ended
             self._finish(flight, End(FinishReason.LENGTH))
@@ -351,11 +430,15 @@ class Dispatcher:
         self._depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker is full, or busier than believed: no fault, and no migration. With its true load, another choice is made at once."""
+        """The worker cannot take it now: no fault, and no migration. With what the refusal says, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
-        self._metrics.refusals.labels(worker_id).inc()
+        self.metrics.refusals.labels(worker_id).inc()
         self._refusals.note(worker_id, failure.code, now_ns)
+        if failure.code == Draining.code:
+            flight.tried.add((worker_id, flight.epoch))
+        elif failure.code == RoleChanged.code:
+            flight.avoided.add(worker_id)  # until the registry's news is here, which is a matter of milliseconds
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING
@@ -373,8 +456,9 @@ class Dispatcher:
             self._depart(flight)
         except Refused as refusal:
             has_no_worker = isinstance(refusal, NoWorkers)
+            flight.avoided.clear()
             # A worker that was lost may come back, and a full one may get room; one that failed would only fail again.
-            is_hopeless = has_no_worker and not isinstance(cause, WorkerLost)
+            is_hopeless = has_no_worker and not isinstance(cause, WorkerLost | Draining | RoleChanged)
             if is_hopeless or (has_no_worker and self._clock.now_ns() >= flight.waits_until_ns):
                 # A worker's own refusal (its queue is full) is the better answer while nothing was sent to the client.
                 error = cause if isinstance(cause, Refused | RequestError) else lost_for_want_of_room(cause, refusal)
@@ -426,14 +510,24 @@ class Dispatcher:
             sequence_hashes=flight.hashes() if hashes is None else hashes,
             prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
             max_output_tokens=flight.remaining_tokens,
-            excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
+            excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch) | flight.avoided,
             now_ns=self._clock.now_ns(),
             session=job.hints.session,
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
         )
 
+    def _roles_in(self, route: Route) -> dict[WorkerId, Role]:
+        places = [place.worker_id for place in (route.prefill, route.decode) if place is not None]
+        return {worker_id: facts.role for worker_id in places if (facts := self._router.facts_of(worker_id)) is not None}
+
+    def _is_as_chosen(self, flight: Flight, worker_id: WorkerId) -> bool:
+        """Whether the worker still is what it was when the route was chosen."""
+        facts = self._router.facts_of(worker_id)
+        return facts is not None and not (facts.is_draining or facts.is_stalled) and facts.role is flight.roles.get(worker_id)
+
     def _rename(self, flight: Flight) -> None:
+        flight.is_leaving = False
         self._by_wire_id.pop(flight.wire_id, None)
         flight.attempts += 1
         suffix = f".{flight.attempts}" if flight.attempts > 1 else ""
@@ -460,8 +554,10 @@ class Dispatcher:
         if offer is not None:
             self._try_send(offer.worker_id, ReleaseLease(offer.lease_id))
 
-    def _try_send(self, worker_id: str, message: ToWorker) -> None:
+    def _try_send(self, worker_id: str, message: ToWorker) -> bool:
         try:
             self._send(worker_id, message)
         except WorkerLost as error:
             log.debug("not sent: %s", error.message)
+            return False
+        return True

@@ -1,8 +1,9 @@
 """Who is there: turns the registry's news and the workers' event streams into what the router and the dispatcher know.
 
 registry ─► Joined ─ connect ─ ask for the card ─ same model as the others? ─► models, router, event stream
-            Updated (role, draining) ───────────────────────────────────────► router
+            Updated (role, draining) ───────────────────────────────────────► router, then what should move is moved
             Left ───────────────────────────────────────────────────────────► router, models; a moment later the dispatcher
+connection cut ─► a moment later: connect anew ─────────────────────────────► dispatcher
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol, cast
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.core.ids import Epoch, SequenceHash, WorkerId
 from polyphase.frontend.dispatch import Dispatcher
+from polyphase.frontend.fleet_watch import FleetWatch
 from polyphase.frontend.models import Models, ServedModel, identity_of, without_tokenizer
 from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
@@ -42,16 +44,19 @@ class Fleet:
         self._router = router
         self._models = models
         self._settings = settings
-        self._client = WorkerClient(self._on_outputs, name="frontend")
+        self._client = WorkerClient(self._on_outputs, name="frontend", on_cut=self._on_cut)
         self._subscriber = EventSubscriber(self, AskedHistory(self._client))
         self._entries: dict[str, WorkerEntry] = {}
         self._cards: dict[str, ModelCard] = {}  # of those that were admitted
         self._leaving: dict[str, tuple[Epoch, asyncio.TimerHandle]] = {}
         self._dispatcher: Dispatcher | None = None
+        self._watch: FleetWatch | None = None
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Raises: WorkerLost."""
         self._client.send(worker_id, message)
+        if self._watch is not None:
+            self._watch.note_sent(worker_id, message)
 
     def streams(self) -> dict[str, StreamView]:
         return self._subscriber.streams()
@@ -59,11 +64,13 @@ class Fleet:
     async def run(self, dispatcher: Dispatcher) -> None:
         """Follow the registry until cancelled; then all connections are closed."""
         self._dispatcher = dispatcher
+        self._watch = FleetWatch(self._router, dispatcher, self._settings)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.run(), name="request-channel")
                 tasks.create_task(self._subscriber.run(), name="event-stream")
                 tasks.create_task(self._check_predictions(dispatcher), name="predictions")
+                tasks.create_task(self._watch.run(), name="fleet-watch")
                 async for change in self._registry.watch():
                     self._on_change(change, tasks)
         finally:
@@ -81,8 +88,12 @@ class Fleet:
             case Updated(entry):
                 self._entries[entry.worker_id] = entry
                 card = self._cards.get(entry.worker_id)
-                if card is not None:
-                    self._router.upsert_worker(_facts(entry, card))
+                before = self._router.facts_of(WorkerId(entry.worker_id))
+                if card is not None and before is not None:
+                    after = _facts(entry, card)
+                    self._router.upsert_worker(after)
+                    assert self._watch is not None
+                    self._watch.changed(before, after)
             case Left(worker_id, epoch):
                 entry_or_none = self._entries.get(worker_id)
                 if entry_or_none is not None and entry_or_none.epoch == epoch:
@@ -118,6 +129,8 @@ class Fleet:
         self._router.upsert_worker(facts)
         if self._router.follows_events(facts):
             self._dispatcher.predictions.worker_joined(facts)
+        assert self._watch is not None
+        self._watch.joined(facts)
         self._subscriber.connect(entry)
         log.info("worker %s joined: %s, role %s", worker_id, entry.model, entry.role.value)
 
@@ -148,6 +161,8 @@ class Fleet:
         self._models.remove_worker(worker_id)
         assert self._dispatcher is not None
         self._dispatcher.predictions.worker_left(WorkerId(worker_id))
+        if self._watch is not None:
+            self._watch.left(WorkerId(worker_id))
         self._subscriber.disconnect(worker_id)
         timer = asyncio.get_running_loop().call_later(LAST_WORDS_S, self._forget, worker_id)
         self._leaving[worker_id] = (epoch, timer)
@@ -162,8 +177,27 @@ class Fleet:
         assert self._dispatcher is not None
         self._dispatcher.worker_lost(WorkerId(worker_id), epoch)
 
+    def _on_cut(self, worker_id: str) -> None:
+        """It died, which the registry is about to tell; or only the connection broke."""
+        entry = self._entries.get(worker_id)
+        if entry is not None:
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._reconnect, entry)
+
+    def _reconnect(self, entry: WorkerEntry) -> None:
+        """As another peer, so that the worker aborts what it still does for the earlier one: nobody knows what of it has arrived."""
+        if not self._is_current(entry) or entry.worker_id not in self._cards or self._dispatcher is None:
+            return
+        log.warning("the connection to worker %s broke; what it has goes on elsewhere, or there once more", entry.worker_id)
+        try:
+            self._client.connect(entry.worker_id, entry.request_endpoint)
+        except WorkerLost as error:
+            log.warning("%s", error.message)
+        self._dispatcher.connection_lost(WorkerId(entry.worker_id), Epoch(entry.epoch))
+
     def _on_outputs(self, outputs: StepOutputs) -> None:
         assert self._dispatcher is not None
+        if self._watch is not None:
+            self._watch.note_outputs(outputs)
         self._dispatcher.on_outputs(outputs)
 
     async def _check_predictions(self, dispatcher: Dispatcher) -> None:
@@ -195,6 +229,8 @@ class Fleet:
         self._router.report_load(WorkerId(worker_id), Epoch(epoch), load)
         assert self._dispatcher is not None
         self._dispatcher.predictions.note_load(WorkerId(worker_id), load)
+        if self._watch is not None:
+            self._watch.note_load(WorkerId(worker_id), load)
         self._dispatcher.worker_reported(WorkerId(worker_id))
 
 

@@ -22,6 +22,7 @@ from polyphase.frontend.metrics import ModelMetrics
 from polyphase.frontend.predictions import Prediction
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
+from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import PhaseStats, SamplingParams, StopConditions, Submit
 
@@ -51,7 +52,7 @@ class Job:
 class Stage(enum.Enum):
     PREFILL = "prefill"  # at a prefill worker, which will hand it over
     SERVING = "serving"  # at the worker that finishes it
-    WAITING = "waiting"  # no worker had room for it yet
+    WAITING = "waiting"  # no worker had room for it yet, or once more
     OVER = "over"
 
 
@@ -72,6 +73,9 @@ class Flight:
     offer: KvOffer | None = None  # blocks for it that nobody is known to have taken yet
     attempts: int = 0
     tried: set[tuple[WorkerId, Epoch]] = field(default_factory=set)  # lives of workers that failed it
+    avoided: set[WorkerId] = field(default_factory=set)  # whose role has just changed, so that the router's view of them is old
+    is_leaving: bool = False  # the worker was asked to hand it over
+    roles: dict[WorkerId, Role] = field(default_factory=dict)  # of the workers of the route, as known when it was chosen
     waits_until_ns: int = 0  # for a worker to join, when none is left
     deadline: asyncio.TimerHandle | None = None
     party: Party | None = None  # while it waits in the queue
@@ -112,6 +116,7 @@ class Flight:
             priority=job.priority,
             hand_over=hand_over,
             offer=offer,
+            for_role=self.roles.get(self.worker_id),
             believed_prefill_tokens=believed_prefill_tokens,
             remaining_ms=max((self.deadline_ns - now_ns) // 1_000_000, 1),
         )

@@ -37,6 +37,7 @@ class ModelMetrics:
         self.cached_tokens = metrics.cached_tokens.labels(model)
         self.queue_wait_s = metrics.queue_wait_s.labels(model)
         self.migrations = metrics.migrations.labels(model)
+        self.moves = metrics.moves.labels(model)
         self.cancellations = metrics.cancellations.labels(model)
 
 
@@ -62,6 +63,7 @@ class Metrics:
         self.output_tokens = histogram("output_sequence_tokens", "Tokens generated for a request", _TOKENS)
         self.cached_tokens = histogram("cached_tokens", "Prompt tokens found in a prefix cache", _TOKENS)
         self.migrations = counter("model_migration", "Sequences taken up by another worker")
+        self.moves = counter("model_move", "Sequences handed over while they ran, because their worker drains or has another role")
         self.cancellations = counter("model_cancellation", "Requests whose client went away")
         self.rejections = counter("model_rejection", "Requests refused before anything was started, by error code", ("code",))
         self.queued_requests = Gauge(
@@ -74,6 +76,12 @@ class Metrics:
         self.routes = Counter("polyphase_router_routes", "Decisions of the router", ("model", "kind"), registry=self.registry)
         self.refusals = Counter(
             "polyphase_router_worker_refusals", "Requests that a worker sent back: its queue was full", ("worker",), registry=self.registry
+        )
+        self.role_changes = Counter(
+            "polyphase_router_role_changes", "Times that a living worker took another role", ("worker", "role"), registry=self.registry
+        )
+        self.stalls = Counter(
+            "polyphase_router_worker_stalls", "Times that a worker stood still though it was alive", ("worker",), registry=self.registry
         )
         predicted, reported = "polyphase_router_predicted_cached_tokens", "polyphase_router_reported_cached_tokens"
         self.predicted_cached_tokens = Counter(

@@ -14,7 +14,7 @@ from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import ServedModel
 from polyphase.frontend.waiting_room import LaneView
-from polyphase.router import Drift, Router, WorkerView
+from polyphase.router import Drift, Router, WorkerView, shortcomings
 from polyphase.runtime import StreamView
 
 LATEST_COUNT = 50
@@ -41,11 +41,14 @@ class Pages:
         models: dict[str, dict[str, Any]] = {}
         can_serve = False
         streams = self._services.streams()
-        for view in self._router.workers():
+        views = self._router.workers()
+        for view in views:
             workers = models.setdefault(view.facts.model, {"workers": {}})["workers"]
             drift = self._services.dispatcher.predictions.drifts.get(view.facts.worker_id)
             workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift), "stream": _stream(streams.get(view.facts.worker_id))}
-            can_serve = can_serve or not view.facts.is_draining
+            can_serve = can_serve or _takes_requests(view)
+        for name, model in models.items():
+            model["notes"] = shortcomings(v.facts.role for v in views if v.facts.model == name and _takes_requests(v))
         for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
             models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))
         is_draining = self._services.door.is_closed
@@ -96,6 +99,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         "role": facts.role.value,
         "epoch": facts.epoch,
         "is_draining": facts.is_draining,
+        "is_stalled": facts.is_stalled,
         "running": load.running_count if load else 0,
         "waiting": load.waiting_count if load else 0,
         "block_count": facts.block_count,
@@ -108,6 +112,10 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         shown = {"running_count", "waiting_count", "block_count", "used_block_count"}
         page.update({name: getattr(load, name) for name in load.__struct_fields__ if name not in shown})
     return page
+
+
+def _takes_requests(view: WorkerView) -> bool:
+    return not (view.facts.is_draining or view.facts.is_stalled)
 
 
 def _lane(lane: LaneView) -> dict[str, Any]:

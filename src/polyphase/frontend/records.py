@@ -32,7 +32,8 @@ class SequenceRecord:
     first_token_ns: int = 0
     last_token_ns: int = 0
     gaps_ms: list[float] = field(default_factory=list)  # time between tokens, at this frontend
-    migrations: int = 0
+    migrations: int = 0  # after a worker was lost, failed or stood still
+    moves: int = 0  # handed over by a worker that drains or has another role
     ended_ns: int = 0
 
     @property
@@ -132,6 +133,7 @@ class RequestRecord:
             "ttft_ms": _rounded(first.ttft_ms) if first else None,
             "itl_ms_mean": _rounded(sum(gaps) / len(gaps)) if gaps else None,
             "itl_ms_p99": _rounded(gaps[math.ceil(0.99 * len(gaps)) - 1]) if gaps else None,
+            "moves": sum(sequence.moves for sequence in self.sequences),
             "migrations": sum(sequence.migrations for sequence in self.sequences),
             "choices": len(self.sequences),
             "finish_reason": self.finish_reason,

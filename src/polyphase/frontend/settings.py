@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from polyphase.frontend.stall import StallRule
 from polyphase.router import AdmissionSettings
 
 
@@ -14,6 +15,9 @@ class FrontendSettings:
     request_timeout_s: float = 600.0  # from acceptance to the last token; then 504
     migration_limit: int = 3  # how often one sequence may be taken up by another worker
     migration_patience_s: float = 5.0  # how long sequences wait for a worker to join, when the last one was lost
+    move_patience_s: float = 30.0  # the same for one that its worker handed back unharmed
+    drain_patience_s: float = 2.0  # what a draining worker's requests get to end there, before they go on elsewhere
+    stall: StallRule = field(default_factory=StallRule)
     thread_above_chars: int = 50_000  # longer prompts are tokenised in a thread
     max_sequences: int = 128  # of one request: prompts times n
     record_count: int = 1000

@@ -6,6 +6,7 @@ socket or task: the frontend feeds it and acts on what it says.
 
 from polyphase.router.admission import AdmissionQueue, AdmissionSettings, EvictReason, Queued, Rejected, RejectReason
 from polyphase.router.bookings import Booked, Bookings
+from polyphase.router.coverage import shortcomings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.fair_share import Ticket
@@ -75,4 +76,5 @@ __all__ = [
     "is_refusal",
     "native_index",
     "policy_of",
+    "shortcomings",
 ]

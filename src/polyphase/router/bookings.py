@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from polyphase.core.ids import RequestId, WorkerId
 
 
-@dataclass(frozen=True, slots=True)
-class LegBooking:
+class LegBooking(msgspec.Struct, frozen=True):
     """What one leg of a request will take at one worker. The prefill leg of a split request ends with its prefill."""
 
     worker_id: WorkerId

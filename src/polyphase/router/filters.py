@@ -1,6 +1,7 @@
 """Which workers may take which leg of a request, each reason one `contracts.Filter`, in this order:
 
 draining   leaves, and takes nothing new
+stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
 role         role      whole request   decode leg   prefill leg
@@ -32,6 +33,21 @@ class Draining:
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(
             f"{every(worker_count)} of the model {request.model!r} is draining; retry when another has joined",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
+class Stalled:
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        views = workers.standings.views
+        return [row for row in rows if not views[row].facts.is_stalled]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} stands still; retry when one makes progress again",
             retry_after_s=5,
             request_id=request.request_id,
         )

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
-from polyphase.router.filters import Draining, Excluded, FitsRole, Full, RequiredLabels
+from polyphase.router.filters import Draining, Excluded, FitsRole, Full, RequiredLabels, Stalled
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
 from polyphase.wire.events import Tier
@@ -73,7 +73,14 @@ BUILT_IN = Parts(
         "session": Session(),
         "labels": Labels(),
     },
-    filters={"draining": Draining(), "excluded": Excluded(), "required-labels": RequiredLabels(), "role": FitsRole(), "full": Full()},
+    filters={
+        "draining": Draining(),
+        "stalled": Stalled(),
+        "excluded": Excluded(),
+        "required-labels": RequiredLabels(),
+        "role": FitsRole(),
+        "full": Full(),
+    },
     pickers={"best": best},
 )
 

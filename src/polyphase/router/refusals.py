@@ -2,6 +2,7 @@
 
     full      left out of routing until its next load report, or for `FULL_FOR_NS`; then the router judges anew
     busier    more waits there than this router believed when it chose: it chooses once more, by what is true; perhaps the same one
+    draining  and another role than was known: not this one again before the registry's news is here, which is the dispatcher's care
 
 The choice is this router's and the reservation the worker's, atomic there: so several routers do not herd on one worker. Each refusal
 of the second kind means that somebody else's request was taken in the meantime; after some of them a request is taken as it comes.
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from polyphase.core.errors import Busier, NoWorkers, Overloaded
+from polyphase.core.errors import Busier, Draining, NoWorkers, Overloaded, RoleChanged
 from polyphase.core.ids import WorkerId
 from polyphase.router.types import Placement, Route, RouteRequest
 
@@ -22,7 +23,7 @@ CHOICES = 8  # that may turn out to have been made on too little knowledge; each
 
 def is_refusal(code: str) -> bool:
     """Whether a failure of this code asks for another choice, and nothing is lost."""
-    return code in (Overloaded.code, Busier.code)
+    return code in (Overloaded.code, Busier.code, Draining.code, RoleChanged.code)
 
 
 def believed_tokens(place: Placement, attempts: int) -> int | None:

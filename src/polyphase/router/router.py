@@ -10,7 +10,7 @@ One owner, no awaiting: the frontend's event loop calls it, and each call leaves
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
@@ -105,11 +105,18 @@ class Router:
         if known is not None and facts.epoch < known.facts.epoch:
             return
         if known is not None and facts.epoch == known.facts.epoch:
-            known.facts = facts
+            known.facts = replace(facts, is_stalled=known.facts.is_stalled)
         else:
             self.remove_worker(facts.worker_id)
             self._known[facts.worker_id] = _Known(facts)
         self._standings.clear()
+
+    def set_stalled(self, worker_id: WorkerId, is_stalled: bool) -> None:
+        """It gets no requests while it stands still. Unknown workers are ignored."""
+        known = self._known.get(worker_id)
+        if known is not None:
+            known.facts = replace(known.facts, is_stalled=is_stalled)
+            self._standings.clear()
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its blocks and bookings go with it. Unknown workers are ignored."""
@@ -167,6 +174,14 @@ class Router:
         """All known workers in the order of their names, for people to look at; no request, so no overlap."""
         return [self._view(worker_id) for worker_id in sorted(self._known)]
 
+    def facts(self) -> list[WorkerFacts]:
+        """Of all known workers, in no order."""
+        return [known.facts for known in self._known.values()]
+
+    def facts_of(self, worker_id: WorkerId) -> WorkerFacts | None:
+        known = self._known.get(worker_id)
+        return None if known is None else known.facts
+
     def serves(self, model: str) -> bool:
         """Whether a living worker has this model, be it draining or full."""
         return any(known.facts.model == model for known in self._known.values())
@@ -205,12 +220,15 @@ class Router:
         servers = self._lineup(request, BOTH, standings, found)
         self._filter(request, BOTH, servers, is_required=True)
         whole = self._choose(request, BOTH, servers)
-        helpers = self._lineup(request, PREFILL, standings, found)
-        has_helpers = self._filter(request, PREFILL, helpers, is_required=False)
-        reason_against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens, has_helpers)
-        if reason_against is not None:
+        helpers = self._helpers(request, standings, found)
+        if helpers is None:
             self._book(request, found, whole)
-            rule, reason = reason_against
+            reason = "whole: no prefill worker is available beside the decode workers"
+            return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker")
+        against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens)
+        if against is not None:
+            self._book(request, found, whole)
+            rule, reason = against
             return Route(request.request_id, whole.placement, None, reason, rule)
 
         prefill = self._choose(request, PREFILL, helpers)
@@ -270,6 +288,13 @@ class Router:
     def _lineup(self, request: RouteRequest, leg: Leg, standings: Standings, found: _Found, partner: WorkerFacts | None = None) -> Lineup:
         home = None if request.session is None else self._sessions.home(request.model, request.session, leg, request.now_ns)
         return Lineup(standings, found.overlaps, found.expected, home, partner)
+
+    def _helpers(self, request: RouteRequest, standings: Standings, found: _Found) -> Lineup | None:
+        """Who could compute the prompt for another worker, if anybody."""
+        if not self._able(request, PREFILL, standings, is_required=False):
+            return None
+        helpers = self._lineup(request, PREFILL, standings, found)
+        return helpers if self._filter(request, PREFILL, helpers, is_required=False) else None
 
     def _filter(self, request: RouteRequest, leg: Leg, workers: Lineup, *, is_required: bool) -> bool:
         """Sets `workers.rows`. Returns: whether any are left. Raises: why there are none, if some are required."""
@@ -362,12 +387,8 @@ def _kept(
     return rows
 
 
-def why_not_split(
-    rule: SplitRule, request: RouteRequest, best: Placement, to_compute: int, has_prefill_workers: bool
-) -> tuple[str, str] | None:
+def why_not_split(rule: SplitRule, request: RouteRequest, best: Placement, to_compute: int) -> tuple[str, str] | None:
     """Why the `best` worker for the whole request does all of it, in short and in words; None if prefill belongs elsewhere."""
-    if not has_prefill_workers:
-        return "no-prefill-worker", "whole: no prefill worker is available beside the decode workers"
     prompt = request.prompt_token_count
     if to_compute < rule.min_uncached_tokens:
         return "short-prompt", f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"

@@ -3,6 +3,8 @@
 RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
                 eligible   [0,1]    one
                 workers    each     worker
+
+What a decision makes anew are msgspec structs: they are made in a quarter of the time that a frozen dataclass takes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
+
+import msgspec
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router.columns import Column
@@ -24,7 +28,7 @@ NO_LABELS: Labels = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What does not change in one life of a worker, but for its role and whether it drains."""
+    """What does not change in one life of a worker, but for its role, and whether it drains or stands still."""
 
     worker_id: WorkerId
     epoch: Epoch
@@ -36,6 +40,7 @@ class WorkerFacts:
     max_running: int
     can_hand_over: bool
     is_draining: bool = False
+    is_stalled: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
@@ -61,6 +66,8 @@ class Leg(enum.StrEnum):
     DECODE = "decode"
     BOTH = "both"
 
+    __hash__ = str.__hash__  # the enum's own is Python code; equal members are equal texts
+
 
 # For what runs at each decision: to look a member up in its enum takes as long as a call, in Python 3.11.
 PREFILL, DECODE, BOTH = Leg.PREFILL, Leg.DECODE, Leg.BOTH
@@ -82,8 +89,7 @@ class Candidate:
     costs: tuple[tuple[str, float], ...] = ()  # by scorer, in tokens of prefill; the score comes of their sum
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """One leg of a route: the worker chosen, and all candidates, best first (put in order when they are first looked at)."""
 
     leg: Leg
@@ -94,8 +100,7 @@ class Placement:
     queued_prefill_tokens: int | None = None  # ahead of the request there, as far as the router knew; None: it did not matter
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Where a request goes. Without a `prefill` leg, `decode` does everything. `reason` is a phrase for a person."""
 
     request_id: RequestId
@@ -178,8 +183,7 @@ class PrefixIndex(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
+class WorkerView(msgspec.Struct, frozen=True):
     """One worker as it stands."""
 
     facts: WorkerFacts

@@ -8,6 +8,7 @@ from polyphase.runtime.channel import PeerId, WorkerClient, WorkerServer
 from polyphase.runtime.fence import EventSink, StreamCounts, StreamView
 from polyphase.runtime.paths import WorkerPaths
 from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
+from polyphase.runtime.role_switch import Moving, Settled, Switched, switch_role
 from polyphase.runtime.stream import AskedHistory, EventPublisher, EventSubscriber, History
 
 __all__ = [
@@ -19,13 +20,17 @@ __all__ = [
     "Joined",
     "Lease",
     "Left",
+    "Moving",
     "PeerId",
     "Registry",
     "RegistryChange",
+    "Settled",
     "StreamCounts",
     "StreamView",
+    "Switched",
     "Updated",
     "WorkerClient",
     "WorkerPaths",
     "WorkerServer",
+    "switch_role",
 ]

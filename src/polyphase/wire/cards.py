@@ -61,3 +61,4 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     load: Load
     uptime_s: float
     rss_bytes: int
+    misplaced_count: int = 0  # requests that run here and are not what the role is for: after a change of role, until they have moved

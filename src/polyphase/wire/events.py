@@ -59,6 +59,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens_total: int = 0
     finished_total: int = 0
     preemptions_total: int = 0
+    computed_tokens_total: int = 0  # went through the model: prompt and output tokens, those computed twice counted twice
 
 
 class TierDigest(msgspec.Struct, frozen=True, array_like=True):

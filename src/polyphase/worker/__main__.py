@@ -61,18 +61,14 @@ def main() -> int:
 
 def _serve(options: WorkerOptions, lifeline: Lifeline) -> None:
     with ExitStack() as stack:
+        names = (options.worker_id, *options.beside)
+        leases = [stack.enter_context(Registry(options.run_folder).claim(name)) for name in names]
+        paths = [WorkerPaths.of(options.run_folder, name) for name in names]
+        ensure_private_folder(paths[0].request_socket.parent)
         started_s = time.monotonic()
         log.info("loading %s with engine %s", options.engine_options.model, options.engine)
-        workers = []
-        for worker_id in (options.worker_id, *options.beside):
-            lease = stack.enter_context(Registry(options.run_folder).claim(worker_id))
-            paths = WorkerPaths.of(options.run_folder, worker_id)
-            ensure_private_folder(paths.request_socket.parent)
-            workers.append((lease, paths))
-        lives = [
-            _Life(worker_id, stack.enter_context(closing(load_engine(options.engine, options.engine_options))), lease, paths)
-            for worker_id, (lease, paths) in zip((options.worker_id, *options.beside), workers, strict=True)
-        ]
+        engines = [stack.enter_context(closing(load_engine(options.engine, options.engine_options))) for _ in names]
+        lives = [_Life(*parts) for parts in zip(names, engines, leases, paths, strict=True)]
         stack.enter_context(_long_lived_objects_left_alone())
         log.info("loaded %s in %.1f s", lives[0].engine.card.name, time.monotonic() - started_s)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -118,7 +114,7 @@ async def _host(life: _Life, options: WorkerOptions) -> WorkerHost:
     entry = WorkerEntry(
         worker_id=life.worker_id,
         epoch=time.time_ns(),
-        role=options.role,
+        role=life.lease.remembered_role() or options.role,
         model=engine.card.name,
         pid=os.getpid(),
         host=socket.gethostname(),

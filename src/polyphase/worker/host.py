@@ -27,6 +27,7 @@ from polyphase.core.errors import (
     Lost,
     Overloaded,
     PolyphaseError,
+    Refused,
     TransferError,
     WorkerLost,
 )
@@ -34,26 +35,30 @@ from polyphase.engines.interface import BlockSource, Engine, StepReport
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
 from polyphase.transfer import OpenedPools, PoolServer
-from polyphase.wire.cards import WorkerEntry, WorkerStatus
+from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
 from polyphase.wire.events import Load
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Answer,
     Cancel,
+    Denied,
     Drain,
     FinishReason,
+    HandOver,
     Query,
     Question,
     ReleaseLease,
     SequenceOutput,
     StepOutputs,
     Submit,
+    SwitchRole,
     ToWorker,
     WireFailure,
 )
 from polyphase.worker.engines import kv_exporter
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
+from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
 
 log = logging.getLogger(__name__)
@@ -158,6 +163,10 @@ class WorkerHost:
                 self._accept(peer, message)
             case Cancel():
                 self._cancel(peer, message.request_id)
+            case HandOver():
+                self._hand_over(peer, message.request_id)
+            case SwitchRole():
+                self._switch_role(peer, message)
             case ReleaseLease():
                 if self._exporter is not None:
                     self._exporter.release_lease(message.lease_id)
@@ -175,7 +184,12 @@ class WorkerHost:
         if self._live.get(request_id) is not None:
             self._refuse(peer, request, InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}"))
             return
-        live = self._live.add(request_id, peer)
+        try:
+            refuse_misdirected(request, self._entry)
+        except Refused as refusal:
+            self._refuse(peer, request, refusal)
+            return
+        live = self._live.add(request_id, peer, wants_hand_over=request.hand_over)
         if request.remaining_ms is not None:
             self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
         if request.offer is None:
@@ -219,8 +233,9 @@ class WorkerHost:
     def _refuse(self, peer: PeerId, request: Submit, error: PolyphaseError) -> None:
         with request_context(request.request_id):
             log.info("refused: %s", error.message)
-        if isinstance(error, Overloaded):  # the peer goes elsewhere at once, and takes the offer along
-            self._send(peer, [_failed(request.request_id, error, self._engine.load())])
+        if isinstance(error, Refused):  # the peer goes elsewhere at once, and takes the offer along
+            load = self._engine.load() if isinstance(error, Overloaded) else None
+            self._send(peer, [_failed(request.request_id, error, load)])
             return
         self._release(request.offer)
         self._send(peer, [_failed(request.request_id, error)])
@@ -235,6 +250,48 @@ class WorkerHost:
             self._engine.abort(request_id)  # also frees the lease of one that was handed over already
             if live is None:
                 self._publish(None)
+
+    def _hand_over(self, peer: PeerId, request_id: str) -> None:
+        """The peer wants to go on with it elsewhere."""
+        live = self._live.get(request_id)
+        if live is None or live.peer != peer:
+            return
+        if live.opening is None:
+            self._engine.hand_over(request_id)
+            return
+        live.opening.cancel()
+        self._live.remove(request_id)
+        self._send(peer, [SequenceOutput(request_id=request_id, finish_reason=FinishReason.HANDED_OVER, offer=live.offer)])
+
+    def _switch_role(self, peer: PeerId, message: SwitchRole) -> None:
+        reason = why_not_switch(message.role, self._entry, self._engine.card)
+        if reason is None and message.role is not self._entry.role:
+            reason = self._take_role(message.role)
+        self._server.send(peer, Answer(message.query_id, self._status() if reason is None else Denied(reason)))
+
+    def _take_role(self, role: Role) -> str | None:
+        """Returns: why not. A role that the registry does not show would only make frontends send what is then refused."""
+        entry = msgspec.structs.replace(self._entry, role=role)
+        try:
+            self._lease.update(entry)
+        except OSError as error:
+            return f"worker {entry.worker_id} keeps its role {self._entry.role}: the registry cannot be told of another: {error}"
+        before, self._entry = self._entry.role, entry
+        try:
+            self._lease.remember_role(role)
+        except OSError as error:
+            log.warning("after a restart the role will be the one before: %s", error)
+        log.info("role: %s, was %s; %d of %d requests are to move", role, before, self._live.count_misplaced(role), len(self._live))
+        return None
+
+    def _status(self) -> WorkerStatus:
+        return WorkerStatus(
+            entry=self._entry,
+            load=self._engine.load(),
+            uptime_s=uptime_s(),
+            rss_bytes=rss_bytes(),
+            misplaced_count=self._live.count_misplaced(self._entry.role),
+        )
 
     def _abort(self, live: LiveRequest) -> None:
         """Forget a request; what the engine still says of it reaches nobody."""
@@ -264,8 +321,7 @@ class WorkerHost:
             case Question.BATCHES:
                 body = Answer(query.query_id, self._publisher.source.missed(query.after))
             case Question.STATUS:
-                status = WorkerStatus(entry=self._entry, load=self._engine.load(), uptime_s=uptime_s(), rss_bytes=rss_bytes())
-                body = Answer(query.query_id, status)
+                body = Answer(query.query_id, self._status())
         self._server.send(peer, body)
 
     # From the engine

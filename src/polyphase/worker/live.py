@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from polyphase.runtime import PeerId
+from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import SequenceOutput
+from polyphase.worker.roles import takes
 
 
 @dataclass(slots=True)
@@ -21,6 +23,7 @@ class LiveRequest:
     token_count: int = 0  # sent so far
     opening: asyncio.Task[None] | None = None  # the offer's pool is being opened; the engine does not know the request yet
     offer: KvOffer | None = None  # as long as it is being opened
+    wants_hand_over: bool = False  # a prefill leg
     deadline_s: float | None = None  # of the monotonic clock
 
 
@@ -35,9 +38,9 @@ class LiveRequests:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def add(self, request_id: str, peer: PeerId) -> LiveRequest:
+    def add(self, request_id: str, peer: PeerId, *, wants_hand_over: bool = False) -> LiveRequest:
         assert request_id not in self._by_id, request_id
-        request = self._by_id[request_id] = LiveRequest(request_id, peer)
+        request = self._by_id[request_id] = LiveRequest(request_id, peer, wants_hand_over=wants_hand_over)
         self._by_peer.setdefault(peer, set()).add(request_id)
         return request
 
@@ -76,6 +79,10 @@ class LiveRequests:
 
     def of_peer(self, peer: PeerId) -> list[LiveRequest]:
         return [self._by_id[request_id] for request_id in self._by_peer.get(peer, ())]
+
+    def count_misplaced(self, role: Role) -> int:
+        """Those that are not what a worker of this role is for."""
+        return sum(not takes(role, wants_hand_over=request.wants_hand_over) for request in self._by_id.values())
 
     def peers(self) -> list[PeerId]:
         """Those who wait for something."""

@@ -20,6 +20,7 @@ from polyphase.wire.requests import (
     Answer,
     Cancel,
     FinishReason,
+    HandOver,
     PhaseStats,
     Query,
     Question,
@@ -43,6 +44,7 @@ class Behaviour:
     step_s: float = 0.0
     gate: asyncio.Semaphore | None = None  # each step takes a permit
     is_stalled: bool = False  # takes everything, says nothing
+    is_silent: bool = False  # publishes nothing by itself
     refuses: str | None = None  # code of a retryable failure for each submit
     fails_after: int | None = None  # output tokens, then a failure
     failure: WireFailure = field(default_factory=lambda: WireFailure("engine_failed", "the engine raised", True))
@@ -98,6 +100,13 @@ class FakeWorker:
         self._tasks.append(asyncio.create_task(self._server.run()))
         self._lease = self._registry.announce(self.entry)
         self._tasks.append(asyncio.create_task(self._lease.renew()))
+        self._tasks.append(asyncio.create_task(self._beat()))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            if not self.behaviour.is_silent:
+                self.publish()
 
     def update(self, entry: WorkerEntry) -> None:
         self.entry = entry
@@ -130,7 +139,15 @@ class FakeWorker:
                 task = self.running.pop(request_id, None)
                 if task is not None:
                     task.cancel()
+                    self._step -= 1  # it takes no step
                     self._send(peer, SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED))
+            case HandOver(request_id):
+                task = self.running.pop(request_id, None)
+                if task is not None:
+                    task.cancel()
+                    submit = next(s for s in self.submits if s.request_id == request_id)
+                    offer = self._offer(submit)
+                    self._send(peer, SequenceOutput(request_id=request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer))
             case ReleaseLease(lease_id):
                 self.released.append(lease_id)
                 self.leases.discard(lease_id)

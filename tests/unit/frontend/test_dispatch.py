@@ -29,6 +29,7 @@ from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
 from polyphase.wire.requests import (
     Cancel,
     FinishReason,
+    HandOver,
     ReleaseLease,
     SamplingParams,
     SequenceOutput,
@@ -51,6 +52,8 @@ class Life:
     epoch: int
     running: dict[str, Submit] = field(default_factory=dict)
     leases: set[str] = field(default_factory=set)
+    role: Role = Role.BOTH
+    asked: set[str] = field(default_factory=set)  # requests that it is to hand over
 
 
 class Timers:
@@ -98,6 +101,7 @@ class DispatchMachine(RuleBasedStateMachine):
         self.flights: list[Flight] = []
         self.ended: dict[RequestId, int] = {}
         self.epoch = 0
+        self.begun: set[str] = set()  # requests that have got a token from their worker
 
     def teardown(self) -> None:
         for flight in self.flights:
@@ -128,6 +132,8 @@ class DispatchMachine(RuleBasedStateMachine):
                 life.leases.discard(request_id)
             case ReleaseLease(lease_id):
                 life.leases.discard(lease_id)
+            case HandOver(request_id):
+                life.asked.add(request_id)
             case _:
                 raise AssertionError(message)
 
@@ -142,7 +148,70 @@ class DispatchMachine(RuleBasedStateMachine):
         self.epoch += 1
         self.lives[worker_id] = Life(self.epoch)
         self.dispatcher.worker_joined(WorkerId(worker_id), Epoch(self.epoch))
-        self.router.upsert_worker(WorkerFacts(WorkerId(worker_id), Epoch(self.epoch), "tiny", ROLES[worker_id], 16, 64, 512, 2, True))
+        self.lives[worker_id].role = ROLES[worker_id]
+        self.router.upsert_worker(self.facts(worker_id))
+
+    def facts(self, worker_id: str) -> WorkerFacts:
+        life = self.lives[worker_id]
+        return WorkerFacts(WorkerId(worker_id), Epoch(life.epoch), "tiny", life.role, 16, 64, 512, 2, True)
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), role=st.sampled_from(list(Role)), is_known=st.booleans())
+    def switch_role(self, data: st.DataObject, role: Role, is_known: bool) -> None:
+        """The router may hear of it now or, by another switch, later."""
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        self.lives[worker_id].role = role
+        if is_known:
+            self.router.upsert_worker(self.facts(worker_id))
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), is_stalled=st.booleans())
+    def stand_still_or_not(self, data: st.DataObject, is_stalled: bool) -> None:
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        self.router.set_stalled(WorkerId(worker_id), is_stalled)
+        if is_stalled:
+            self.dispatcher.worker_stalled(WorkerId(worker_id), Epoch(self.lives[worker_id].epoch), "x")
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), stages=st.sets(st.sampled_from([Stage.PREFILL, Stage.SERVING])))
+    def ask_to_hand_over(self, data: st.DataObject, stages: set[Stage]) -> None:
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        self.dispatcher.ask_to_hand_over(WorkerId(worker_id), Epoch(self.lives[worker_id].epoch), stages)
+
+    @rule(data=st.data(), has_begun=st.booleans())
+    def hand_back(self, data: st.DataObject, has_begun: bool) -> None:
+        """What was asked for leaves, with what is computed or with the offer that nobody has read."""
+        asked = [
+            (name, life, life.running[request_id])
+            for name, life in sorted(self.lives.items())
+            for request_id in sorted(life.asked & life.running.keys())
+        ]
+        if not asked:
+            return
+        worker_id, life, submit = data.draw(st.sampled_from(asked))
+        if submit.hand_over and has_begun:
+            return  # it leaves by itself
+        del life.running[submit.request_id]
+        offer = submit.offer
+        if has_begun:
+            if offer is not None and offer.worker_id in self.lives:
+                self.lives[offer.worker_id].leases.discard(offer.lease_id)
+            life.leases.add(submit.request_id)
+            offer = KvOffer(worker_id, life.epoch, "x", submit.request_id, 2**62, POOL, [0], [1], len(submit.token_ids))
+        self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer))
+
+    @rule(data=st.data(), code=st.sampled_from(["overloaded", "draining", "role_changed"]))
+    def refuse(self, data: st.DataObject, code: str) -> None:
+        """In the first answer; an offer that came along stays the frontend's."""
+        chosen = self.some_running(data)
+        if chosen is None:
+            return
+        worker_id, submit = chosen
+        if submit.request_id in self.begun:
+            return
+        del self.lives[worker_id].running[submit.request_id]
+        failure = WireFailure(code, "x", True)
+        self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.ERROR, failure=failure))
 
     @precondition(lambda self: self.lives)
     @rule(data=st.data())
@@ -231,6 +300,7 @@ class DispatchMachine(RuleBasedStateMachine):
         if submit.offer is not None and submit.offer.worker_id in self.lives:
             self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
         del life.running[submit.request_id]
+        self.begun.add(submit.request_id)
         if finish is None:
             continued = [*submit.token_ids, *ids]
             fields = {name: getattr(submit, name) for name in submit.__struct_fields__}

@@ -403,6 +403,7 @@ async def test_a_worker_that_never_answers_is_504(stack: Stack, is_streaming: bo
 async def test_one_of_several_choices_fails(stack: Stack) -> None:
     for worker_id in ("worker-0", "worker-1"):
         worker = await stack.add(worker_id)
+        slow(worker)
         worker.behaviour.fails_after = 5
         worker.behaviour.failure = WireFailure("engine_failed", "broken", False)
         slow(worker)  # so that the answer has begun by then

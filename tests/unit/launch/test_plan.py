@@ -225,3 +225,28 @@ def test_a_mock_engine_takes_no_gpu(tmp_path: Path):
     worker = flags_of(process_specs(made, tmp_path)[1].arguments)
     assert (worker["--engine"], worker["--mock-accelerator"], worker["--mock-speedup"]) == ("mock", "4xh100", "10.0")
     assert "--mock-model" not in worker
+
+
+def test_many_mock_workers_share_processes(tmp_path: Path):
+    from polyphase.worker.options import parse_options
+
+    made = plan(engine="mock", workers=200)
+    specs = process_specs(made, tmp_path)[1:]
+    assert len(specs) == 8
+    options = [parse_options(spec.arguments[3:]) for spec in specs]
+    assert [spec.name for spec in specs] == [one.worker_id for one in options]
+    names = [name for one in options for name in (one.worker_id, *one.beside)]
+    assert names == [worker.worker_id for worker in made.workers]
+
+
+@pytest.mark.parametrize("settings", [{"engine": "mock", "workers": 8}, {"engine": "torch", "workers": 12}])
+def test_other_workers_have_a_process_each(tmp_path: Path, settings: dict[str, object]):
+    made = plan(**settings)
+    assert [spec.name for spec in process_specs(made, tmp_path)[1:]] == [worker.worker_id for worker in made.workers]
+
+
+def test_many_mock_workers_of_both_roles(tmp_path: Path):
+    made = plan(engine="mock", prefill=3, decode=17)
+    specs = process_specs(made, tmp_path)[1:]
+    assert [spec.name for spec in specs] == ["prefill-0", "decode-0", "decode-3", "decode-6", "decode-9", "decode-12", "decode-15"]
+    assert flags_of(specs[0].arguments)["--beside"] == "prefill-1,prefill-2"

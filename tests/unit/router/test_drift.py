@@ -101,8 +101,9 @@ def test_a_working_router_is_never_accused(cases: list[tuple[int, int, bool, int
     """Predictions that were right when made, and prefixes that were computed in the meantime, whatever else is going on."""
     samples = []
     for held, computed_since, salted, removed, prompt in cases:
-        found = min((held + computed_since) * BLOCK, (prompt - 1) // BLOCK * BLOCK)
-        samples.append(Sample(0, prompt, min(held * BLOCK, prompt), found, (held + computed_since) * BLOCK, removed, salted))
+        usable = (prompt - 1) // BLOCK * BLOCK  # the last token is computed in any case, as both sides know
+        found = min((held + computed_since) * BLOCK, usable)
+        samples.append(Sample(0, prompt, min(held * BLOCK, usable), found, (held + computed_since) * BLOCK, removed, salted))
     assert diagnose(samples, replace(HEALTHY, repair_count=repairs), BLOCK) is None
 
 

@@ -1,9 +1,9 @@
 """The engine's bookkeeping around a step: requests in, plans out, results turned into reports. Synchronous; one thread at a time.
 
-    submit · abort · release ─► begin_step ─► StepPlan ─► execute (elsewhere) ─► finish_step ─► StepReport
+    submit · abort · hand_over · release ─► begin_step ─► StepPlan ─► execute (elsewhere) ─► finish_step ─► StepReport
 
-`submit`, `abort` and the release of a lease may come between `begin_step` and `finish_step`, while the step runs: nothing that the
-step reads or writes changes until it is finished. A sequence lives in `_sequences` from submission to its one terminal output.
+All but the last two may come between `begin_step` and `finish_step`, while the step runs: nothing that the step reads or writes changes
+until it is finished. A sequence lives in `_sequences` from submission to its one terminal output.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class _Totals:
     generated_tokens: int = 0
     finished: int = 0
     preemptions: int = 0
+    computed_tokens: int = 0
 
 
 class EngineCore:
@@ -64,6 +65,7 @@ class EngineCore:
         self.exports = BlockExports(self.pool, storage.shared, lease_ns)
         self._sequences: dict[str, Sequence] = {}
         self._cancelled: list[Sequence] = []  # during the current step
+        self._leaving: list[Sequence] = []  # likewise
         self._totals = _Totals()
         self._arrivals = 0
         self._ended: list[SequenceOutput] = []  # outputs that did not come from a step
@@ -83,7 +85,8 @@ class EngineCore:
     def submit_imagined(self, request: Submit, names: BlockNames) -> None:
         """As `submit`, for a simulation: of the tokens only their number counts, and their blocks, the answer's included, are named so.
 
-        The request asks for nothing that depends on a token, and `token_ids` need only have the right length.
+        The request asks for nothing that depends on a token, `token_ids` need only have the right length, and whoever computes its steps
+        samples zeros (`mock.machine.say_nothing`).
         """
         check_lengths(request, self._card)
         self._refuse_if_unfit(request)
@@ -115,6 +118,17 @@ class EngineCore:
         else:
             self._ended.append(self._end(sequence, FinishReason.CANCELLED))
 
+    def hand_over(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        if self._current is not None:
+            if not sequence.is_leaving:
+                self._leaving.append(sequence)
+            sequence.is_leaving = True
+        elif not _leaves_by_itself(sequence):
+            self._ended.append(self._hand_over(sequence))
+
     @property
     def has_requests(self) -> bool:
         return bool(self._sequences)
@@ -136,6 +150,7 @@ class EngineCore:
             generated_tokens_total=totals.generated_tokens,
             finished_total=totals.finished,
             preemptions_total=totals.preemptions,
+            computed_tokens_total=totals.computed_tokens,
         )
 
     # A step.
@@ -221,6 +236,7 @@ class EngineCore:
             for row in outcome.computed:
                 sequence = row.sequence
                 sequence.computed_count = computed_count = row.start + row.count
+                self._totals.computed_tokens += row.count
                 if computed_count >= (sequence.blocks.named_count + 1) * block_size:
                     self._cache.commit(sequence.blocks, sequence.token_ids, computed_count)
                 if sequence in samples and not sequence.is_cancelled:
@@ -229,6 +245,12 @@ class EngineCore:
         for sequence in cancelled:
             if self._sequences.get(sequence.request.request_id) is sequence:  # it may have failed
                 outputs.append(self._end(sequence, FinishReason.CANCELLED))
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            if self._sequences.get(sequence.request.request_id) is sequence:
+                sequence.is_leaving = False
+                if not _leaves_by_itself(sequence):
+                    outputs.append(self._hand_over(sequence))
         return self._report(outputs)
 
     def take_idle_report(self) -> StepReport | None:
@@ -311,7 +333,7 @@ class EngineCore:
         stop = sequence.stop.after(sampled.token_id, len(sequence.token_ids), sequence.output_count)
         stats, sequence.stats = sequence.stats, None
         offer = None
-        if stop is None and sequence.request.hand_over and self.exports.can_offer:
+        if stop is None and (sequence.is_leaving or (sequence.request.hand_over and self.exports.can_offer)):
             stop = Stop(FinishReason.HANDED_OVER)
             offer = self._offer_blocks(sequence)
         if stop is not None:
@@ -326,7 +348,18 @@ class EngineCore:
             stats=stats,
         )
 
-    def _offer_blocks(self, sequence: Sequence) -> KvOffer:
+    def _hand_over(self, sequence: Sequence) -> SequenceOutput:
+        """It gets no token here any more. An offer that it brought along and that nobody has read goes on with it."""
+        offer, sequence.offer = sequence.offer, None
+        if offer is None and sequence.computed_count:
+            offer = self._offer_blocks(sequence)
+        self._remove(sequence)
+        return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer)
+
+    def _offer_blocks(self, sequence: Sequence) -> KvOffer | None:
+        """None if no other process can read them; they are released with the sequence then."""
+        if not self.exports.can_offer:
+            return None
         block_ids = self._cache.detach(sequence.blocks)
         kept_count = self._cache.blocks_for(sequence.computed_count)
         self.pool.release(block_ids[kept_count:])
@@ -346,6 +379,11 @@ class EngineCore:
         self._give_up_offer(sequence)
         del self._sequences[sequence.request.request_id]
         self._totals.finished += 1
+
+
+def _leaves_by_itself(sequence: Sequence) -> bool:
+    """Its prompt is being computed for another worker already: what is done of it is best finished."""
+    return sequence.request.hand_over and sequence.computed_count > 0
 
 
 def _pace_of(limits: SchedulerLimits) -> StepPace | None:

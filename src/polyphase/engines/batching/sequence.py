@@ -34,6 +34,7 @@ class Sequence:
     source: BlockSource | None = None
     computed_count: int = 0
     is_cancelled: bool = False
+    is_leaving: bool = False  # to be handed over when the step under way is finished
     stats: PhaseStats | None = None  # until the first output has carried it away
     first_step_ns: int | None = None
     prompt_key: int | None = None  # a number for the prompt, of whoever computes the steps and wants it more than once

@@ -80,6 +80,10 @@ class TorchEngine:
         self._loop.wake()
         self.core.abort(request_id)
 
+    def hand_over(self, request_id: str) -> None:
+        self._loop.wake()
+        self.core.hand_over(request_id)
+
     def load(self) -> Load:
         return self.core.load()
 
