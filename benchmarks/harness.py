@@ -54,6 +54,7 @@ class StreamTimes:
 
     sent_s: float
     token_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     request_id: str = ""
 
@@ -98,7 +99,9 @@ async def stream_completion(
             if "error" in chunk:
                 raise RuntimeError(f"in the stream: {chunk['error']}")
             for choice in chunk["choices"]:
-                times.token_s += [now_s] * len(choice.get("token_ids") or ())
+                token_ids = choice.get("token_ids") or []
+                times.token_ids += token_ids
+                times.token_s += [now_s] * len(token_ids)
                 times.finish_reason = choice["finish_reason"] or times.finish_reason
     if times.finish_reason is None:
         raise RuntimeError("the stream ended without a finish reason")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
 from polyphase.wire.cards import Role
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 _MODEL = "Processes and model"
 _SERVER = "Server"
+_ROUTER = "Router"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
 _QUEUE = "Waiting requests"
@@ -76,16 +78,69 @@ def serve(
         str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]", rich_help_panel=_SERVER)
     ] = None,
     port: Annotated[str | None, typer.Option(metavar="PORT", help="[default: 8000]", rich_help_panel=_SERVER)] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Router: kv, least-loaded or round-robin. [default: kv]", rich_help_panel=_SERVER)
+    policy: Annotated[str | None, typer.Option(help="kv, least-loaded or round-robin. [default: kv]", rich_help_panel=_ROUTER)] = None,
+    router_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART=WEIGHT,…",
+            help="Reasons against a worker and what one unit of each weighs, in tokens of prefill, such as uncached=2,requests=50; "
+            "0 switches one off. polyphase router parts lists them. [default: the policy's]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    router_temperature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="0: the best worker; 1: one with half the score half as often. [default: 0]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    router_filters: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Filters of your own package, beside ours.", rich_help_panel=_ROUTER)
+    ] = None,
+    router_picker: Annotated[
+        str | None, typer.Option(metavar="NAME", help="best, or one of your own package. [default: best]", rich_help_panel=_ROUTER)
+    ] = None,
+    session_idle: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How long the router remembers where a session was. [default: 10min]", rich_help_panel=_ROUTER),
     ] = None,
     split_threshold: Annotated[
         str | None,
         typer.Option(
             metavar="TOKENS",
             help="Prompts with fewer tokens to compute stay on the decode worker. [default: 256]",
-            rich_help_panel=_SERVER,
+            rich_help_panel=_ROUTER,
         ),
+    ] = None,
+    split_fraction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="And so do prompts of which less than this is to compute. [default: 0.3]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=VALUE,…", help="Of the workers, such as zone=eu-1,rack=7; see docs/router.md.", rich_help_panel=_MODEL),
+    ] = None,
+    kv_events: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: the router goes by what it sent to a worker, not by what the worker tells. [default: on]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    predicted_lifetime: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How long it does, for workers that tell nothing. [default: 2min]", rich_help_panel=_ROUTER),
+    ] = None,
+    index_capacity: Annotated[
+        str | None,
+        typer.Option(metavar="BLOCKS", help="What the router's prefix index holds at most. [default: 4000000]", rich_help_panel=_ROUTER),
     ] = None,
     drain_timeout: Annotated[
         str | None,
@@ -222,6 +277,9 @@ def chat(
     from polyphase.cli.chat import ChatSettings, chat_in_terminal
 
     chat_in_terminal(url, name, ChatSettings(model=model, temperature=temperature, max_tokens=max_tokens, system=system))
+
+
+app.add_typer(router_commands, name="router")
 
 
 @app.command()

@@ -72,7 +72,32 @@ async def ask_frontend(url: str) -> list[str]:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         log.debug("the frontend at %s tells nothing: %s", url, error)
         return []
-    return [*_queues(page), *_warnings(page)]
+    return [*_index(page), *_queues(page), *_warnings(page), *_streams(page)]
+
+
+def _index(page: Any) -> list[str]:
+    index = page.get("index") if isinstance(page, dict) else None
+    if not index:
+        return []
+    count, capacity, forgotten = index["block_count"], index["capacity"], index["forgotten_block_count"]
+    loss = f"; {format_count(forgotten)} were forgotten for want of room" if forgotten else ""
+    size = format_bytes(index["heap_bytes"])
+    return [f"prefix index ({index['kind']}): {format_count(count)} blocks of {format_count(capacity)} at most, {size}{loss}"]
+
+
+def _streams(page: Any) -> list[str]:
+    """One line for each worker whose event stream has been broken, or is."""
+    lines = []
+    for worker_id, worker in _workers(page):
+        stream = worker.get("stream")
+        if not stream or (stream["is_synced"] and not stream["gaps"] and not stream["drifts"]):
+            continue
+        state = "" if stream["is_synced"] else "not up to date; "
+        lines.append(
+            f"{worker_id}: event stream: {state}{stream['gaps']} gaps ({stream['repairs']} closed), "
+            f"{stream['drifts']} times drifted, {stream['snapshots']} snapshots"
+        )
+    return lines
 
 
 def _queues(page: Any) -> list[str]:
@@ -86,28 +111,32 @@ def _queue_line(model: str, queue: dict[str, Any]) -> str:
     waiting = f"{count} request{'s wait' if count > 1 else ' waits'}"
     whom = "prefill worker" if queue["waits_for_prefill_worker"] else "worker"
     left = queue["drain_time_s"]
-    pace = "" if left is None else f"; at this pace they are sent on within {format_age(left)}"
+    pace = "" if left is None else f"; sent on within {format_age(left)}"
     oldest = format_age(queue["oldest_wait_s"])
     tokens = format_count(queue["prompt_tokens"])
     return f"queue of {model}: {waiting} for a {whom} with room ({tokens} tokens), the longest for {oldest}{pace}"
 
 
 def _warnings(page: Any) -> list[str]:
+    workers = _workers(page)
+    stalls = [f"{worker_id}: stands still; its requests go to others" for worker_id, worker in workers if worker.get("is_stalled")]
+    drifts = [
+        f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
+        for worker_id, worker in workers
+        if worker.get("drift")
+    ]
+    return stalls + drifts
+
+
+def _workers(page: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Of all models, in the order of their names."""
     models = page.get("models") if isinstance(page, dict) else None
     workers = {
         worker_id: worker
         for model in (models.values() if isinstance(models, dict) else ())
         for worker_id, worker in model.get("workers", {}).items()
     }
-    stalls = [
-        f"{worker_id}: stands still; its requests go to others" for worker_id, worker in sorted(workers.items()) if worker.get("is_stalled")
-    ]
-    drifts = [
-        f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
-        for worker_id, worker in sorted(workers.items())
-        if worker.get("drift")
-    ]
-    return stalls + drifts
+    return sorted(workers.items())
 
 
 async def ask_workers(run_folder: Path) -> Answers:

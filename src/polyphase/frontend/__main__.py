@@ -16,6 +16,7 @@ from pathlib import Path
 
 import uvloop
 
+from polyphase.config.router import parse_names, parse_weights, parts_of
 from polyphase.core.errors import ConfigurationError
 from polyphase.frontend.app import build_app
 from polyphase.frontend.dispatch import Dispatcher
@@ -27,7 +28,17 @@ from polyphase.frontend.records import Records
 from polyphase.frontend.server import HttpServer, open_socket
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.observe.logs import LEVELS, configure_logging
-from polyphase.router import POLICIES, AdmissionSettings, PolicySettings, Router, RouterSettings, SplitRule
+from polyphase.router import (
+    FILTERS,
+    POLICIES,
+    AdmissionSettings,
+    IndexSettings,
+    PolicySettings,
+    Router,
+    RouterSettings,
+    SessionRule,
+    SplitRule,
+)
 from polyphase.router.tenants import parse_tenant_weights
 from polyphase.runtime import Registry
 from polyphase.runtime.lifeline import Lifeline
@@ -46,7 +57,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--run-folder", type=Path, required=True, help="private folder of the deployment, with the registry of its workers")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    add("--policy", choices=sorted(POLICIES), default=router.policy.name, help="how workers are chosen (default: %(default)s)")
+    add("--policy", default=router.policy.name, help=f"how workers are chosen: {', '.join(POLICIES)} (default: %(default)s)")
+    add(
+        "--router-weights",
+        default="",
+        metavar="PART=WEIGHT,…",
+        help="of the policy's scorers, and of others, in place of its own; 0 switches one off (default: the policy's)",
+    )
+    add(
+        "--router-filters",
+        default="",
+        metavar="NAME,…",
+        help=f"besides those of every policy: {', '.join(FILTERS)} (default: none)",
+    )
+    add("--router-picker", default=router.policy.picker, metavar="NAME", help="default: %(default)s")
+    add(
+        "--router-temperature",
+        type=float,
+        default=router.policy.temperature,
+        metavar="T",
+        help="0: always the best worker; 1: half the score, half as often (default: %(default)g)",
+    )
+    add(
+        "--session-idle-s",
+        type=float,
+        default=router.sessions.idle_ns / 1e9,
+        metavar="S",
+        help="how long the router remembers where a session was (default: %(default)g)",
+    )
     add(
         "--split-threshold",
         type=int,
@@ -55,12 +93,20 @@ def _parser() -> argparse.ArgumentParser:
         help="prompts with fewer tokens to compute are not split (default: %(default)s)",
     )
     add(
+        "--split-fraction",
+        type=float,
+        default=split.min_uncached_fraction,
+        metavar="F",
+        help="nor are those of which less than this is to compute (default: %(default)g)",
+    )
+    add(
         "--max-waiting-requests",
         type=int,
         default=router.max_waiting_requests,
         metavar="N",
         help="per worker, beyond those it runs; when all are full, requests get 429 (default: %(default)s)",
     )
+    _add_index_flags(parser)
     _add_admission_flags(parser)
     add("--request-timeout-s", type=float, default=http.request_timeout_s, metavar="S", help="then 504 (default: %(default)g)")
     add(
@@ -80,6 +126,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--log-level", choices=LEVELS, default="info", help="default: %(default)s")
     return parser
+
+
+def _add_index_flags(parser: argparse.ArgumentParser) -> None:
+    usual, add = IndexSettings(), parser.add_argument
+    add(
+        "--kv-events",
+        choices=("on", "off"),
+        default="on",
+        help="off: go by what was sent to a worker, not by what it tells of its blocks (default: %(default)s)",
+    )
+    add(
+        "--predicted-lifetime-s",
+        type=float,
+        default=usual.predicted_lifetime_ns / 1e9,
+        metavar="S",
+        help="how long it does, for workers that tell nothing (default: %(default)g)",
+    )
+    add("--index-capacity", type=int, metavar="BLOCKS", help="what the prefix index holds at most (default: 4000000)")
 
 
 def _add_admission_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,10 +185,13 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         ("max_waiting_requests", 0),
         ("max_queued_requests", 0),
         ("max_queue_wait_s", 0.001),
+        ("predicted_lifetime_s", 1e-6),
         ("migration_limit", 0),
         ("max_body_bytes", 1),
         ("request_timeout_s", 0.001),
         ("drain_timeout_s", 0),
+        ("split_fraction", 0),
+        ("session_idle_s", 0),
     ):
         if not getattr(flags, name) >= least:
             raise ConfigurationError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(flags, name)}")
@@ -137,9 +204,18 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         drain_timeout_s=flags.drain_timeout_s,
         admission=_admission(flags),
     )
-    split = SplitRule(min_uncached_tokens=flags.split_threshold)
+    split = SplitRule(flags.split_threshold, flags.split_fraction)
+    try:
+        weights, filters = parse_weights(flags.router_weights), parse_names(flags.router_filters)
+    except ValueError as error:
+        raise ConfigurationError(f"--router-weights or --router-filters: {error}") from None
+    policy = PolicySettings(flags.policy, weights, flags.router_temperature, filters, flags.router_picker)
     first_turn = secrets.randbelow(1 << 16)  # so that several frontends do not break the same tie for the same worker
-    router = RouterSettings(PolicySettings(flags.policy), split, first_turn, flags.max_waiting_requests)
+    if flags.index_capacity is not None and flags.index_capacity < 1:
+        raise ConfigurationError(f"--index-capacity must be at least 1 block, not {flags.index_capacity}")
+    index = IndexSettings(flags.index_capacity, flags.kv_events == "on", int(flags.predicted_lifetime_s * 1e9))
+    sessions = SessionRule(idle_ns=int(flags.session_idle_s * 1e9))
+    router = RouterSettings(policy, split, first_turn, flags.max_waiting_requests, sessions, index)
     return http, router
 
 
@@ -148,11 +224,11 @@ async def serve(
 ) -> None:
     """A whole frontend until SIGTERM or SIGINT. Raises: ConfigurationError."""
     listener = open_socket(host, port)
-    router = Router(router_settings)
+    router = Router(router_settings, parts=parts_of(router_settings.policy))
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings)
+    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams)
     server = HttpServer(build_app(services, router), services, listener)
     server.install_signal_handlers()
     async with asyncio.TaskGroup() as tasks:

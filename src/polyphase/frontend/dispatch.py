@@ -195,6 +195,7 @@ class Dispatcher:
         if not self.waiting_room.must_wait(request):
             try:
                 self._depart_together(flights)
+                self._watch()
                 return
             except Overloaded as refusal:  # though none is saturated: each has refused a moment ago, or has its fill of bookings
                 log.debug("%s: %s", request.request_id, refusal.message)
@@ -237,8 +238,6 @@ class Dispatcher:
             self._depart_together(party.flights)
         except Refused as refusal:
             log.debug("%s waits on: %s", party.ticket.request_id, refusal.message)
-            for flight in party.flights:
-                flight.worker_id, flight.epoch = NOBODY, NEVER
             self.waiting_room.put_back(party, now_ns)
             return False
         cached_tokens = sum(attempt.predicted_cached_tokens(attempt.prompt_leg) for f in party.flights if (attempt := f.record.attempt))
@@ -282,6 +281,7 @@ class Dispatcher:
         job = flight.job
         hashes = flight.hashes()
         while True:
+            flight.worker_id, flight.epoch = NOBODY, NEVER  # so that nothing that becomes of the last one concerns it
             started = time.perf_counter()
             request = self._request_of(flight, hashes)
             route = self._refusals.route(self._router.route, request, self._clock.now_ns())
@@ -455,7 +455,6 @@ class Dispatcher:
         try:
             self._depart(flight)
         except Refused as refusal:
-            flight.worker_id, flight.epoch = NOBODY, NEVER
             has_no_worker = isinstance(refusal, NoWorkers)
             flight.avoided.clear()
             # A worker that was lost may come back, and a full one may get room; one that failed would only fail again.
@@ -512,6 +511,10 @@ class Dispatcher:
             prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
             max_output_tokens=flight.remaining_tokens,
             excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch) | flight.avoided,
+            now_ns=self._clock.now_ns(),
+            session=job.hints.session,
+            preferred_labels=job.hints.preferred_labels,
+            required_labels=job.hints.required_labels,
         )
 
     def _roles_in(self, route: Route) -> dict[WorkerId, Role]:

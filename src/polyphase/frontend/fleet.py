@@ -21,7 +21,7 @@ from polyphase.frontend.models import Models, ServedModel, identity_of, without_
 from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Router, WorkerFacts
-from polyphase.runtime import AskedHistory, EventSubscriber, Joined, Left, RegistryChange, Updated, WorkerClient
+from polyphase.runtime import AskedHistory, EventSubscriber, Joined, Left, RegistryChange, StreamView, Updated, WorkerClient
 from polyphase.wire.cards import ModelCard, WorkerEntry
 from polyphase.wire.events import Digests, KvEvent, Load, Tier
 from polyphase.wire.requests import Question, StepOutputs, ToWorker
@@ -57,6 +57,9 @@ class Fleet:
         self._client.send(worker_id, message)
         if self._watch is not None:
             self._watch.note_sent(worker_id, message)
+
+    def streams(self) -> dict[str, StreamView]:
+        return self._subscriber.streams()
 
     async def run(self, dispatcher: Dispatcher) -> None:
         """Follow the registry until cancelled; then all connections are closed."""
@@ -124,7 +127,8 @@ class Fleet:
         self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch))
         facts = _facts(self._entries[worker_id], card)
         self._router.upsert_worker(facts)
-        self._dispatcher.predictions.worker_joined(facts)
+        if self._router.follows_events(facts):
+            self._dispatcher.predictions.worker_joined(facts)
         assert self._watch is not None
         self._watch.joined(facts)
         self._subscriber.connect(entry)
@@ -241,5 +245,7 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_batch_tokens=card.max_batch_tokens,
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
+        publishes_events=card.publishes_events,
         is_draining=entry.is_draining,
+        labels=entry.labels,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.history import Attempt
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import ModelMetrics
@@ -45,6 +46,7 @@ class Job:
     stop: StopConditions
     cache_salt: str | None = None
     priority: int = 0
+    hints: RoutingHints = NO_HINTS
 
 
 class Stage(enum.Enum):

@@ -16,6 +16,7 @@ from polyphase.frontend.assembly import Assembler, Piece
 from polyphase.frontend.bodies import ClientGone
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.flight import Flight, Job
+from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.inbox import Arrival, End, Inbox
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import ServedModel
@@ -38,6 +39,7 @@ class Order:
     wishes: Wishes
     prompts: list[Prompt]
     terms: Terms
+    hints: RoutingHints = NO_HINTS
 
 
 class Generation:
@@ -91,6 +93,7 @@ class Generation:
             stop=prompt.stop,
             cache_salt=order.wishes.cache_salt,
             priority=order.wishes.priority,
+            hints=order.hints,
         )
 
     async def next_pieces(self) -> list[Piece]:

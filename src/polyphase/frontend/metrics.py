@@ -5,13 +5,15 @@ Labels are the names of served models and of workers only: nothing a client writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from polyphase.router import WorkerView
+from polyphase.frontend.index_metrics import IndexCollector
+from polyphase.router import IndexFill, WorkerView
+from polyphase.runtime import StreamView
 
 PREFIX = "polyphase_frontend"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -110,6 +112,10 @@ class Metrics:
     def watch_workers(self, views: Callable[[], list[WorkerView]]) -> None:
         """Show what is booked on each worker and what it reports, as of each scrape."""
         self.registry.register(_WorkerCollector(views))
+
+    def watch_index(self, fill: Callable[[], IndexFill], streams: Callable[[], Mapping[str, StreamView]]) -> None:
+        """Show how full the prefix index is, and how the event streams do that it is filled from, as of each scrape."""
+        self.registry.register(IndexCollector(fill, streams))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -8,7 +8,7 @@ ones nothing is done until something changes; who waits costs nothing but memory
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polyphase.core.errors import Evicted, NoWorkers, Overloaded, PolyphaseError
 from polyphase.frontend.flight import Flight
@@ -23,6 +23,7 @@ from polyphase.router import (
     RouteRequest,
     Ticket,
 )
+from polyphase.router.types import NO_LABELS
 
 BASE_COST_TOKENS = 64  # what a request costs beside its prompt, so that one that is cached all over is not free
 PROBE_NS = 5_000_000_000  # a lane that stood still for so long sends one on: a worker's own answer brings its true load
@@ -87,7 +88,9 @@ class WaitingRoom:
         key = self._key(request)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = Lane(request.model, request, AdmissionQueue(self._settings), now_ns)
+            # Labels that one client requires say nothing of the others; who requires some is sent on its turn, wherever it may go then.
+            probe = replace(request, excluded=frozenset(), required_labels=NO_LABELS)
+            lane = self._lanes[key] = Lane(request.model, probe, AdmissionQueue(self._settings), now_ns)
         elif not lane.queue:
             lane.moved_ns = now_ns
         self._arrivals += 1

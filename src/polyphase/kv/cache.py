@@ -58,6 +58,17 @@ class PrefixCache:
         limit = min(len(keys), (token_count - 1) // self.block_size)
         return token_count - self.block_size * bisect_left(range(limit), True, key=lambda place: not self.pool.holds(keys[place]))
 
+    def shared_beyond(self, blocks: SequenceBlocks, cached_count: int, other: SequenceBlocks, other_token_count: int) -> int:
+        """Full blocks that both sequences begin with, the first `cached_count` tokens left out, where the other one is not named yet.
+
+        Cost: O(log blocks): equal keys at one place mean equal prefixes.
+        """
+        keys, other_keys, first = blocks.chain.keys, other.chain.keys, cached_count // self.block_size
+        limit = min(len(keys), len(other_keys), other_token_count // self.block_size)
+        if first < other.named_count or first >= limit or keys[first] != other_keys[first]:
+            return 0
+        return bisect_left(range(first, limit), True, key=lambda place: keys[place] != other_keys[place])
+
     def admit(self, blocks: SequenceBlocks, token_count: int, spare_count: int) -> int | None:
         """Take blocks for all `token_count` known tokens, cached ones first.
 

@@ -40,6 +40,10 @@ class EventJournal:
                 gone.append(sequence_hash)
         self._note(False, gone)
 
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
+
     def take(self) -> list[KvEvent]:
         """The events since the last call, oldest first."""
         events: list[KvEvent] = [BlocksStored(hashes) if is_stored else BlocksRemoved(hashes) for is_stored, hashes in self._pending]

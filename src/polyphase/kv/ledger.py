@@ -30,15 +30,18 @@ class _Segment:
         self.live_count = 0
 
     def live(self) -> array[int]:
-        return self.hashes if self.live_count == len(self.hashes) else array("Q", compress(self.hashes, self.is_held))
+        if self.live_count == len(self.hashes):
+            return self.hashes
+        return array("Q", list(compress(self.hashes, self.is_held)))  # from a list: five times as fast as from an iterator
 
 
 class _TierLedger:
     """The blocks of one tier."""
 
-    def __init__(self) -> None:
+    def __init__(self, segment_blocks: int) -> None:
         self.hash_sum = 0
-        self._places: dict[int, int] = {}  # hash ─► segment number * SEGMENT_BLOCKS + place
+        self._segment_blocks = segment_blocks
+        self._places: dict[int, int] = {}  # hash ─► segment number * segment_blocks + place
         self._segments: dict[int, _Segment] = {}  # in the order of their numbers
         self._last = -1  # number of the segment that is being filled
 
@@ -64,7 +67,7 @@ class _TierLedger:
             if place is None:
                 continue
             gone.append(one)
-            number, offset = divmod(place, SEGMENT_BLOCKS)
+            number, offset = divmod(place, self._segment_blocks)
             segment = self._segments[number]
             segment.is_held[offset] = 0
             segment.live_count -= 1
@@ -76,20 +79,20 @@ class _TierLedger:
     def _append(self, hashes: Iterable[int]) -> None:
         segment = self._segments.get(self._last)
         for one in hashes:
-            if segment is None or len(segment.hashes) == SEGMENT_BLOCKS:
+            if segment is None or len(segment.hashes) == self._segment_blocks:
                 full, self._last = self._last, self._last + 1
                 self._segments[self._last] = _Segment()
                 if segment is not None:
                     self._move_if_sparse(full)
                 segment = self._segments[self._last]
-            self._places[one] = self._last * SEGMENT_BLOCKS + len(segment.hashes)
             segment.hashes.append(one)
+            self._places[one] = self._last * self._segment_blocks + len(segment.hashes) - 1
             segment.is_held.append(1)
             segment.live_count += 1
 
     def _move_if_sparse(self, number: int) -> None:
         segment = self._segments[number]
-        if segment.live_count <= SEGMENT_BLOCKS // 4:
+        if segment.live_count <= self._segment_blocks // 4:
             del self._segments[number]
             self._append(segment.live())
 
@@ -107,8 +110,13 @@ class _TierLedger:
 class Ledger:
     """Changed by the events that are told, in their order. Memory: about 0.15 kB per block."""
 
-    def __init__(self) -> None:
-        self._tiers: dict[Tier, _TierLedger] = {tier: _TierLedger() for tier in Tier}
+    def __init__(self, segment_blocks: int = SEGMENT_BLOCKS, page_segments: int = PAGE_SEGMENTS) -> None:
+        self._segment_blocks = segment_blocks
+        self._page_segments = page_segments
+        self._tiers = self._empty()
+
+    def _empty(self) -> dict[Tier, _TierLedger]:
+        return {tier: _TierLedger(self._segment_blocks) for tier in Tier}
 
     def apply(self, events: Iterable[KvEvent]) -> list[KvEvent]:
         """Returns what of these events changes something: a block is told once when it comes and once when it goes."""
@@ -124,7 +132,7 @@ class Ledger:
                     if gone:
                         effective.append(event if len(gone) == len(event.sequence_hashes) else BlocksRemoved(gone, event.tier))
                 case AllCleared():
-                    self._tiers = {tier: _TierLedger() for tier in Tier}
+                    self._tiers = self._empty()
                     effective.append(event)
         return effective
 
@@ -142,7 +150,7 @@ class Ledger:
         """
         tiers = list(Tier)
         at, start = (0, 0) if cursor is None else _place_of(cursor)
-        room = PAGE_SEGMENTS
+        room = self._page_segments
         blocks: dict[Tier, bytes] = {}
         for tier in tiers[at:]:
             data, following = self._tiers[tier].read(start, room)
@@ -150,7 +158,7 @@ class Ledger:
                 blocks[tier] = data
             if following is not None:
                 return blocks, f"{tiers.index(tier)}:{following}"
-            room -= len(data) // (8 * SEGMENT_BLOCKS)
+            room -= len(data) // (8 * self._segment_blocks)
             start = 0
         return blocks, None
 

@@ -17,6 +17,8 @@ from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
+    IndexFill,
+    IndexSettings,
     Leg,
     Overlaps,
     Placement,
@@ -44,6 +46,8 @@ __all__ = [
     "DriftReason",
     "DriftWatch",
     "EvictReason",
+    "IndexFill",
+    "IndexSettings",
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",

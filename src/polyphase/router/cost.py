@@ -17,8 +17,10 @@ ASSUMED_OUTPUT_TOKENS = 128
 
 def tokens_needed(request: RouteRequest, leg: Leg) -> int:
     """Tokens whose KV the request will fill there, as far as one can say."""
-    output_tokens = 0 if leg is PREFILL else min(request.max_output_tokens, ASSUMED_OUTPUT_TOKENS)
-    return request.prompt_token_count + output_tokens
+    if leg is PREFILL:
+        return request.prompt_token_count
+    output = request.max_output_tokens
+    return request.prompt_token_count + (output if output < ASSUMED_OUTPUT_TOKENS else ASSUMED_OUTPUT_TOKENS)
 
 
 def block_count_needed(request: RouteRequest, block_size: int, leg: Leg) -> int:

@@ -112,7 +112,7 @@ class FairShare:
     def tokens_before(self, ticket: Ticket) -> float:
         """Work that goes before a ticket that would come now, if all that wait go on waiting.
 
-        While its tenant does its own work ahead of this one, every other does its share; but no more than there is.
+        Until its turn comes, its tenant does its own work ahead of it, and every other its share meanwhile; but no more than there is.
         Cost: O(own tickets that would be passed).
         """
         tenant = self._tenants.get(ticket.tenant)
@@ -123,7 +123,7 @@ class FairShare:
         if tenant is not None:
             passed = sum(one.cost_tokens for one in tenant.tickets[bisect_left(tenant.tickets, ticket.rank, key=_rank) :])
             own += tenant.tokens - passed
-        return min(self.tokens - passed, own * weight_sum / weight)
+        return min(self.tokens - passed, own * weight_sum / weight - ticket.cost_tokens)
 
     def most_crowded(self, newcomer: str | None) -> Ticket | None:
         """The last ticket of the tenant with most waiting for its weight; None if it would not have more than `newcomer` then.

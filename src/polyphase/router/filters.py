@@ -22,6 +22,8 @@ from polyphase.wire.cards import Role
 
 
 class Draining:
+    """leave, and take nothing new"""
+
     is_lasting = True
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
@@ -52,6 +54,8 @@ class Stalled:
 
 
 class Excluded:
+    """were tried for this request in vain"""
+
     is_lasting = True
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
@@ -66,6 +70,8 @@ class Excluded:
 
 
 class RequiredLabels:
+    """do not carry a label that the request requires"""
+
     is_lasting = True
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
@@ -84,7 +90,10 @@ class RequiredLabels:
 
 
 class FitsRole:
-    """Prefill workers serve whole requests when nobody else is there: better a mixed worker than a refused request."""
+    """are not for this leg
+
+    Prefill workers serve whole requests when nobody else is there: better a mixed worker than a refused request.
+    """
 
     is_lasting = True
 
@@ -102,6 +111,8 @@ class FitsRole:
 
 
 class Full:
+    """run and queue as many requests of this router as they may"""
+
     is_lasting = False
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:

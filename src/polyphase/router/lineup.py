@@ -35,11 +35,11 @@ class Standings:
 
     __slots__ = (
         "_label_columns",
-        "_least_room_tokens",
         "block_size",
         "full_rows",
         "last_turns",
         "lasting_rows",
+        "least_room_tokens",
         "max_waiting_requests",
         "queued_tokens",
         "request_counts",
@@ -62,7 +62,7 @@ class Standings:
         self.used_tokens: Column = array("d", map(_used_tokens, self.views))
         self.room_tokens: Column = array("d", map(_room_tokens, self.views))
         self.request_counts: Column = array("d", map(in_flight_count, self.views))
-        self._least_room_tokens = min(self.room_tokens, default=0.0)  # nobody has less; perhaps all have more
+        self.least_room_tokens = min(self.room_tokens, default=0.0)  # nobody has less; perhaps all have more
         self.full_rows = {row for row, view in enumerate(self.views) if self._is_full(view)}
         self.saturated_rows = {row for row, view in enumerate(self.views) if is_saturated(view)}
         # Turns count up from 0, so that any of these is longer ago; a router that begins elsewhere has another order.
@@ -84,8 +84,8 @@ class Standings:
         used, block_count = used_block_count(view), view.facts.block_count
         self.used_tokens[row] = self.block_size * used
         self.room_tokens[row] = room = self.block_size * (block_count - used)
-        if room < self._least_room_tokens:
-            self._least_room_tokens = room
+        if room < self.least_room_tokens:
+            self.least_room_tokens = room
         if self._is_full(view):
             self.full_rows.add(row)
         elif self.full_rows:
@@ -97,9 +97,9 @@ class Standings:
 
     def has_room_everywhere(self, token_count: int) -> bool:
         """Whether every worker's pool could take so many tokens."""
-        if token_count > self._least_room_tokens:
-            self._least_room_tokens = min(self.room_tokens, default=0.0)
-        return token_count <= self._least_room_tokens
+        if token_count > self.least_room_tokens:
+            self.least_room_tokens = min(self.room_tokens, default=0.0)
+        return token_count <= self.least_room_tokens
 
     def differing_labels(self, wanted: Mapping[str, str]) -> Column:
         """Per worker, how many of these labels it does not carry with the same value."""
@@ -162,7 +162,8 @@ class Lineup(Sequence[WorkerView]):
     def depth(self, row: int, tier: Tier = Tier.DEVICE) -> int:
         """Leading blocks that this worker holds in this tier or a faster one, or is going to hold."""
         worker_id = self.standings.worker_ids[row]
-        return max(self.overlaps.depth(worker_id, tier), self.expected.get(worker_id, 0))
+        depth = self.overlaps.depth(worker_id, tier)
+        return max(depth, self.expected.get(worker_id, 0)) if self.expected else depth
 
     def depths(self, tier: Tier = Tier.DEVICE) -> list[int]:
         depths = self.overlaps.depths(self.standings.worker_ids, tier)

@@ -53,8 +53,8 @@ class Parts:
                 return replace(self, pickers={**self.pickers, name: part})
             case _:
                 raise ConfigurationError(
-                    f"the router part {name!r} is a {type(part).__name__}, which is no scorer (unit, costs), no filter (is_lasting, keep, "
-                    "refusal) and no function that makes a picker; docs/router.md shows one of each"
+                    f"the router part {name!r} is of the type {type(part).__name__}, which is no scorer (unit, costs), no filter "
+                    "(is_lasting, keep, refusal) and no function that makes a picker; docs/router.md shows how to write one"
                 )
 
 

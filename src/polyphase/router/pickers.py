@@ -48,7 +48,7 @@ class Softmax:
 
 
 def best(temperature: float) -> Picker:
-    """The picker of all named policies."""
+    """The best score, equals in turn; with a temperature by chance, better scores more often."""
     if not (math.isfinite(temperature) and temperature >= 0.0):
         raise ConfigurationError(f"the temperature {temperature:g} is not a number from 0")
     # Below this, powers of any ratio are 0 or 1.

@@ -19,7 +19,7 @@ from polyphase.router.candidates import Candidates
 from polyphase.router.contracts import Filter
 from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
 from polyphase.router.filters import no_worker_serves
-from polyphase.router.indexes import PredictedPrefixIndex, default_index
+from polyphase.router.indexes import DEFAULT_BELIEF_CAPACITY, DEFAULT_CAPACITY, PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Lineup, Standings
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import policy_of
@@ -29,6 +29,7 @@ from polyphase.router.types import (
     BOTH,
     DECODE,
     PREFILL,
+    IndexFill,
     Leg,
     Overlaps,
     Placement,
@@ -82,7 +83,11 @@ class Router:
         self.bookings = Bookings()
         self._settings = settings
         self._policy = policy_of(settings.policy, parts)
-        self.index: PrefixIndex = default_index() if index is None else index
+        self.index: PrefixIndex = default_index(settings.index.capacity or DEFAULT_CAPACITY) if index is None else index
+        # Beliefs about workers that tell nothing lie in the same index as what the others tell.
+        self._beliefs = PredictedPrefixIndex(
+            min(self.index.capacity, DEFAULT_BELIEF_CAPACITY), settings.index.predicted_lifetime_ns, self.index
+        )
         self._known: dict[WorkerId, _Known] = {}
         self._standings: dict[str, Standings] = {}  # by model; made when first wanted
         self._expected = ExpectedPrefixes()
@@ -118,25 +123,25 @@ class Router:
         known = self._known.pop(worker_id, None)
         if known is None:
             return
-        self.index.clear(worker_id)
+        self._beliefs.clear(worker_id)  # and all else that is in the index
         self.bookings.drop_worker(worker_id)
         self._standings.clear()
         self._expected.drop_worker(worker_id)
 
     def replace_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash]) -> None:
         """The worker holds exactly these."""
-        if self._is_current(worker_id, epoch):
+        if self._is_followed(worker_id, epoch):
             self.index.clear(worker_id)
             self.index.store(worker_id, hashes)
 
     def add_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
         """The worker holds these besides what is known."""
-        if self._is_current(worker_id, epoch):
+        if self._is_followed(worker_id, epoch):
             self.index.store(worker_id, hashes, tier)
 
     def digests(self, worker_id: WorkerId, epoch: Epoch) -> Digests | None:
         """Of all that this worker told of its blocks, as far as it got here; None if it is not known, or not followed so closely."""
-        if not self._is_current(worker_id, epoch):
+        if not self._is_followed(worker_id, epoch):
             return None
         digests: Digests = {}
         for tier in ALL_TIERS:
@@ -149,7 +154,7 @@ class Router:
 
     def apply(self, worker_id: WorkerId, epoch: Epoch, events: list[KvEvent]) -> None:
         """Blocks come and go, in each tier by itself."""
-        if not self._is_current(worker_id, epoch):
+        if not self._is_followed(worker_id, epoch):
             return
         for event in events:
             match event:
@@ -188,6 +193,11 @@ class Router:
     def indexed_block_count(self, worker_id: WorkerId) -> int:
         return self.index.block_count(worker_id)
 
+    def index_fill(self) -> IndexFill:
+        index = self.index
+        forgotten = index.forgotten + self._beliefs.forgotten
+        return IndexFill(index.kind, index.size, index.capacity, forgotten, self._beliefs.size, index.heap_bytes)
+
     # Requests
 
     def route(self, request: RouteRequest) -> Route:
@@ -203,18 +213,22 @@ class Router:
         # A last block that ends with the prompt is of no use: the last token is computed in any case.
         usable = usable_block_count(request.prompt_token_count, standings.block_size)
         hashes = request.sequence_hashes if usable >= len(request.sequence_hashes) else request.sequence_hashes[:usable]
+        self._beliefs.expire(request.now_ns)
         overlaps = self.index.match(hashes)
         found = _Found(hashes, overlaps, self._expected.beyond(hashes, overlaps))
 
         servers = self._lineup(request, BOTH, standings, found)
         self._filter(request, BOTH, servers, is_required=True)
         whole = self._choose(request, BOTH, servers)
-        helpers = self._lineup(request, PREFILL, standings, found)
-        has_helpers = self._filter(request, PREFILL, helpers, is_required=False)
-        reason_against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens, has_helpers)
-        if reason_against is not None:
+        helpers = self._helpers(request, standings, found)
+        if helpers is None:
             self._book(request, found, whole)
-            rule, reason = reason_against
+            reason = "whole: no prefill worker is available beside the decode workers"
+            return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker")
+        against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens)
+        if against is not None:
+            self._book(request, found, whole)
+            rule, reason = against
             return Route(request.request_id, whole.placement, None, reason, rule)
 
         prefill = self._choose(request, PREFILL, helpers)
@@ -275,6 +289,13 @@ class Router:
         home = None if request.session is None else self._sessions.home(request.model, request.session, leg, request.now_ns)
         return Lineup(standings, found.overlaps, found.expected, home, partner)
 
+    def _helpers(self, request: RouteRequest, standings: Standings, found: _Found) -> Lineup | None:
+        """Who could compute the prompt for another worker, if anybody."""
+        if not self._able(request, PREFILL, standings, is_required=False):
+            return None
+        helpers = self._lineup(request, PREFILL, standings, found)
+        return helpers if self._filter(request, PREFILL, helpers, is_required=False) else None
+
     def _filter(self, request: RouteRequest, leg: Leg, workers: Lineup, *, is_required: bool) -> bool:
         """Sets `workers.rows`. Returns: whether any are left. Raises: why there are none, if some are required."""
         rows = self._able(request, leg, workers.standings, is_required=is_required, workers=workers)
@@ -318,8 +339,8 @@ class Router:
             blocks = block_count_needed(request, facts.block_size, leg)
             legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is PREFILL))
             standings.last_turns[choice.row] = self._known[facts.worker_id].last_turn = choice.turn
-            if isinstance(self.index, PredictedPrefixIndex):
-                self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
+            if not self.follows_events(facts):
+                self._beliefs.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
         self.bookings.book(request.request_id, legs)
         prompt = (prefill or decode).facts
         self._expected.expect(request.request_id, prompt.worker_id, request.sequence_hashes, found.overlaps.depth(prompt.worker_id))
@@ -343,6 +364,13 @@ class Router:
             unreported.request_count,
         )
 
+    def follows_events(self, facts: WorkerFacts) -> bool:
+        """Whether what the worker tells of its blocks is believed; if not, what is routed there is, for a while."""
+        return facts.publishes_events and self._settings.index.follows_events
+
+    def _is_followed(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        return self._is_current(worker_id, epoch) and self.follows_events(self._known[worker_id].facts)
+
     def _is_current(self, worker_id: WorkerId, epoch: Epoch) -> bool:
         known = self._known.get(worker_id)
         return known is not None and known.facts.epoch == epoch
@@ -359,12 +387,8 @@ def _kept(
     return rows
 
 
-def why_not_split(
-    rule: SplitRule, request: RouteRequest, best: Placement, to_compute: int, has_prefill_workers: bool
-) -> tuple[str, str] | None:
+def why_not_split(rule: SplitRule, request: RouteRequest, best: Placement, to_compute: int) -> tuple[str, str] | None:
     """Why the `best` worker for the whole request does all of it, in short and in words; None if prefill belongs elsewhere."""
-    if not has_prefill_workers:
-        return "no-prefill-worker", "whole: no prefill worker is available beside the decode workers"
     prompt = request.prompt_token_count
     if to_compute < rule.min_uncached_tokens:
         return "short-prompt", f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"

@@ -97,7 +97,7 @@ class Overflow:
 
     def costs(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Sequence[float] | None:
         needed = tokens_needed(request, leg)
-        if workers.standings.has_room_everywhere(needed):
+        if needed <= workers.standings.least_room_tokens or workers.standings.has_room_everywhere(needed):
             return None
         return array("d", (max(needed - room, 0.0) for room in workers.standings.room_tokens))
 

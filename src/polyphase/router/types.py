@@ -3,6 +3,8 @@
 RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
                 eligible   [0,1]    one
                 workers    each     worker
+
+What a decision makes anew are msgspec structs: they are made in a quarter of the time that a frozen dataclass takes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
+
+import msgspec
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router.columns import Column
@@ -37,6 +41,7 @@ class WorkerFacts:
     can_hand_over: bool
     is_draining: bool = False
     is_stalled: bool = False
+    publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 
@@ -61,6 +66,8 @@ class Leg(enum.StrEnum):
     DECODE = "decode"
     BOTH = "both"
 
+    __hash__ = str.__hash__  # the enum's own is Python code; equal members are equal texts
+
 
 # For what runs at each decision: to look a member up in its enum takes as long as a call, in Python 3.11.
 PREFILL, DECODE, BOTH = Leg.PREFILL, Leg.DECODE, Leg.BOTH
@@ -82,8 +89,7 @@ class Candidate:
     costs: tuple[tuple[str, float], ...] = ()  # by scorer, in tokens of prefill; the score comes of their sum
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """One leg of a route: the worker chosen, and all candidates, best first (put in order when they are first looked at)."""
 
     leg: Leg
@@ -94,8 +100,7 @@ class Placement:
     queued_prefill_tokens: int | None = None  # ahead of the request there, as far as the router knew; None: it did not matter
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Where a request goes. Without a `prefill` leg, `decode` does everything. `reason` is a phrase for a person."""
 
     request_id: RequestId
@@ -149,6 +154,14 @@ class PrefixIndex(Protocol):
     def forgotten(self) -> int:
         """Blocks lost for want of room, ever."""
 
+    @property
+    def kind(self) -> str:
+        """What it is made of: native, naive."""
+
+    @property
+    def heap_bytes(self) -> int:
+        """Memory it takes, about. Cost: up to a millisecond."""
+
     def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
         """In any order; quickest in the order of the prompt."""
 
@@ -158,7 +171,8 @@ class PrefixIndex(Protocol):
     def clear(self, worker_id: WorkerId) -> None:
         """Forget all that this worker holds, in all tiers."""
 
-    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps: ...
+    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps:
+        """`hashes` are those of a prompt, or of the end of one, in its order: each stands for all before it, and so they may be searched."""
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
 
@@ -169,8 +183,7 @@ class PrefixIndex(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
+class WorkerView(msgspec.Struct, frozen=True):
     """One worker as it stands."""
 
     facts: WorkerFacts
@@ -229,9 +242,31 @@ class SessionRule:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexFill:
+    """How full the index is, for people."""
+
+    kind: str  # native, naive
+    block_count: int
+    capacity: int  # blocks
+    forgotten_block_count: int  # for want of room, ever
+    believed_block_count: int  # of these blocks, those of workers that tell nothing, counted for each
+    heap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSettings:
+    """What is remembered of the blocks that workers hold."""
+
+    capacity: int | None = None  # blocks, over all workers; None: what the index has by default
+    follows_events: bool = True  # False: no worker's are believed, what was routed there is
+    predicted_lifetime_ns: int = 120 * 10**9  # how long that is. Source: Dynamo's approximate mode
+
+
+@dataclass(frozen=True, slots=True)
 class RouterSettings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     split: SplitRule = field(default_factory=SplitRule)
     first_turn: int = 0  # equals are chosen in another order by routers that begin elsewhere, so that not all pick the same one at once
     max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests are refused
     sessions: SessionRule = field(default_factory=SessionRule)
+    index: IndexSettings = field(default_factory=IndexSettings)

@@ -5,7 +5,7 @@ here knows what a request means, and nothing is retried behind the caller's back
 """
 
 from polyphase.runtime.channel import PeerId, WorkerClient, WorkerServer
-from polyphase.runtime.fence import EventSink, StreamCounts
+from polyphase.runtime.fence import EventSink, StreamCounts, StreamView
 from polyphase.runtime.paths import WorkerPaths
 from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
 from polyphase.runtime.role_switch import Moving, Settled, Switched, switch_role
@@ -26,6 +26,7 @@ __all__ = [
     "RegistryChange",
     "Settled",
     "StreamCounts",
+    "StreamView",
     "Switched",
     "Updated",
     "WorkerClient",

@@ -73,6 +73,14 @@ class StreamCounts:
     snapshots: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StreamView:
+    """How one worker's stream does, for people."""
+
+    is_synced: bool
+    counts: StreamCounts
+
+
 class StreamFence:
     """The state of one worker's stream at one listener. What takes something in returns what to fetch now, if anything."""
 
@@ -135,7 +143,7 @@ class StreamFence:
             self._page_count = 0
         self._page_count += 1
         for tier, data in page.blocks.items():
-            self._sink.on_held(self.worker_id, self.epoch, tier, _unpacked(data))
+            self._sink.on_held(self.worker_id, self.epoch, tier, unpacked(data))
         if page.device_hashes:
             self._sink.on_held(self.worker_id, self.epoch, Tier.DEVICE, page.device_hashes)
         if page.next_cursor is not None:
@@ -230,7 +238,7 @@ class StreamFence:
         return self._fetch
 
 
-def _unpacked(data: bytes) -> array[int]:
+def unpacked(data: bytes) -> array[int]:
     hashes = array("Q")
     hashes.frombytes(data)
     if sys.byteorder == "big":
@@ -242,5 +250,5 @@ def _difference(told: Digests, believed: Digests) -> str:
     nothing = TierDigest(0, 0)
     pairs = [(tier, believed.get(tier, nothing), told.get(tier, nothing)) for tier in Tier]
     return "; ".join(
-        f"{tier}: {ours.block_count} blocks known, {theirs.block_count} told" for tier, ours, theirs in pairs if ours != theirs
+        f"{tier}: knows {ours.block_count} blocks, told {theirs.block_count}" for tier, ours, theirs in pairs if ours != theirs
     )

@@ -18,7 +18,7 @@ from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import PolyphaseError, WorkerLost
 from polyphase.kv import Ledger
 from polyphase.runtime.channel import WorkerClient, bind
-from polyphase.runtime.fence import EventSink, Fetch, FetchPage, StreamCounts, StreamFence
+from polyphase.runtime.fence import EventSink, Fetch, FetchPage, StreamCounts, StreamFence, StreamView
 from polyphase.runtime.pump import SocketPump
 from polyphase.runtime.recent import RecentBatches
 from polyphase.wire.cards import WorkerEntry
@@ -36,12 +36,12 @@ _encoder = msgspec.msgpack.Encoder()
 class BatchSource:
     """What a worker's listeners are told, without the sockets: numbers batches, and remembers what listeners may ask for."""
 
-    def __init__(self, worker_id: str, epoch: int) -> None:
+    def __init__(self, worker_id: str, epoch: int, ledger: Ledger | None = None, recent: RecentBatches | None = None) -> None:
         self.worker_id = worker_id
         self.epoch = epoch
         self.sequence = 0  # of the last batch
-        self.ledger = Ledger()
-        self._recent = RecentBatches()
+        self.ledger = ledger or Ledger()
+        self._recent = recent or RecentBatches()
 
     def next_batch(self, events: list[KvEvent], load: Load) -> bytes:
         """What of these events changes nothing is left out."""
@@ -165,6 +165,10 @@ class EventSubscriber:
         """What became of the stream of this worker's present life; all 0 for one that is not followed."""
         fence = self._fences.get(worker_id)
         return StreamCounts() if fence is None else fence.counts
+
+    def streams(self) -> dict[str, StreamView]:
+        """Of all workers that are followed."""
+        return {worker_id: StreamView(fence.is_synced, fence.counts) for worker_id, fence in self._fences.items()}
 
     def _receive(self, data: bytes) -> None:
         batch = self._decoded(data)

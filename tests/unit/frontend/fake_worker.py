@@ -63,6 +63,7 @@ class FakeWorker:
         story: list[int],
         role: Role = Role.BOTH,
         peers: dict[str, FakeWorker] | None = None,
+        labels: dict[str, str] | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.card = card
@@ -87,6 +88,7 @@ class FakeWorker:
             host="localhost",
             request_endpoint=paths.request_endpoint,
             event_endpoint=paths.event_endpoint,
+            labels=labels or {},
         )
         self._server = WorkerServer(paths.request_endpoint, self._on_message)
         self._publisher = EventPublisher(paths.event_endpoint, worker_id, self.epoch)

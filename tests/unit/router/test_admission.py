@@ -236,3 +236,24 @@ def test_pace_counts_only_time_in_which_something_waits() -> None:
     stalled = rate.tokens_per_s(1060 * S)
     assert stalled is not None
     assert stalled < 20
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=4),
+    costs=st.lists(st.integers(1, 300), max_size=40),
+    cost=st.integers(1, 300),
+)
+def test_the_expected_wait_is_what_comes_first(weights: list[float], costs: list[int], cost: int) -> None:
+    """Never less than the truth by more than a request of each tenant, and never more than all that waits."""
+    names = [f"t{number}" for number in range(len(weights))]
+    share, arrivals = FairShare(dict(zip(names, weights, strict=True))), Arrivals()
+    for number, one in enumerate(costs):
+        share.add(arrivals.ticket(names[number % len(names)], cost=one))
+    newcomer = arrivals.ticket(names[0], cost=cost)
+    expected = share.tokens_before(newcomer)
+    assert 0 <= expected <= share.tokens
+    share.add(newcomer)
+    truth = 0
+    while (ticket := share.take()) is not newcomer:
+        truth += ticket.cost_tokens
+    assert truth <= expected + 300 * len(names)

@@ -15,6 +15,7 @@ import zmq
 
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.runtime import PeerId, WorkerClient, WorkerServer, channel
+from polyphase.wire.events import SnapshotPage, Tier
 from polyphase.wire.requests import (
     Answer,
     Cancel,
@@ -22,7 +23,6 @@ from polyphase.wire.requests import (
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     ToWorker,
 )
@@ -40,7 +40,7 @@ class Worker:
     def handle(self, peer: PeerId, message: ToWorker) -> None:
         self.received.append((peer, message))
         if isinstance(message, Query) and not self.is_mute:
-            self.server.send(peer, Answer(message.query_id, Snapshot("w", 1, 5, [1, 2])))
+            self.server.send(peer, Answer(message.query_id, SnapshotPage("w", 1, 5, {Tier.DEVICE: bytes(16)})))
 
 
 def outputs(step: int, token_id: int = 1) -> StepOutputs:
@@ -73,7 +73,7 @@ async def test_questions_are_answered_and_messages_keep_their_order(run_folder: 
         assert client.is_connected("w")
         for number in range(2000):
             client.send("w", Cancel(str(number)))
-        assert await client.ask("w", Question.SNAPSHOT) == Snapshot("w", 1, 5, [1, 2])
+        assert await client.ask("w", Question.SNAPSHOT) == SnapshotPage("w", 1, 5, {Tier.DEVICE: bytes(16)})
         assert [message.request_id for _, message in worker.received[:-1] if isinstance(message, Cancel)] == [str(n) for n in range(2000)]
         peer = worker.received[0][0]
         for step in range(2000):

@@ -36,7 +36,7 @@ async def test_a_pool_is_opened_through_its_socket(folder: Path) -> None:
         await server.start(str(folder / "pool"), pool.fd)
         assert (folder / "pool").stat().st_mode & 0o777 == 0o600
         for _ in range(3):
-            with await open_pool(pool.descriptor(str(folder / "pool"), LAYOUT), timeout_s=5) as reader:
+            with await open_pool(pool.descriptor(str(folder / "pool"), LAYOUT), timeout_s=20) as reader:
                 target = bytearray(BLOCK_BYTES)
                 reader.read_blocks([1], [1], memoryview(target))
                 assert target[0] == 7
@@ -50,7 +50,7 @@ async def test_a_socket_of_a_dead_owner_is_replaced(folder: Path) -> None:
     with SharedPool.create(1, BLOCK_BYTES) as pool:
         server = PoolServer()
         await server.start(str(folder / "pool"), pool.fd)
-        (await open_pool(pool.descriptor(str(folder / "pool"), LAYOUT), timeout_s=5)).close()
+        (await open_pool(pool.descriptor(str(folder / "pool"), LAYOUT), timeout_s=20)).close()
         await server.close()
 
 
@@ -65,7 +65,7 @@ async def test_a_path_too_long_or_impossible_is_a_configuration_error(folder: Pa
 async def test_absent_silent_and_foreign_owners_are_transfer_errors(folder: Path) -> None:
     descriptor = PoolDescriptor("0" * 32, str(folder / "s"), 1, LAYOUT)
     with pytest.raises(TransferError, match="cannot be reached"):
-        await open_pool(descriptor, timeout_s=5)
+        await open_pool(descriptor, timeout_s=20)
 
     async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -82,7 +82,7 @@ async def test_absent_silent_and_foreign_owners_are_transfer_errors(folder: Path
     (folder / "s").unlink(missing_ok=True)
     async with await asyncio.start_unix_server(chatter, folder / "s"):
         with pytest.raises(TransferError, match="does not hand over a block pool"):
-            await open_pool(descriptor, timeout_s=5)
+            await open_pool(descriptor, timeout_s=20)
 
 
 async def test_opened_pools_are_shared_and_forgotten(folder: Path) -> None:
@@ -181,4 +181,4 @@ async def test_blocks_of_a_killed_process_stay_readable_and_nothing_is_left(fold
         await owner.wait()
     assert not [name for name in os.listdir("/dev/shm") if "polyphase" in name]
     with pytest.raises(TransferError, match="cannot be reached"):
-        await open_pool(descriptor, timeout_s=5)
+        await open_pool(descriptor, timeout_s=20)

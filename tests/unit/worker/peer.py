@@ -71,6 +71,7 @@ class Peer:
         offer: KvOffer | None = None,
         emitted: int = 0,
         request_id: str | None = None,
+        remaining_ms: int | None = None,
     ) -> str:
         """The last `emitted` tokens of `prompt` are output already."""
         request_id = request_id or f"r{next(_numbers)}"
@@ -82,6 +83,7 @@ class Peer:
             stop=StopConditions(max_tokens=max_tokens),
             hand_over=hand_over,
             offer=offer,
+            remaining_ms=remaining_ms,
         )
         self.client.send(worker_id, request)
         return request_id

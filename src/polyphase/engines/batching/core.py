@@ -85,7 +85,8 @@ class EngineCore:
     def submit_imagined(self, request: Submit, names: BlockNames) -> None:
         """As `submit`, for a simulation: of the tokens only their number counts, and their blocks, the answer's included, are named so.
 
-        The request asks for nothing that depends on a token, and `token_ids` need only have the right length.
+        The request asks for nothing that depends on a token, `token_ids` need only have the right length, and whoever computes its steps
+        samples zeros (`mock.machine.say_nothing`).
         """
         check_lengths(request, self._card)
         self._refuse_if_unfit(request)
@@ -193,7 +194,9 @@ class EngineCore:
         """
         self._scheduler.let_coast(plan)
         can_change = plan.rows or plan.admitted or plan.preempted or self.exports.leases.block_count
-        if can_change or any(sequence.offer is not None for sequence in self._scheduler.waiting):
+        # What was evicted for this step, for example, is to be told at its end.
+        has_news = self._ended or self._released_offers or self._untaken_events or self.pool.journal.has_pending
+        if can_change or has_news or any(sequence.offer is not None for sequence in self._scheduler.waiting):
             return 1
         return min(longest, self._scheduler.coasting.steps_until_due or 1)
 

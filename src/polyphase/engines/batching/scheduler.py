@@ -5,6 +5,9 @@ A step has a budget of tokens. Sequences that decode get one token each, first o
 larger. A sequence is admitted when there are blocks for all its known tokens, so only decoding makes it grow; when blocks run out then, the
 sequence that is last in order gives up all of its own and starts again later, mostly from the prefix cache. The first in order is never
 given up for another, so there is always one that gets on.
+
+A sequence most of whose work another one is doing just now, because their prompts begin alike, waits for the next step and finds it in
+the cache then; only for that do others overtake it. So a burst under one system prompt computes it once.
 """
 
 from __future__ import annotations
@@ -152,12 +155,30 @@ class Scheduler:
         for sequence in prefilling:
             if budget and sequence not in plan.preempted:
                 budget -= self._plan_prefill(sequence, plan, budget)
-        while budget and self._waiting and not plan.preempted and self.running_count < self._max_running:
-            sequence = self._waiting[0]
-            if not self._admit(sequence, plan):
+        place = 0
+        while budget and place < len(self._waiting) and not plan.preempted and self.running_count < self._max_running:
+            sequence = self._waiting[place]
+            if prefilling and self._is_in_the_making(sequence, prefilling):
+                place += 1
+                continue
+            if not self._admit(place, plan):
                 break  # nobody overtakes: otherwise a long prompt might wait for ever
             budget -= self._plan_prefill(sequence, plan, budget)
+            prefilling.append(sequence)
         return plan
+
+    def _is_in_the_making(self, sequence: Sequence, prefilling: list[Sequence]) -> bool:
+        """Whether at least half of what it would have to compute is being computed for another one in this step or the next ones."""
+        if sequence.offer is not None:
+            return False
+        known = len(sequence.token_ids)
+        uncached = self._cache.uncached_count(sequence.blocks, known)
+        wanted = -(-uncached // (2 * self._cache.block_size))
+        return any(
+            self._cache.shared_beyond(sequence.blocks, known - uncached, other.blocks, len(other.token_ids)) >= wanted
+            for other in prefilling
+            if other.blocks.block_ids  # it may have been preempted
+        )
 
     def _plan_prefill(self, sequence: Sequence, plan: StepPlan, budget: int) -> int:
         start = sequence.computed_count
@@ -167,13 +188,14 @@ class Scheduler:
         plan.rows.append(Row(sequence, start, count))
         return count
 
-    def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
-        """Move the first waiting sequence to the running ones, unless blocks are short. Each running one may soon want another block."""
+    def _admit(self, place: int, plan: StepPlan) -> bool:
+        """Move a waiting sequence to the running ones, unless blocks are short. Each running one may soon want another block."""
+        sequence = self._waiting[place]
         known = len(sequence.token_ids)
         hit_count = self._cache.admit(sequence.blocks, known, spare_count=self.running_count)
         if hit_count is None:
             return False
-        del self._waiting[0]
+        del self._waiting[place]
         insort(self._running, sequence, key=_rank)
         sequence.computed_count = hit_count
         plan.admitted.append(sequence)

@@ -18,6 +18,7 @@ from polyphase.router.columns import Column
 from polyphase.wire.events import Tier
 
 DEFAULT_CAPACITY = 1_000_000
+BYTES_PER_COPY = 300  # of a block at a worker; measured
 FASTEST_FIRST = tuple(Tier)
 NOBODY: set[WorkerId] = set()
 
@@ -64,6 +65,14 @@ class NaivePrefixIndex:
     @property
     def size(self) -> int:
         return len(self._copies)
+
+    @property
+    def kind(self) -> str:
+        return "naive"
+
+    @property
+    def heap_bytes(self) -> int:
+        return BYTES_PER_COPY * sum(map(len, self._held.values()))
 
     def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
         held, holders = self._held[worker_id, tier], self._holders[tier]
