@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "block_copy_binding.h"
 #include "columns.h"
 #include "hashing.h"
 #include "prefix_index.h"
@@ -165,12 +166,12 @@ py::tuple hash_tokens(py::handle token_ids, size_t block_size, uint64_t seed, st
 
 // The index
 
-// A prompt's hashes; those of a list are converted as far as the match asks for them.
+// A prompt's hashes; those of a list are converted where the match asks for them.
 class PromptChain final : public Chain {
 public:
     explicit PromptChain(py::handle hashes) : buffer_(hashes.ptr(), sizeof(uint64_t)) {
         if (buffer_.usable() && !buffer_.is_signed()) {
-            size_ = ready_ = buffer_.size();
+            size_ = buffer_.size();
             words_ = buffer_.words<uint64_t>();
             return;
         }
@@ -182,16 +183,22 @@ public:
 
     size_t size() const override { return size_; }
 
-    const uint64_t* upto(size_t end) override {
-        if (end > ready_) {
+    uint64_t at(size_t place) override {
+        if (!converted_) return words_[place];
+        uint64_t word = 0;
+        if (!read_u64(PySequence_Fast_ITEMS(sequence_.ptr())[place], word)) throw py::error_already_set();
+        return word;
+    }
+
+    const uint64_t* range(size_t begin, size_t end) override {
+        if (converted_) {
             PyObject* const* items = PySequence_Fast_ITEMS(sequence_.ptr());
             uint64_t* const words = converted_.get();
-            for (size_t i = ready_; i < end; ++i) {
+            for (size_t i = begin; i < end; ++i) {
                 if (!read_u64(items[i], words[i])) throw py::error_already_set();
             }
-            ready_ = end;
         }
-        return words_;
+        return words_ + begin;
     }
 
 private:
@@ -200,12 +207,11 @@ private:
     std::unique_ptr<uint64_t[]> converted_;
     const uint64_t* words_ = nullptr;
     size_t size_ = 0;
-    size_t ready_ = 0;
 };
 
 uint64_t digest_sum(py::handle hashes) {
     PromptChain chain(hashes);
-    return sum_of_mixed(chain.upto(chain.size()), chain.size());
+    return sum_of_mixed(chain.range(0, chain.size()), chain.size());
 }
 
 constexpr uint32_t kUnknown = UINT32_MAX;
@@ -318,14 +324,14 @@ public:
     void store(py::handle worker, py::handle hashes, py::handle tier) {
         const size_t level = tier_number(tier);
         PromptChain chain(hashes);
-        const uint64_t* words = chain.upto(chain.size());
+        const uint64_t* words = chain.range(0, chain.size());
         index_.store(number_for(worker), level, words, chain.size());
     }
 
     void remove(py::handle worker, py::handle hashes, py::handle tier) {
         const size_t level = tier_number(tier);
         PromptChain chain(hashes);
-        const uint64_t* words = chain.upto(chain.size());
+        const uint64_t* words = chain.range(0, chain.size());
         const uint32_t number = names_->number_of(worker.ptr());
         if (number != kUnknown) index_.remove(number, level, words, chain.size());
     }
@@ -394,8 +400,10 @@ private:
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Block hashing and the prefix index in C++; polyphase.core.native says whether it is in use.";
-    module.attr("RECIPE") = 3;  // raised with every change that the Python side must know of
+    module.doc() = "Block hashing, the prefix index and the block copy in C++; polyphase.core.native says whether it is in use.";
+    module.attr("RECIPE") = 4;  // raised with every change that the Python side must know of
+
+    bind_block_copy(module);
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());

@@ -115,6 +115,7 @@ void PrefixIndex::put_hash(Run& run, uint32_t offset, uint64_t hash) {
         run.room = static_cast<uint8_t>(room);
     }
     run.hashes[offset] = hash;
+    run.linked &= ~(bit(offset) | (offset + 1 < kRunBlocks ? bit(offset + 1) : 0));
 }
 
 // Runs
@@ -415,23 +416,20 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
         const Place* place;
     };
     Guess next{0, nullptr}, later{0, nullptr};
-    const Place* place = size > 0 ? table_.find(*chain.upto(1)) : nullptr;
+    const Place* place = size > 0 ? table_.find(chain.at(0)) : nullptr;
     while (place != nullptr) {
         Run& run = runs_[place->run];
         run.matched = true;
         const uint64_t live = run.live >> place->offset;
         const size_t limit = std::min<size_t>(size - position, ~live == 0 ? kRunBlocks : lowest(~live));
         const size_t end = position + limit;
-        const uint64_t* hashes = chain.upto(std::min(end + 2 * kRunBlocks + 1, size));
-        const auto guess = [&](size_t at) { return Guess{at, at < size ? table_.find(hashes[at]) : nullptr}; };
-        if (end + 2 * kRunBlocks < size) table_.prefetch(hashes[end + 2 * kRunBlocks]);
+        const auto guess = [&](size_t at) { return Guess{at, at < size ? table_.find(chain.at(at)) : nullptr}; };
+        if (end + 2 * kRunBlocks < size) table_.prefetch(chain.at(end + 2 * kRunBlocks));
         next = later.position == end ? later : guess(end);
         later = guess(end + kRunBlocks);
         if (later.place != nullptr) __builtin_prefetch(&runs_[later.place->run]);
         if (next.place != nullptr) prefetch_words(runs_[next.place->run].hashes.get() + next.place->offset, kRunBlocks);
-        const uint64_t* known = run.hashes.get() + place->offset;
-        size_t equal = 1;
-        while (equal < limit && known[equal] == hashes[position + equal]) ++equal;
+        const size_t equal = follow(run, place->offset, chain, position, limit);
         steps_.push_back(Step{*place, static_cast<uint32_t>(equal)});
         bool has_survivors = false;
         for (size_t level = 0; level < depths.level_count; ++level) {
@@ -439,7 +437,7 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
         }
         if (!has_survivors) break;
         position += equal;
-        place = equal == limit ? next.place : table_.find(hashes[position]);
+        place = equal == limit ? next.place : table_.find(chain.at(position));
     }
     for (size_t level = 0; level < depths.level_count && position > 0; ++level) {
         for (size_t word = 0; word < word_count; ++word) {
@@ -449,7 +447,28 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
         }
     }
     // Sixteen blocks a step are few steps; with fewer, putting the runs in order pays for itself at the next match.
-    if (steps_.size() * 16 > position + 32 && steps_.size() > 1) weave(chain.upto(position));
+    if (steps_.size() * 16 > position + 32 && steps_.size() > 1) weave(chain.range(0, position));
+}
+
+// How many blocks of the prompt from `position` on, at most `limit`, the run has from `offset` on; the first of them is there.
+size_t PrefixIndex::follow(Run& run, uint32_t offset, Chain& chain, size_t position, size_t limit) {
+    const uint64_t* known = run.hashes.get() + offset;
+    const uint64_t behind = offset + 1 < kRunBlocks ? run.linked >> (offset + 1) : 0;
+    const size_t linked = std::min<size_t>(limit, 1 + (~behind == 0 ? kRunBlocks : lowest(~behind)));
+    if (linked > 1 && known[linked - 1] != chain.at(position + linked - 1)) {
+        size_t same = 0, different = linked - 1;
+        while (different - same > 1) {
+            const size_t middle = (same + different) / 2;
+            (known[middle] == chain.at(position + middle) ? same : different) = middle;
+        }
+        return different;
+    }
+    if (linked == limit) return limit;
+    const uint64_t* hashes = chain.range(position + linked, position + limit) - linked;
+    size_t equal = linked;
+    while (equal < limit && known[equal] == hashes[equal]) ++equal;
+    run.linked |= (ones(equal) & ~ones(linked)) << offset;
+    return equal;
 }
 
 // Of the workers alive on this level, keep those that hold all of the step's blocks; note how far the others came.
@@ -520,6 +539,7 @@ void PrefixIndex::weave(const uint64_t* hashes) {
             if (!can_follow(last, from)) break;
             ++last.offset;
             move_block(from, last, hashes[position + moved]);
+            runs_[last.run].linked |= bit(last.offset);
             ++moved;
         }
         if (moved < step.block_count) {
@@ -594,6 +614,7 @@ uint32_t PrefixIndex::split_off(const Step& step, const uint64_t* hashes) {
         const Place next{from.run, from.offset + i};
         if (!can_follow(Place{number, i - 1}, next)) break;
         move_block(next, Place{number, i}, hashes[i]);
+        runs_[number].linked |= bit(i);
     }
     return number;
 }

@@ -171,7 +171,8 @@ class PrefixIndex(Protocol):
     def clear(self, worker_id: WorkerId) -> None:
         """Forget all that this worker holds, in all tiers."""
 
-    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps: ...
+    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps:
+        """`hashes`: those of a prompt, or of the end of one, in its order. Each stands for all before it, and so they may be searched."""
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
 

@@ -143,7 +143,7 @@ class StreamFence:
             self._page_count = 0
         self._page_count += 1
         for tier, data in page.blocks.items():
-            self._sink.on_held(self.worker_id, self.epoch, tier, _unpacked(data))
+            self._sink.on_held(self.worker_id, self.epoch, tier, unpacked(data))
         if page.device_hashes:
             self._sink.on_held(self.worker_id, self.epoch, Tier.DEVICE, page.device_hashes)
         if page.next_cursor is not None:
@@ -238,7 +238,7 @@ class StreamFence:
         return self._fetch
 
 
-def _unpacked(data: bytes) -> array[int]:
+def unpacked(data: bytes) -> array[int]:
     hashes = array("Q")
     hashes.frombytes(data)
     if sys.byteorder == "big":

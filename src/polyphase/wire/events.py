@@ -8,6 +8,7 @@ pages; whoever sees a gap asks for the batches that are missing. `docs/events.md
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
 import msgspec
 
@@ -19,15 +20,18 @@ class Tier(enum.StrEnum):
     OBJECT = "object"
 
 
+Hash = Annotated[int, msgspec.Meta(ge=0)]  # a sequence hash: below 2**64, which msgpack sees to
+
+
 class BlocksStored(msgspec.Struct, frozen=True, tag="stored"):
     """These prefixes are cached now. `sequence_hashes` as in `core.hashing`; each stands for its whole prefix."""
 
-    sequence_hashes: list[int]
+    sequence_hashes: list[Hash]
     tier: Tier = Tier.DEVICE
 
 
 class BlocksRemoved(msgspec.Struct, frozen=True, tag="removed"):
-    sequence_hashes: list[int]
+    sequence_hashes: list[Hash]
     tier: Tier = Tier.DEVICE
 
 
@@ -94,7 +98,7 @@ class SnapshotPage(msgspec.Struct, frozen=True, tag="snapshot"):
     sequence: int
     blocks: dict[Tier, bytes] = {}  # sequence hashes, uint64 little-endian, at best in the order in which prompts hold them
     next_cursor: str | None = None  # for the question for the next page; None: this is the last one
-    device_hashes: list[int] = []  # from workers older than tiers in snapshots, which send one page
+    device_hashes: list[Hash] = []  # from workers older than tiers in snapshots, which send one page
 
 
 class MissedBatches(msgspec.Struct, frozen=True, tag="missed"):
