@@ -1,14 +1,14 @@
 """Requests that wait at the frontend because every worker they could go to is saturated: the queues of `router.admission`, with flights.
 
 A *party* is all sequences of one HTTP request: they wait, leave and are turned out together. A *lane* is a queue of parties that wait
-for the same workers: those of one model, and where there are prefill workers, with or without one of these. In every lane but the full
-ones nothing is done until something changes; who waits costs nothing but memory.
+for the same workers: those of one model that carry the labels they require, and where there are prefill workers, with or without one of
+these. Nothing is done until something changes; who waits costs nothing but memory, and one timer for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from polyphase.core.errors import Evicted, NoWorkers, Overloaded, PolyphaseError
 from polyphase.frontend.flight import Flight
@@ -23,9 +23,9 @@ from polyphase.router import (
     RouteRequest,
     Ticket,
 )
-from polyphase.router.types import NO_LABELS
 
 BASE_COST_TOKENS = 64  # what a request costs beside its prompt, so that one that is cached all over is not free
+LaneKey = tuple[str, bool, tuple[tuple[str, str], ...]]  # model, whether a prefill worker is needed, required labels
 PROBE_NS = 5_000_000_000  # a lane that stood still for so long sends one on: a worker's own answer brings its true load
 
 
@@ -38,6 +38,7 @@ class Party:
 
 @dataclass(slots=True, eq=False)
 class Lane:
+    key: LaneKey
     model: str
     probe: RouteRequest  # stands for all in it when a worker with headroom is looked for
     queue: AdmissionQueue
@@ -63,7 +64,8 @@ class WaitingRoom:
         self._metrics = metrics
         self._settings = settings
         self._patience_ns = int(no_worker_patience_s * 1e9)
-        self._lanes: dict[tuple[str, bool], Lane] = {}  # kept when empty, for what was learned of their pace
+        # Kept when empty, for what was learned of their pace; but not those of labels, since these are clients' words.
+        self._lanes: dict[LaneKey, Lane] = {}
         self._parties: dict[Ticket, Party] = {}
         self._arrivals = 0
 
@@ -88,9 +90,7 @@ class WaitingRoom:
         key = self._key(request)
         lane = self._lanes.get(key)
         if lane is None:
-            # Labels that one client requires say nothing of the others; who requires some is sent on its turn, wherever it may go then.
-            probe = replace(request, excluded=frozenset(), required_labels=NO_LABELS)
-            lane = self._lanes[key] = Lane(request.model, probe, AdmissionQueue(self._settings), now_ns)
+            lane = Lane(key, request.model, request, AdmissionQueue(self._settings), now_ns)
         elif not lane.queue:
             lane.moved_ns = now_ns
         self._arrivals += 1
@@ -111,6 +111,7 @@ class WaitingRoom:
                 retry_after_s=outcome.retry_after_s,
                 request_id=request.request_id,
             )
+        self._lanes[key] = lane
         party = self._parties[ticket] = Party(flights, ticket, lane)
         self._metrics.queued_requests.labels(lane.model).inc()
         expected = "" if outcome.expected_wait_ns is None else f"; expected to wait {outcome.expected_wait_ns / 1e9:.1f} s"
@@ -147,6 +148,7 @@ class WaitingRoom:
     def put_back(self, party: Party, now_ns: int) -> None:
         """No worker took it after all: it goes next."""
         party.lane.queue.put_back(party.ticket, now_ns)
+        self._lanes[party.lane.key] = party.lane
         self._parties[party.ticket] = party
         self._metrics.queued_requests.labels(party.lane.model).inc()
         for flight in party.flights:
@@ -185,7 +187,7 @@ class WaitingRoom:
         return [
             LaneView(
                 lane.model,
-                self._lanes.get((lane.model, True)) is lane,
+                lane.key[1],
                 len(lane.queue),
                 lane.queue.tokens,
                 max((now_ns - ticket.arrived_ns) / 1e9 for ticket in self._parties if ticket in lane.queue),
@@ -214,12 +216,15 @@ class WaitingRoom:
     def _out(self, ticket: Ticket) -> Party:
         party = self._parties.pop(ticket)
         self._metrics.queued_requests.labels(party.lane.model).dec()
+        if not party.lane.queue and party.lane.key[2]:
+            self._lanes.pop(party.lane.key, None)
         for flight in party.flights:
             flight.party = None
         return party
 
-    def _key(self, request: RouteRequest) -> tuple[str, bool]:
-        return (request.model, self._router.waits_for_prefill(request))
+    def _key(self, request: RouteRequest) -> LaneKey:
+        labels = tuple(sorted(request.required_labels.items()))
+        return (request.model, self._router.waits_for_prefill(request), labels)
 
 
 def _urgency(lane: Lane) -> int:

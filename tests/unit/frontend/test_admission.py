@@ -20,9 +20,9 @@ TEXT = "/v1/completions"
 BODY = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 2, "return_token_ids": True}
 
 
-async def busy_worker(stack: Stack, name: str = "worker-0") -> FakeWorker:
+async def busy_worker(stack: Stack, name: str = "worker-0", labels: dict[str, str] | None = None) -> FakeWorker:
     """It runs two requests, and a third that waits there would be one too many."""
-    worker = await stack.add(name, card=msgspec.structs.replace(stack.card, max_running=2))
+    worker = await stack.add(name, card=msgspec.structs.replace(stack.card, max_running=2), labels=labels)
     worker.behaviour.gate = asyncio.Semaphore(0)
     return worker
 
@@ -86,6 +86,22 @@ async def test_the_urgent_go_first_and_tenants_take_turns(stack: Stack) -> None:
     await asyncio.gather(*running, *waiting)
     order = [orders[submit.token_ids[0]][0] for submit in worker.submits[3:]]
     assert order == ["urgent", "flood", "calm", "flood", "calm", "flood", "flood", "late"]
+    await wait_for(lambda: stack.is_at_rest)
+
+
+async def test_who_requires_a_label_waits_for_those_that_carry_it_only(stack: Stack) -> None:
+    """Others go on meanwhile; and what clients write is forgotten when nobody waits for it any more."""
+    plain = await stack.add("worker-0")
+    worker = await busy_worker(stack, "worker-1", labels={"zone": "eu"})
+    running = [ask(stack, {"x-polyphase-require": "zone=eu"}) for _ in range(3)]
+    await wait_for(lambda: len(worker.running) == 3)
+    waiting = ask(stack, {"x-polyphase-require": "zone=eu"})
+    await queued(stack, 1)
+    assert (await stack.post(TEXT, BODY)).status_code == 200
+    assert len(plain.submits) == 1
+    release(worker)
+    assert [answer.status_code for answer in await asyncio.gather(*running, waiting)] == [200] * 4
+    assert not [lane for lane in stack.services.dispatcher.waiting_room._lanes.values() if lane.key[2]]
     await wait_for(lambda: stack.is_at_rest)
 
 
