@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "block_copy_binding.h"
 #include "columns.h"
 #include "hashing.h"
 #include "prefix_index.h"
@@ -399,8 +400,10 @@ private:
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Block hashing and the prefix index in C++; polyphase.core.native says whether it is in use.";
-    module.attr("RECIPE") = 3;  // raised with every change that the Python side must know of
+    module.doc() = "Block hashing, the prefix index and the block copy in C++; polyphase.core.native says whether it is in use.";
+    module.attr("RECIPE") = 4;  // raised with every change that the Python side must know of
+
+    bind_block_copy(module);
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());

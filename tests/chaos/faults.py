@@ -1,7 +1,7 @@
 """What is done to a living cluster. Each kind is one function that does one fault and says what it did; None: nothing to do it to.
 
-A fault that lasts (a stopped process, a full disk) is ended by itself after its time, or by `Chaos.heal`. At least one worker is left that is
-neither dead nor stopped, because what happens to a request without any worker is another question.
+A fault that lasts (a stopped process, a full disk) is ended by itself after its time, or by `Chaos.heal`. At least one worker is left that
+is neither dead nor stopped, because what happens to a request without any worker is another question.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Chaos:
 
     async def heal(self) -> None:
         """End what lasts."""
+        await asyncio.sleep(0)  # what has just begun must get as far as its `finally`
         lasting = [*self.stopped.values(), *([self.filled] if self.filled else [])]
         for task in lasting:
             task.cancel()
@@ -165,12 +166,12 @@ async def fill_disk(chaos: Chaos) -> str | None:
 
 async def _hold_filler(chaos: Chaos, filler: Path, seconds: float) -> None:
     try:
-        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):  # noqa: ASYNC230  it is soon full
             while True:
                 file.write(bytes(1 << 16))
         await asyncio.sleep(seconds)
     finally:
-        filler.unlink(missing_ok=True)
+        os.unlink(filler)
         chaos.filled = None
 
 

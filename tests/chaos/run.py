@@ -117,5 +117,5 @@ async def _play(scene: Scene, seed: int, served: Deployment, outcome: Outcome, *
 async def _report(scene: Scene, tally: Tally, chaos: Chaos) -> None:
     while True:
         await asyncio.sleep(5)
-        line = f"{scene.name}: {chaos.count + tally.left} faults, {tally.answered} answers, {tally.refused} refused, {len(tally.violations)} violations"
-        sys.stderr.write(line + "\n")
+        counts = f"{tally.answered} answers, {tally.refused} refused, {len(tally.violations)} violations"
+        sys.stderr.write(f"{scene.name}: {chaos.count + tally.left} faults, {counts}\n")

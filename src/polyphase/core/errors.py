@@ -23,6 +23,13 @@
     │   ├── EngineFailed               500  the engine raised while it computed
     │   └── DeadlineExceeded           504
     ├── TransferError                KV blocks could not be moved, or may not be used
+    │   ├── TransferRefused            the two sides cannot work together: no common backend, token, version or layout
+    │   ├── PeerLost                   the other agent died, went away or cannot be reached
+    │   ├── TransferTimeout            not done by its deadline
+    │   ├── StaleDescriptor            what it describes is gone: an earlier life of the peer, or blocks given to other content
+    │   └── TransferMisuse             a bug of the caller
+    │       ├── HandleReleased           used after its release, or released twice
+    │       └── ForeignDescriptor        a descriptor that belongs to another agent, session or region, or names no block of it
     ├── KvError                      the block pool was used against its rules: a bug
     ├── ConfigurationError           a flag, file or folder is wrong; the command ends with exit code 1
     │   └── ModelLoadError
@@ -187,6 +194,36 @@ class TransferError(PolyphaseError):
     code = "transfer_failed"
     is_retryable = True
     stage = "transfer"
+
+
+class TransferRefused(TransferError):
+    code = "transfer_refused"
+    is_retryable = False
+
+
+class PeerLost(TransferError):
+    code = "peer_lost"
+
+
+class TransferTimeout(TransferError):
+    code = "transfer_timeout"
+
+
+class StaleDescriptor(TransferError):
+    code = "stale_descriptor"
+
+
+class TransferMisuse(TransferError):
+    code = "transfer_misuse"
+    is_retryable = False
+
+
+class HandleReleased(TransferMisuse):
+    code = "handle_released"
+
+
+class ForeignDescriptor(TransferMisuse):
+    code = "foreign_descriptor"
 
 
 class KvError(PolyphaseError):

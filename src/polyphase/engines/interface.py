@@ -7,14 +7,16 @@ engine's own, so that the loop is never blocked for longer than a bookkeeping st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvLayout, KvOffer
 from polyphase.wire.requests import SequenceOutput, Submit
+from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,11 @@ class StepReport:
 class BlockSource(Protocol):
     """Blocks of another worker, opened and ready to be read."""
 
-    def read_blocks(self, block_ids: list[int], generations: list[int], into: memoryview) -> None:
-        """Copy whole blocks, in the given order and back to back, into `into` (`len(block_ids) * block_bytes` bytes, writable).
+    def read_blocks(self, block_ids: Sequence[int], generations: Sequence[int], into: BlockMemory, places: Sequence[int]) -> bytes:
+        """Copy whole blocks into the blocks `places` of `into`.
 
-        Raises: TransferError if a block has another generation after the copy, or the memory cannot be read; what
-            was written to `into` must then not be used.
+        Returns: a `transfer.Verdict` for each block; what is not DONE must not be used.
+        Raises: TransferError if nothing could be read; what was written must then not be used.
         """
 
 
@@ -76,14 +78,16 @@ class Engine(Protocol):
 
 
 class KvExporter(Protocol):
-    """Optional ability: another worker on this host can read this engine's blocks."""
+    """Optional ability: other workers can read this engine's blocks."""
 
-    def pool_fd(self) -> int:
-        """File descriptor of the shared memory; stays the engine's own."""
+    @property
+    def kv_memory(self) -> BlockMemory:
+        """Where the blocks lie, to be registered with a transfer agent; stays the engine's own."""
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor: ...
+    @property
+    def kv_layout(self) -> KvLayout: ...
 
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
         """Tell the engine what to write into the offers it makes; called once, before `run`."""
 
     def release_lease(self, lease_id: str) -> None:

@@ -172,7 +172,7 @@ class PrefixIndex(Protocol):
         """Forget all that this worker holds, in all tiers."""
 
     def match(self, hashes: Sequence[SequenceHash]) -> Overlaps:
-        """`hashes` are those of a prompt, or of the end of one, in its order: each stands for all before it, and so they may be searched."""
+        """`hashes` are those of a prompt or of its end, in order: each stands for all before it, so they may be searched, not walked."""
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
 

@@ -27,10 +27,11 @@ from polyphase.runtime import Lease, Registry, WorkerPaths
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
-from polyphase.worker.engines import kv_exporter, load_engine
+from polyphase.worker.engines import load_engine
 from polyphase.worker.host import HostSettings, WorkerHost
 from polyphase.worker.options import WorkerOptions, parse_options
 from polyphase.worker.room import QueueLimits
+from polyphase.worker.transfer import join_transfer
 from polyphase.worker.warm_up import warm_up
 
 log = logging.getLogger("polyphase.worker")
@@ -98,18 +99,19 @@ def _long_lived_objects_left_alone() -> Iterator[None]:
 
 async def _host_all(lives: Sequence[_Life], options: WorkerOptions, lifeline: Lifeline) -> None:
     """If one breaks down, the process does: its end is what others know how to deal with."""
-    hosts = [await _host(life, options) for life in lives]
-    _drain_on_signals(hosts, lives)
-    watch = asyncio.create_task(_drain_when_cut(lifeline, hosts), name="lifeline")
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for host, life in zip(hosts, lives, strict=True):
-                tasks.create_task(host.run(), name=life.worker_id)
-    finally:
-        watch.cancel()
+    with ExitStack() as stack:  # of the transfer agents, which outlive the hosts
+        hosts = [await _host(life, options, stack) for life in lives]
+        _drain_on_signals(hosts, lives)
+        watch = asyncio.create_task(_drain_when_cut(lifeline, hosts), name="lifeline")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for host, life in zip(hosts, lives, strict=True):
+                    tasks.create_task(host.run(), name=life.worker_id)
+        finally:
+            watch.cancel()
 
 
-async def _host(life: _Life, options: WorkerOptions) -> WorkerHost:
+async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> WorkerHost:
     engine, paths = life.engine, life.paths
     entry = WorkerEntry(
         worker_id=life.worker_id,
@@ -122,14 +124,11 @@ async def _host(life: _Life, options: WorkerOptions) -> WorkerHost:
         event_endpoint=paths.event_endpoint,
         labels=options.labels,
     )
-    exporter = kv_exporter(engine)
-    if exporter is not None:
-        pool = exporter.pool_descriptor(str(paths.pool_socket))
-        exporter.bind_offers(worker_id=entry.worker_id, epoch=entry.epoch, endpoint=entry.request_endpoint, pool=pool)
+    agent, region = stack.enter_context(join_transfer(engine, entry, str(paths.pool_socket), options.transfer))
     log.info("warming up")
     await warm_up(engine)
     limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
-    return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, limits))
+    return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits))
 
 
 def _drain_on_signals(hosts: Sequence[WorkerHost], lives: Sequence[_Life]) -> None:

@@ -34,7 +34,7 @@ from polyphase.core.errors import (
 from polyphase.engines.interface import BlockSource, Engine, StepReport
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
-from polyphase.transfer import OpenedPools, PoolServer
+from polyphase.transfer import Agent, LeaseEnd, Region
 from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
 from polyphase.wire.events import Load
 from polyphase.wire.kv import KvOffer
@@ -60,6 +60,7 @@ from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
 from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
+from polyphase.worker.sources import OfferSources
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class HostSettings:
     entry: WorkerEntry
     paths: WorkerPaths
     drain_timeout_s: float
+    agent: Agent  # stays the caller's
+    region: Region | None  # the engine's blocks, registered with it; None: nobody can read them
     limits: QueueLimits | None = None  # None: the engine alone refuses
 
 
@@ -93,7 +96,9 @@ class WorkerHost:
         self._last_sent_s: dict[PeerId, float] = {}
         self._last_load_s = 0.0
         self._tasks = asyncio.TaskGroup()
-        self._pools = OpenedPools()
+        self._agent = settings.agent
+        self._region = settings.region
+        self._sources = OfferSources(settings.agent)
         self._releases = LeaseReleases(self._entry.worker_id)
         self._draining = asyncio.Event()
         with contextlib.ExitStack() as stack:
@@ -103,7 +108,7 @@ class WorkerHost:
             self._publisher = EventPublisher(self._entry.event_endpoint, self._entry.worker_id, self._entry.epoch)
             stack.callback(self._publisher.close)
             stack.callback(self._releases.close)
-            stack.callback(self._pools.close)
+            stack.callback(self._sources.close)
             self._closing = stack.pop_all()
 
     def drain(self) -> None:
@@ -119,11 +124,8 @@ class WorkerHost:
 
     async def run(self) -> None:
         """Serve until drained, or until something breaks: then that exception, after the peers were told."""
-        pool_server = PoolServer()
         failure: Lost = WorkerLost(f"worker {self._entry.worker_id} ended before the request was done")
         try:
-            if self._exporter is not None:
-                await pool_server.start(str(self._settings.paths.pool_socket), self._exporter.pool_fd())
             async with self._tasks as tasks:
                 parts = {
                     "server": self._server.run(),
@@ -144,7 +146,6 @@ class WorkerHost:
         finally:
             self._fail_all(failure)
             self._lease.withdraw()
-            await pool_server.close()
             self._closing.close()
 
     async def _until_drained(self) -> None:
@@ -203,7 +204,7 @@ class WorkerHost:
         assert request.offer is not None
         source: BlockSource | None = None
         try:
-            source = await self._pools.get(request.offer.pool)
+            source = await self._sources.open(request.offer)
         except TransferError as error:
             with request_context(request.request_id):
                 log.warning("its offered blocks cannot be read and are computed here: %s", error)
@@ -334,10 +335,12 @@ class WorkerHost:
                 if output.finish_reason is not None:
                     has_finished = True
                     self._finish(output)
+                if output.offer is not None:
+                    self._lend(output.offer)
             if not self._send(peer, outputs):
                 self._drop_offers(outputs)
         for offer in report.released_offers:
-            self._releases.send(offer)
+            self._release(offer)
         if report.events or has_finished or time.monotonic() - self._last_load_s >= LOAD_INTERVAL_S:
             self._publish(report)
         self._end_overdue()
@@ -351,6 +354,20 @@ class WorkerHost:
             else:
                 log.info("finished: %s, %d tokens", output.finish_reason, live.token_count)
         self._live.remove(output.request_id)
+
+    def _lend(self, offer: KvOffer) -> None:
+        """From now on the lease also ends by the agent: when its reader gives it back there, or dies."""
+        exporter, region = self._exporter, self._region
+        if exporter is None or region is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def on_end(lease_id: str, why: LeaseEnd) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all leases with it
+                loop.call_soon_threadsafe(exporter.release_lease, lease_id)
+
+        ttl_s = max(0.0, (offer.expires_at_ns - time.monotonic_ns()) / 1e9)
+        self._agent.lend(region, offer.block_ids, ttl_s, on_end, offer.lease_id)
 
     def _publish(self, report: StepReport | None) -> None:
         self._last_load_s = time.monotonic()
@@ -378,7 +395,7 @@ class WorkerHost:
             self._end_overdue()
             self._publish(None)
             self._releases.close_idle()
-            self._pools.close_idle()
+            self._sources.close_idle()
             now_s = time.monotonic()
             waiting = self._live.peers()
             for peer in waiting:
@@ -404,8 +421,8 @@ class WorkerHost:
             self._send(peer, [_failed(live.request_id, error) for live in requests])
 
     def _release(self, offer: KvOffer | None) -> None:
-        """What came with a request is not wanted."""
-        if offer is not None:
+        """What came with a request is copied, or not wanted: its owner may have the blocks back."""
+        if offer is not None and not self._sources.give_back(offer):
             self._releases.send(offer)
 
     def _drop_offers(self, outputs: list[SequenceOutput]) -> None:

@@ -33,6 +33,14 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """How other hosts reach this worker's blocks: not at all without an address."""
+
+    address: str | None
+    token_file: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerOptions:
     run_folder: Path
     worker_id: str
@@ -43,6 +51,7 @@ class WorkerOptions:
     max_waiting_prefill_tokens: int | None
     drain_timeout_s: float
     log_level: str
+    transfer: TransferOptions = field(default_factory=lambda: TransferOptions(None, None))
     labels: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,6 +68,7 @@ def parse_options(arguments: Sequence[str]) -> WorkerOptions:
         max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,
         drain_timeout_s=given.drain_timeout_s,
         log_level=given.log_level,
+        transfer=TransferOptions(given.transfer_address, given.transfer_token_file),
         labels=given.labels,
     )
 
@@ -89,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         "--labels", type=_labels, default={}, metavar="NAME=VALUE,…", help="where it stands, for routers, such as zone=eu-1,rack=7"
     )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
+    transfer = parser.add_argument_group("transfer between hosts")
+    transfer.add_argument(
+        "--transfer-address",
+        metavar="HOST:PORT",
+        help="where workers on other hosts read blocks, port 0 for any; not encrypted (default: this host only)",
+    )
+    transfer.add_argument("--transfer-token-file", type=Path, help="a secret that workers of one deployment share; others are refused")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", required=True, help="folder with a checkpoint, or a name on the hub")
     engine.add_argument("--name", help="under which the model is served (default: the folder's or the hub's name)")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
 from polyphase.engines.interface import StepReport
 from polyphase.engines.torch.engine import TorchEngine
 from polyphase.engines.torch.execution import execute
-from polyphase.transfer import OpenedPool
+from polyphase.transfer import Agent, PeerBlocks
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import FinishReason, SamplingParams, SequenceOutput
 from tests.unit.engine.tiny import Peer, assert_nothing_held, prompt_of, submit
@@ -24,11 +25,17 @@ class Places:
 
     def __init__(self, engines: dict[str, TorchEngine]) -> None:
         self.engines = engines
-        self.sources: dict[str, OpenedPool] = {}
+        self.agents = ExitStack()
+        reader = self.agents.enter_context(Agent("reader", epoch=1))  # of every engine: it writes into each one's blocks
+        self.sources: dict[str, PeerBlocks] = {}
+        for engine in engines.values():
+            reader.register(engine.kv_memory, engine.kv_layout)
         for name, engine in engines.items():
-            descriptor = engine.pool_descriptor(f"/nowhere/{name}")
-            engine.bind_offers(worker_id=name, epoch=1, endpoint=name, pool=descriptor)
-            self.sources[name] = OpenedPool.from_fd(engine.pool_fd(), descriptor)
+            lender = self.agents.enter_context(Agent(name, epoch=1))
+            region = lender.register(engine.kv_memory, engine.kv_layout)
+            card = lender.card_with(region.card)
+            engine.bind_offers(worker_id=name, epoch=1, endpoint=name, agent=card, region_id=region.region_id)
+            self.sources[name] = PeerBlocks(self.agents.enter_context(reader.connect(card)), region.card)
         self.prompts: dict[str, list[int]] = {}
         self.sampling: dict[str, SamplingParams | None] = {}
         self.emitted: dict[str, list[int]] = {}
@@ -74,8 +81,7 @@ class Places:
             self.ended[name] = output.finish_reason
 
     def close(self) -> None:
-        for source in self.sources.values():
-            source.close()
+        self.agents.close()
 
 
 @pytest.mark.parametrize("seed", range(4))

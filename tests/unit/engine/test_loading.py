@@ -176,11 +176,11 @@ def test_the_card_reads_the_model_s_files(copy: Path) -> None:
 
 def test_fingerprints_tell_models_apart_and_copies_not(copy: Path, make_engine: MakeEngine) -> None:
     def fingerprint(**changes: Any) -> str:
-        return make_engine(**changes).pool_descriptor("/x").layout.fingerprint
+        return make_engine(**changes).kv_layout.fingerprint
 
     original = fingerprint()
     same = load_torch_engine(TorchSettings(model=str(copy), thread_count=1, device="cpu", kv_bytes=1 << 20))
-    assert same.pool_descriptor("/x").layout.fingerprint == original
+    assert same.kv_layout.fingerprint == original
     same.close()
     assert fingerprint(family="qwen3") != original
     assert fingerprint(dtype="bfloat16") != original

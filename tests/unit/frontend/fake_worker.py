@@ -15,7 +15,7 @@ from polyphase.runtime import EventPublisher, PeerId, Registry, WorkerPaths, Wor
 from polyphase.text import IncrementalDetokenizer, StopStringMatcher, Tokenizer
 from polyphase.wire.cards import ModelCard, Role, WorkerEntry, WorkerStatus
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Answer,
     Cancel,
@@ -32,8 +32,8 @@ from polyphase.wire.requests import (
     ToWorker,
     WireFailure,
 )
+from polyphase.wire.transfer import AgentCard, RegionCard
 
-LAYOUT = KvLayout("float32", 1, 1, 8, 16, 1024, "fake")
 _epochs = itertools.count(1)
 
 
@@ -238,8 +238,10 @@ class FakeWorker:
     def _offer(self, submit: Submit) -> KvOffer:
         lease_id = f"lease-{submit.request_id}"
         self.leases.add(lease_id)
-        pool = PoolDescriptor("pool", "/nowhere", 8, LAYOUT)
-        return KvOffer(self.worker_id, self.epoch, self.entry.request_endpoint, lease_id, 2**62, pool, [0], [1], len(submit.token_ids))
+        region = RegionCard("pool", "host", 8, 1024, [])
+        agent = AgentCard(self.worker_id, self.epoch, "host", 0, "/nowhere", "", False, [], [region])
+        endpoint = self.entry.request_endpoint
+        return KvOffer(self.worker_id, self.epoch, endpoint, lease_id, 2**62, agent, "pool", [0], [1], len(submit.token_ids))
 
 
 class _Stops:

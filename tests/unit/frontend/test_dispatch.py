@@ -25,7 +25,7 @@ from polyphase.frontend.terms import Terms
 from polyphase.router import AdmissionSettings, Router, RouterSettings, SplitRule, WorkerFacts
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Cancel,
     FinishReason,
@@ -39,8 +39,9 @@ from polyphase.wire.requests import (
     ToWorker,
     WireFailure,
 )
+from polyphase.wire.transfer import AgentCard, RegionCard
 
-POOL = PoolDescriptor("pool", "/nowhere", 8, KvLayout("float32", 1, 1, 8, 16, 1024, "x"))
+AGENT = AgentCard("p", 1, "host", 0, "/nowhere", "", False, [], [RegionCard("pool", "host", 8, 1024, [])])
 ROLES = {"prefill-0": Role.PREFILL, "prefill-1": Role.PREFILL, "decode-0": Role.DECODE, "both-0": Role.BOTH}
 MAX_TOKENS = 6
 
@@ -197,7 +198,7 @@ class DispatchMachine(RuleBasedStateMachine):
             if offer is not None and offer.worker_id in self.lives:
                 self.lives[offer.worker_id].leases.discard(offer.lease_id)
             life.leases.add(submit.request_id)
-            offer = KvOffer(worker_id, life.epoch, "x", submit.request_id, 2**62, POOL, [0], [1], len(submit.token_ids))
+            offer = KvOffer(worker_id, life.epoch, "x", submit.request_id, 2**62, AGENT, "pool", [0], [1], len(submit.token_ids))
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer))
 
     @rule(data=st.data(), code=st.sampled_from(["overloaded", "draining", "role_changed"]))
@@ -296,7 +297,7 @@ class DispatchMachine(RuleBasedStateMachine):
             finish = FinishReason.HANDED_OVER
             lease_id = submit.request_id
             life.leases.add(lease_id)
-            offer = KvOffer(worker_id, life.epoch, "x", lease_id, 2**62, POOL, [0], [1], len(submit.token_ids))
+            offer = KvOffer(worker_id, life.epoch, "x", lease_id, 2**62, AGENT, "pool", [0], [1], len(submit.token_ids))
         if submit.offer is not None and submit.offer.worker_id in self.lives:
             self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
         del life.running[submit.request_id]

@@ -18,7 +18,7 @@ from polyphase.engines.mock.machine import MockMachine, say_nothing
 from polyphase.engines.mock.timing import StepTimes
 from polyphase.engines.mock.tokens import answer_length
 from polyphase.kv import GivenNames
-from polyphase.transfer import OpenedPool
+from polyphase.transfer import Agent, PeerBlocks
 from polyphase.wire.requests import FinishReason, StopConditions
 from tests.unit.mock.building import MODEL, ask, machine, run, settings, submit
 
@@ -121,13 +121,15 @@ def test_blocks_are_handed_over(clock: ManualClock) -> None:
     prefill, decode = machine(clock, is_shared=True), machine(clock, is_shared=True)
     shared = prefill.storage.shared
     assert shared is not None
-    descriptor = shared.descriptor("nowhere", prefill.storage.layout)
-    prefill.core.exports.origin = OfferOrigin("p", 1, "ipc://nowhere", descriptor)
+    lender, reader = Agent("p"), Agent("d")
+    region = lender.register(shared, prefill.storage.layout)
+    card = lender.card_with(region.card)
+    prefill.core.exports.origin = OfferOrigin("p", 1, "ipc://nowhere", card, region.region_id)
     prefill.core.submit(submit("a", PROMPT, hand_over=True), None)
     (handed,) = run(prefill, clock)
     assert handed.finish_reason is FinishReason.HANDED_OVER
     assert handed.offer is not None
-    source = OpenedPool.from_fd(shared.fd, descriptor)
+    source = PeerBlocks(reader.connect(card), region.card)
     decode.core.submit(submit("a", PROMPT, emitted=handed.token_ids, offer=handed.offer), source)
     outputs = run(decode, clock)
     stats = outputs[0].stats
@@ -136,7 +138,8 @@ def test_blocks_are_handed_over(clock: ManualClock) -> None:
     assert stats.transfer_ms > 0
     tokens = handed.token_ids + [token for output in outputs for token in output.token_ids]
     assert tokens == ask(machine(clock), clock, submit("whole", PROMPT))
-    source.close()
+    reader.close()
+    lender.close()
     prefill.storage.close()
     decode.storage.close()
 

@@ -55,11 +55,9 @@ class Worker:
         told: list[KvEvent] = []
         for event in events:
             if isinstance(event, BlocksStored) and event.tier is Tier.DEVICE:
-                for one in set(event.sequence_hashes) - self._journal.held():
-                    self._journal.stored(SequenceHash(one))
+                self._journal.stored(map(SequenceHash, set(event.sequence_hashes) - self._journal.held()))
             elif isinstance(event, BlocksRemoved) and event.tier is Tier.DEVICE:
-                for one in set(event.sequence_hashes) & self._journal.held():
-                    self._journal.removed(SequenceHash(one))
+                self._journal.removed(map(SequenceHash, set(event.sequence_hashes) & self._journal.held()))
             else:
                 told += [*self._journal.take(), event]
                 if isinstance(event, AllCleared):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from polyphase.engines.mock import MockSettings
 from polyphase.launch.model_source import resolve_model
-from polyphase.router import Route, Router, RouteRequest, RouterSettings
+from polyphase.router import PolicySettings, Route, Router, RouteRequest, RouterSettings
 from polyphase.twin import ChatShape, Conversation, Fleet, FleetSettings, Timeline, burst_load, chat_load, simulate
 from polyphase.twin.fleet import router_of
 from polyphase.worker.room import QueueLimits
@@ -99,7 +99,7 @@ def test_what_was_believed_travels_with_the_request() -> None:
             return found
 
     def make(policy: str) -> Counting:
-        made = Counting(RouterSettings(policy=policy))
+        made = Counting(RouterSettings(PolicySettings(policy)))
         made.believed = []
         return made
 

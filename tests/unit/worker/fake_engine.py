@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from polyphase.core.errors import ContextLengthExceeded, ModelLoadError, TransferError
 from polyphase.core.hashing import sequence_hashes
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.transfer import SharedPool
+from polyphase.transfer import HostMemory, SharedPool, Verdict
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import BlocksStored, KvEvent, Load
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvLayout, KvOffer
 from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, Submit
+from polyphase.wire.transfer import AgentCard
 from polyphase.worker.options import EngineOptions
 
 BLOCK_SIZE = 4
@@ -75,7 +76,7 @@ class FakeEngine:
         self._step = 0
         self._finished_count = 0
         self._work = asyncio.Event()
-        self._identity: tuple[str, int, str, PoolDescriptor] | None = None
+        self._identity: tuple[str, int, str, AgentCard, str] | None = None
 
     @property
     def card(self) -> ModelCard:
@@ -112,11 +113,12 @@ class FakeEngine:
     def _pull(self, request: Submit, offer: KvOffer, source: BlockSource) -> PhaseStats:
         data = bytearray(len(offer.block_ids) * BLOCK_BYTES)
         try:
-            source.read_blocks(offer.block_ids, offer.generations, memoryview(data))
+            verdicts = source.read_blocks(offer.block_ids, offer.generations, HostMemory(data, BLOCK_BYTES), range(len(offer.block_ids)))
         except TransferError:
             return PhaseStats()
         finally:
             self._released.append(offer)
+        assert set(verdicts) == {Verdict.DONE}
         assert array("I", bytes(data)).tolist() == request.token_ids[: len(offer.block_ids) * BLOCK_SIZE]
         return PhaseStats(transferred_token_count=offer.token_count, transferred_bytes=len(data))
 
@@ -192,7 +194,7 @@ class FakeEngine:
 
     def _offer(self, request: Submit, token_ids: list[int]) -> KvOffer:
         assert self._identity is not None
-        worker_id, epoch, endpoint, pool = self._identity
+        worker_id, epoch, endpoint, agent, region_id = self._identity
         full = len(token_ids) // BLOCK_SIZE
         blocks = [self.free_blocks.pop(0) for _ in range(full)]
         self.pool.renew(blocks)
@@ -203,20 +205,22 @@ class FakeEngine:
         expires_at_ns = time.monotonic_ns() + 60 * 10**9
         self.leases[lease_id] = (request.request_id, blocks, expires_at_ns)
         generations = self.pool.generations(blocks)
-        return KvOffer(worker_id, epoch, endpoint, lease_id, expires_at_ns, pool, blocks, generations, full * BLOCK_SIZE)
+        return KvOffer(worker_id, epoch, endpoint, lease_id, expires_at_ns, agent, region_id, blocks, generations, full * BLOCK_SIZE)
 
     def close(self) -> None:
         self.is_closed = True
         self.pool.close()
 
-    def pool_fd(self) -> int:
-        return self.pool.fd
+    @property
+    def kv_memory(self) -> SharedPool:
+        return self.pool
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor:
-        return self.pool.descriptor(socket_path, LAYOUT)
+    @property
+    def kv_layout(self) -> KvLayout:
+        return LAYOUT
 
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
-        self._identity = (worker_id, epoch, endpoint, pool)
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
+        self._identity = (worker_id, epoch, endpoint, agent, region_id)
 
     def release_lease(self, lease_id: str) -> None:
         _, blocks, _ = self.leases.pop(lease_id, ("", [], 0))

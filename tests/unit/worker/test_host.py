@@ -189,8 +189,7 @@ async def test_an_unreadable_offer_is_computed_anew_and_released(
     connected(peer, prefill, decode)
     last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
     assert last.offer is not None
-    nowhere = msgspec.structs.replace(last.offer.pool, socket_path="/tmp/nowhere", pool_id="0" * 32)
-    broken = msgspec.structs.replace(last.offer, pool=nowhere)
+    broken = msgspec.structs.replace(last.offer, agent=msgspec.structs.replace(last.offer.agent, epoch=7))
     leg = peer.submit("d", [*range(9), *last.token_ids], offer=broken, emitted=1)
     await peer.last(leg)
     assert last.token_ids + peer.tokens(leg) == expected_tokens(list(range(9)), 5)
@@ -215,7 +214,7 @@ async def test_cancelling_while_a_pool_is_opened_ends_the_request(
     async def never(descriptor: object) -> None:
         await asyncio.sleep(600)
 
-    monkeypatch.setattr(decode.host._pools, "get", never)
+    monkeypatch.setattr(decode.host._sources, "open", never)
     last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
     request_id = peer.submit("d", [*range(9), 1], offer=last.offer, emitted=1)
     peer.client.send("d", Cancel(request_id))

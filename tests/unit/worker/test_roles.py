@@ -117,10 +117,10 @@ async def test_what_still_opens_a_pool_gives_its_offer_back(start_host: HostStar
     peer.connect(prefill.entry)
     peer.connect(decode.entry)
 
-    async def never(descriptor: object) -> None:
+    async def never(offer: object) -> None:
         await asyncio.sleep(600)
 
-    monkeypatch.setattr(decode.host._pools, "get", never)
+    monkeypatch.setattr(decode.host._sources, "open", never)
     last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
     request_id = peer.submit("d", [*range(9), *last.token_ids], offer=last.offer, emitted=1)
     peer.client.send("d", HandOver(request_id))

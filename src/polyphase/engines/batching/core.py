@@ -300,10 +300,10 @@ class EngineCore:
     def _finish_pull(self, result: PullResult) -> None:
         sequence = result.pull.sequence
         if result.error is not None:
-            logger.warning("request %s: offered blocks could not be read: %s", sequence.request.request_id, result.error)
-        else:
-            count = result.pull.token_count - sequence.computed_count
-            sequence.computed_count = result.pull.token_count
+            logger.warning("request %s: offered blocks are computed here: %s", sequence.request.request_id, result.error)
+        count = result.token_count - sequence.computed_count
+        if count > 0:
+            sequence.computed_count = result.token_count
             self._totals.transferred_tokens += count
             cached_count = sequence.stats.cached_token_count if sequence.stats is not None else 0
             queue_ms = sequence.stats.queue_ms if sequence.stats is not None else 0.0

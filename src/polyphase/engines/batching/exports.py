@@ -9,7 +9,8 @@ from polyphase.core.errors import KvError
 from polyphase.core.ids import BlockId
 from polyphase.engines.batching.storage import Generations
 from polyphase.kv import BlockPool, LeaseTable
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvLayout, KvOffer
+from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class OfferOrigin:
     worker_id: str
     epoch: int
     endpoint: str
-    pool: PoolDescriptor
+    agent: AgentCard
+    region_id: str
 
 
 class BlockExports:
@@ -61,7 +63,8 @@ class BlockExports:
             endpoint=self.origin.endpoint,
             lease_id=lease_id,
             expires_at_ns=lease.expires_at_ns,
-            pool=self.origin.pool,
+            agent=self.origin.agent,
+            region_id=self.origin.region_id,
             block_ids=list(block_ids),
             generations=self._shared.generations(block_ids),
             token_count=token_count,
@@ -106,7 +109,7 @@ def can_use(offer: KvOffer, layout: KvLayout, now_ns: int) -> bool:
     """Whether the offered blocks are of our kind, as many as they must be, and still kept."""
     block_count = -(-offer.token_count // layout.block_size)
     return (
-        offer.pool.layout == layout
+        offer.layout == layout
         and offer.token_count > 0
         and len(offer.block_ids) == len(offer.generations) == block_count
         and offer.expires_at_ns > now_ns

@@ -18,8 +18,9 @@ from polyphase.engines.mock.settings import MockSettings
 from polyphase.transfer import SharedPool
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
-from polyphase.wire.kv import PoolDescriptor
+from polyphase.wire.kv import KvLayout
 from polyphase.wire.requests import Submit
+from polyphase.wire.transfer import AgentCard
 
 _LATENESS_NS = 5_000_000  # a step that begins this soon after the last one's end counts as following it without a gap
 
@@ -79,20 +80,19 @@ class MockEngine:
 
     # KvExporter.
 
-    def pool_fd(self) -> int:
-        return self._shared().fd
+    @property
+    def kv_layout(self) -> KvLayout:
+        return self.machine.storage.layout
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor:
-        return self._shared().descriptor(socket_path, self.machine.storage.layout)
-
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
-        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, pool)
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
+        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, agent, region_id)
 
     def release_lease(self, lease_id: str) -> None:
         self._loop.wake()
         self.core.exports.release(lease_id)
 
-    def _shared(self) -> SharedPool:
+    @property
+    def kv_memory(self) -> SharedPool:
         if self.machine.storage.shared is None:
             raise KvError("this mock engine was made without shared memory: no other process can read its blocks")
         return self.machine.storage.shared

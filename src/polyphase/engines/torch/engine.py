@@ -24,8 +24,9 @@ from polyphase.text import Tokenizer
 from polyphase.transfer import SharedPool
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
-from polyphase.wire.kv import PoolDescriptor
+from polyphase.wire.kv import KvLayout
 from polyphase.wire.requests import Submit
+from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +112,19 @@ class TorchEngine:
 
     # KvExporter.
 
-    def pool_fd(self) -> int:
-        return self._shared().fd
+    @property
+    def kv_layout(self) -> KvLayout:
+        return self._storage.layout
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor:
-        return self._shared().descriptor(socket_path, self._storage.layout)
-
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
-        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, pool)
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
+        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, agent, region_id)
 
     def release_lease(self, lease_id: str) -> None:
         self._loop.wake()
         self.core.exports.release(lease_id)
 
-    def _shared(self) -> SharedPool:
+    @property
+    def kv_memory(self) -> SharedPool:
         if self._storage.shared is None:
             raise KvError("the blocks of this engine lie in device memory: no other process can read them")
         return self._storage.shared

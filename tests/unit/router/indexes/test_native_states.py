@@ -113,7 +113,8 @@ def test_a_full_index_forgets_but_its_digests_do_not(changes: list[tuple[str, Wo
             assert [index.digest(named, matched) for index in indexes] == [(len(blocks), digest_sum(blocks))] * 2
 
 
-CHANGES = st.lists(st.tuples(st.sampled_from(["store", "remove", "match"]), WORKERS, HASHES, st.one_of(PROMPTS, CHAINS), TIERS), max_size=25)
+KINDS = st.sampled_from(["store", "remove", "match"])
+CHANGES = st.lists(st.tuples(KINDS, WORKERS, HASHES, st.one_of(PROMPTS, CHAINS), TIERS), max_size=25)
 
 
 @settings(max_examples=80, deadline=None)
