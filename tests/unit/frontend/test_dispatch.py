@@ -381,7 +381,7 @@ class DispatchMachine(RuleBasedStateMachine):
         room = self.dispatcher.waiting_room
         waiting = [flight for flight in self.flights if flight.party is not None]
         stranded = [flight for flight, _ in self.dispatcher._stranded.values()]
-        assert len(room) <= 3 + 1, "only one that was put back may be too many"
+        assert all(len(lane.queue) <= 3 for lane in room._lanes.values()), "each queue has its limit"
         assert all(flight.stage is Stage.WAITING for flight in waiting + stranded)
         assert len({id(flight.party) for flight in waiting}) == len(room)
         for flight in self.flights:
