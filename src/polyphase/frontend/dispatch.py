@@ -52,7 +52,17 @@ from polyphase.frontend.waiting_room import Lane, Party, WaitingRoom
 from polyphase.router import EvictReason, Refusals, Route, Router, RouteRequest, believed_tokens, is_refusal
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import Cancel, FinishReason, HandOver, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
+from polyphase.wire.requests import (
+    Cancel,
+    FinishReason,
+    HandOver,
+    PhaseStats,
+    ReleaseLease,
+    SequenceOutput,
+    StepOutputs,
+    ToWorker,
+    WireFailure,
+)
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +317,7 @@ class Dispatcher:
                 flight.note_break(now_ns, error.message)
                 flight.tried.add((place.worker_id, place.epoch))
                 continue
+            flight.sent_ns = now_ns
             if flight.record.queued_ns and not flight.record.admitted_ns:
                 flight.record.admitted_ns = now_ns
                 waited_s = (now_ns - flight.record.queued_ns) / 1e9
@@ -318,6 +329,7 @@ class Dispatcher:
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
         if output.stats is not None:
+            self._note_pace(flight, output.stats, now_ns)
             flight.note_stats(output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
             if prediction is not None:
@@ -349,6 +361,17 @@ class Dispatcher:
                 self._hand_over(flight, output.offer, now_ns)
             else:
                 self._move(flight, output.offer, now_ns)
+
+    def _note_pace(self, flight: Flight, stats: PhaseStats, now_ns: int) -> None:
+        """What the first token at this worker says of its pace, and of the way of its blocks."""
+        took_ms = (now_ns - flight.sent_ns) / 1e6 - stats.queue_ms
+        moved = stats.transferred_token_count
+        if not moved:
+            known = len(flight.job.prompt_ids) + len(flight.emitted)
+            self._router.paces.note_prefill(flight.worker_id, known - stats.cached_token_count, took_ms)
+        elif flight.offer is not None:
+            source = WorkerId(flight.offer.worker_id)
+            self._router.paces.note_transfer(source, flight.worker_id, moved, stats.transfer_ms, took_ms - stats.transfer_ms)
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)
@@ -382,6 +405,7 @@ class Dispatcher:
             except WorkerLost as error:
                 self._break_off(flight, error)
                 return
+            flight.sent_ns = now_ns
             flight.record.history.note(now_ns, "handed over", place.worker_id)
             return
         flight.worker_id, flight.epoch = place.worker_id, place.epoch

@@ -188,6 +188,7 @@ async def test_the_only_worker_keeps_what_it_has_and_gets_no_more(stack: Stack) 
         for _ in range(50):
             gate.release()
         assert ids_of(await asked) == told(stack.story), "it was not taken away from where it could go on"
+        await wait_for(lambda: not stalled_workers(stack))
         assert ids_of(await ask(stack, max_tokens=5)) == told(stack.story, 5)
 
 
