@@ -161,6 +161,7 @@ class Dispatcher:
         """Nobody knows which words between here and this worker were lost: what it had begins anew, at whichever worker."""
         for flight in self._at(worker_id, epoch):
             self._break_off(flight, ConnectionLost(f"the connection to worker {worker_id} broke"))
+        self._let_in()
 
     def ask_to_hand_over(self, worker_id: WorkerId, epoch: Epoch, stages: Collection[Stage]) -> int:
         """Ask this worker for the sequences there that are in one of these stages; each goes on elsewhere once it is handed over.
@@ -180,6 +181,7 @@ class Dispatcher:
         for flight in leaving:
             self._tell_worker_to_stop(flight)  # it may come round
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
+        self._let_in()
         return len(leaving)
 
     def _at(self, worker_id: WorkerId, epoch: Epoch) -> list[Flight]:

@@ -443,3 +443,16 @@ def test_what_strands_at_its_start_is_watched() -> None:
         one.start(length=3, count=3, priority=0, tenant="a", patience_s=30)
         assert one.dispatcher._stranded
         assert one.dispatcher._tick_timer is not None
+
+
+def test_what_a_stalled_worker_or_a_broken_connection_strands_is_watched() -> None:
+    for breaks in ("worker_stalled", "connection_lost"):
+        with machine() as one:
+            one.join("prefill-0")
+            one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+            one.deaf.add("prefill-0")
+            reason = ("no step for a while",) if breaks == "worker_stalled" else ()
+            getattr(one.dispatcher, breaks)(WorkerId("prefill-0"), Epoch(one.lives["prefill-0"].epoch), *reason)
+            assert one.dispatcher._stranded
+            assert one.dispatcher._tick_timer is not None
+            one.lives["prefill-0"].running.clear()  # what it ran before nobody could tell it to stop
