@@ -24,6 +24,7 @@ SCENES = {
         fault_count=330,
         request_count=1400,
         client_count=16,
+        salts=False,  # the mock engine's tokens follow from the names of the prompt's blocks
         mean_interval_s=0.25,
     ),
 }
@@ -39,8 +40,6 @@ def main() -> int:
         outcome = play(SCENES[name], arguments.seed, is_verbose=True)
         sys.stderr.write(f"{name}: {json.dumps(outcome.summary())}\n")
         total.add(outcome)
-    for violation in total.violations:
-        sys.stderr.write(f"VIOLATION {violation}\n")
     sys.stdout.write(json.dumps({**total.summary(), "seed": arguments.seed}) + "\n")
     return 1 if total.violations else 0
 

@@ -45,7 +45,9 @@ async def fault_free(url: str, cases: list[Case]) -> list[Answer]:
 class Load:
     """`client_count` clients until told to stop; each request is random but for its case."""
 
-    def __init__(self, url: str, cases: list[Case], truth: list[Answer], seed: int, client_count: int) -> None:
+    def __init__(self, url: str, cases: list[Case], truth: list[Answer], seed: int, client_count: int, *, salts: bool) -> None:
+        """`salts`: some requests carry a salt of their own, which a model's tokens do not depend on."""
+        self._salts = salts
         self._url = url
         self._cases = cases
         self._truth = truth
@@ -72,7 +74,7 @@ class Load:
 
     async def _ask(self, client: httpx.AsyncClient, place: int, *, stream: bool, leave_after: int | None, rng: random.Random) -> None:
         case, tally = self._cases[place], self.tally
-        if rng.random() < 0.6:  # nothing of it is cached anywhere, so that it is computed, split and moved again
+        if self._salts and rng.random() < 0.6:  # nothing of it is cached anywhere, so that it is computed, split and moved again
             case = replace(case, body={**case.body, "cache_salt": f"{rng.getrandbits(64):x}"})
         try:
             status, answer = await ask(client, case, stream=stream, leave_after=leave_after if stream else None)

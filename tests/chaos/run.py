@@ -26,6 +26,7 @@ class Scene:
     client_count: int = 8
     mean_interval_s: float = 0.7
     longest_s: float = 1200.0
+    salts: bool = True
     weights: dict[str, float] = field(default_factory=lambda: dict(WEIGHTS))
 
 
@@ -78,7 +79,7 @@ def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
             exit_code = served.stop()
         outcome.violations += checks.nothing_left(served, exit_code, shared_before)
         if outcome.violations and is_verbose:
-            sys.stderr.write(logs[-200_000:] + "\n")
+            sys.stderr.write("\n".join([logs, *(f"VIOLATION {violation}" for violation in outcome.violations)]) + "\n")
     finally:
         if has_small_disk:
             unmount(served.home)
@@ -89,7 +90,7 @@ def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
 async def _play(scene: Scene, seed: int, served: Deployment, outcome: Outcome, *, has_small_disk: bool, is_verbose: bool) -> None:
     cases = cases_of(seed)
     truth = await fault_free(served.url, cases)
-    load = Load(served.url, cases, truth, seed, scene.client_count)
+    load = Load(served.url, cases, truth, seed, scene.client_count, salts=scene.salts)
     chaos = Chaos(served, seed, scene.weights, scene.mean_interval_s, has_small_disk=has_small_disk)
     until_s = time.monotonic() + scene.longest_s
 

@@ -153,6 +153,9 @@ class Dispatcher:
         if self._epochs.get(worker_id) == epoch:
             del self._epochs[worker_id]
         for flight in list(self._flights.values()):
+            if flight.cut_from == (worker_id, epoch):
+                flight.cut_from = None
+                flight.failure_count += 1
             if flight.worker_id == worker_id and flight.epoch == epoch:
                 self._break_off(flight, WorkerLost(f"worker {worker_id} was lost while it served the request"))
         self._let_in()
@@ -177,7 +180,7 @@ class Dispatcher:
 
     def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
         """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
-        leaving = [flight for flight in self._at(worker_id, epoch) if flight.record.migrations < self._settings.migration_limit]
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < self._settings.migration_limit]
         for flight in leaving:
             self._tell_worker_to_stop(flight)  # it may come round
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
@@ -443,10 +446,14 @@ class Dispatcher:
         if flight.remaining_tokens <= 0:  # all is there but the word that it ended
             self._finish(flight, End(FinishReason.LENGTH))
             return
-        if flight.record.migrations >= self._settings.migration_limit:
-            log.warning("%s: given up after %d migrations: %s", flight.wire_id, self._settings.migration_limit, cause.message)
+        if isinstance(cause, ConnectionLost):  # no fault of the request's, unless it turns out that the worker died
+            flight.cut_from = (flight.worker_id, flight.epoch)
+        elif flight.failure_count >= self._settings.migration_limit:
+            log.warning("%s: given up, since %d workers failed it before: %s", flight.wire_id, self._settings.migration_limit, cause.message)
             self._finish(flight, End(error=cause))
             return
+        else:
+            flight.failure_count += 1
         log.info("%s: goes on elsewhere after %d tokens: %s", flight.wire_id, len(flight.emitted), cause.message)
         flight.record.migrations += 1
         flight.metrics.migrations.inc()
