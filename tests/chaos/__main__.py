@@ -13,17 +13,18 @@ SCENES = {
         "torch",
         ("--prefill", "1", "--decode", "2", "--split-threshold", "64"),
         ["prefill-0", "decode-0", "decode-1"],
-        fault_count=200,
+        fault_count=180,
         request_count=700,
+        mean_interval_s=0.4,
     ),
     "mock": Scene(
         "mock",
         ("--engine", "mock", "--prefill", "2", "--decode", "4", "--split-threshold", "64", "--mock-speedup", "2", "--kv-memory", "512MiB"),
         ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "decode-3"],
-        fault_count=320,
+        fault_count=330,
         request_count=1400,
         client_count=16,
-        mean_interval_s=0.4,
+        mean_interval_s=0.25,
     ),
 }
 

@@ -37,6 +37,7 @@ class Outcome:
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     unavailable: set[str] = field(default_factory=set)
+    effects: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Outcome) -> None:
         self.requests += other.requests
@@ -45,6 +46,7 @@ class Outcome:
         self.faults += other.faults
         self.violations += other.violations
         self.unavailable |= other.unavailable
+        self.effects += other.effects
 
     def summary(self) -> dict[str, object]:
         return {
@@ -52,13 +54,15 @@ class Outcome:
             "requests": self.requests,
             "violations": len(self.violations),
             "by_kind": dict(sorted(self.faults.items())),
+            "effects": dict(sorted(self.effects.items())),
+            "clients_that_left": self.left,
             "refused_and_asked_again": self.refused,
             "unavailable": sorted(self.unavailable),
         }
 
 
 def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
-    """Clients that go away count as faults, too."""
+    """Raises: DeploymentFailed if it does not even start."""
     outcome = Outcome()
     shared_before = checks.shared_memory()
     served = Deployment("demo", *scene.options)
@@ -68,6 +72,7 @@ def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
         try:
             asyncio.run(_play(scene, seed, served, outcome, has_small_disk=has_small_disk, is_verbose=is_verbose))
             outcome.violations += checks.log_lines(served)
+            outcome.effects += Counter(checks.effects(served))
             logs = served.logs()
         finally:
             exit_code = served.stop()
@@ -90,7 +95,7 @@ async def _play(scene: Scene, seed: int, served: Deployment, outcome: Outcome, *
 
     def is_enough() -> bool:
         tally = load.tally
-        is_done = chaos.count + tally.left >= scene.fault_count and tally.answered + tally.left >= scene.request_count
+        is_done = chaos.count >= scene.fault_count and tally.answered + tally.left >= scene.request_count
         return is_done or time.monotonic() > until_s
 
     async with asyncio.TaskGroup() as tasks:
@@ -106,7 +111,7 @@ async def _play(scene: Scene, seed: int, served: Deployment, outcome: Outcome, *
                 reporter.cancel()
     tally = load.tally
     outcome.requests, outcome.refused, outcome.left = tally.answered + tally.left, tally.refused, tally.left
-    outcome.faults = chaos.counts + Counter({"client-left": tally.left})
+    outcome.faults = chaos.counts
     outcome.unavailable = chaos.unavailable
     outcome.violations += [f"{scene.name}: {violation}" for violation in tally.violations]
     outcome.violations += [f"{scene.name}: {violation}" for violation in await checks.at_rest(served, scene.worker_ids)]
@@ -118,4 +123,4 @@ async def _report(scene: Scene, tally: Tally, chaos: Chaos) -> None:
     while True:
         await asyncio.sleep(5)
         counts = f"{tally.answered} answers, {tally.refused} refused, {len(tally.violations)} violations"
-        sys.stderr.write(f"{scene.name}: {chaos.count + tally.left} faults, {counts}\n")
+        sys.stderr.write(f"{scene.name}: {chaos.count} faults, {counts}\n")

@@ -110,7 +110,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="TOKENS",
-            help="Prompts with fewer tokens to compute stay on the decode worker. [default: 256]",
+            help="Split every prompt with so many tokens to compute. [default: from 256 on, where it pays]",
             rich_help_panel=_ROUTER,
         ),
     ] = None,

@@ -39,7 +39,7 @@ from polyphase.frontend.waiting import Waiting
 from polyphase.frontend.waiting_room import WaitingRoom
 from polyphase.router import Router, is_refusal
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import FinishReason, SequenceOutput, StepOutputs, WireFailure
+from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, StepOutputs, WireFailure
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +170,7 @@ class Dispatcher:
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
         if output.stats is not None:
+            self._note_pace(flight, output.stats, now_ns)
             flight.note_stats(output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
             if prediction is not None:
@@ -201,6 +202,17 @@ class Dispatcher:
                 self._hand_over(flight, output.offer, now_ns)
             else:
                 self._move(flight, output.offer, now_ns)
+
+    def _note_pace(self, flight: Flight, stats: PhaseStats, now_ns: int) -> None:
+        """What the first token at this worker says of its pace, and of the way of its blocks."""
+        took_ms = (now_ns - flight.sent_ns) / 1e6 - stats.queue_ms
+        moved = stats.transferred_token_count
+        if not moved:
+            known = len(flight.job.prompt_ids) + len(flight.emitted)
+            self._router.paces.note_prefill(flight.worker_id, known - stats.cached_token_count, took_ms)
+        elif flight.offer is not None:
+            source = WorkerId(flight.offer.worker_id)
+            self._router.paces.note_transfer(source, flight.worker_id, moved, stats.transfer_ms, took_ms - stats.transfer_ms)
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)

@@ -81,6 +81,7 @@ class Flight:
     party: Party | None = None  # while it waits in the queue
     predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
     cause: str | None = None  # why the latest attempt was broken off
+    sent_ns: int = 0  # to the worker that has it now
 
     @property
     def is_over(self) -> bool:
