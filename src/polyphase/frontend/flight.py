@@ -2,7 +2,7 @@
 
         token_ids   | prompt | emitted so far |     what any worker needs to go on
 
-The dispatcher is the only one that changes a flight.
+Only the dispatcher changes a flight, with `sending` and `waiting`.
 """
 
 from __future__ import annotations
