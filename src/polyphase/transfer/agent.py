@@ -276,6 +276,9 @@ class Agent:
             made.add_done_callback(lambda done: None if done.exception() else done.result().release())
             raise
 
+    def submit(self, task: Callable[[], None]) -> None:
+        self.runtime.submit(task)
+
     def call_at(self, at_ns: int, task: Callable[[], None]) -> Timer:
         return self.runtime.call_at(at_ns, task)
 

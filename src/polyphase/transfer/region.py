@@ -27,6 +27,7 @@ class Region:
         region_id = getattr(memory, "pool_id", None) or secrets.token_hex(16)
         self.card = RegionCard(region_id, memory.kind, memory.block_count, memory.block_bytes, list(reachable), layout)
         self.usable_backends = tuple(usable)  # for this agent's own end of a transfer
+        self._host_blocks = memory if isinstance(memory, HostBlocks) else None
         self._is_released = False
         self._users: set[object] = set()
         self._lock = threading.Lock()
@@ -39,9 +40,9 @@ class Region:
     @property
     def host_blocks(self) -> HostBlocks:
         """Raises: ForeignDescriptor if this is not memory that the processor can address."""
-        if not isinstance(self.memory, HostBlocks):
+        if self._host_blocks is None:
             raise ForeignDescriptor(f"region {self.region_id} is {self.memory.kind} memory, where host memory is needed")
-        return self.memory
+        return self._host_blocks
 
     def blocks(self, block_ids: Iterable[int]) -> LocalBlocks:
         """A list of blocks, checked once. Raises: ForeignDescriptor, HandleReleased."""
