@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from polyphase.core.errors import Draining, EngineFailed, InvalidRequest, Lost, Overloaded, PolyphaseError, TransferError, WorkerLost
+from polyphase.core.errors import Draining, EngineFailed, InvalidRequest, Lost, Overloaded, PolyphaseError, WorkerLost
 from polyphase.engines.interface import BlockSource, Engine, StepReport
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
@@ -178,7 +178,7 @@ class WorkerHost:
         source: BlockSource | None = None
         try:
             source = await self._sources.open(request.offer)
-        except TransferError as error:
+        except PolyphaseError as error:
             with request_context(request.request_id):
                 log.warning("its offered blocks cannot be read and are computed here: %s", error)
             self._release(request.offer)
