@@ -28,7 +28,6 @@ from polyphase.core.errors import (
     Overloaded,
     PolyphaseError,
     Refused,
-    TransferError,
     WorkerLost,
 )
 from polyphase.engines.interface import BlockSource, Engine, StepReport
@@ -205,7 +204,7 @@ class WorkerHost:
         source: BlockSource | None = None
         try:
             source = await self._sources.open(request.offer)
-        except TransferError as error:
+        except PolyphaseError as error:
             with request_context(request.request_id):
                 log.warning("its offered blocks cannot be read and are computed here: %s", error)
             self._release(request.offer)
