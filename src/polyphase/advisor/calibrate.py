@@ -1,0 +1,184 @@
+"""From measurements to a calibration, and its errors on measurements that it has not seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from polyphase.advisor.calibration import Basis, Calibration, category_words
+from polyphase.advisor.efficiency import ITL_PRIORS, TTFT_PRIORS, Efficiency, fit_efficiency, groups_of
+from polyphase.advisor.evaluation import Prediction, predict, quantile_scale
+from polyphase.advisor.mapping import Floats, Mappings, ParallelMapping
+from polyphase.advisor.measurements import Measurement
+from polyphase.advisor.residual import CATEGORIES, Component, Points, choose_support, encode, fit_residual, quantities_of
+from polyphase.advisor.terms import itl_terms, ttft_terms
+from polyphase.core.errors import ConfigurationError
+
+FOLD_COUNT = 5
+SUPPORT_COUNT = 400
+# Orders: CATEGORIES, QUANTITIES. From maximising the marginal likelihood on half of the configurations of the table that comes in the coefficients'
+# provenance: how a deployment as a whole strays, how its shape over mappings and batches does, and what is left.
+KERNEL = (
+    Component(0.43, (0.76, 0.92, 0.92, 0.54, 0.94, 0.28, 0.48), (3.5, 6.5, 15.0, 5.0, 9.0, 5.0)),
+    Component(0.054, (0.05, 0.33, 0.42, 0.05, 0.32, 0.30, 0.52), (5.4, 5.2, 8.2, 0.95, 1.25, 1.4)),
+    Component(0.032, (0.01, 0.01, 0.01, 0.01, 0.11, 0.10, 0.20), (3.1, 0.65, 3.8, 0.81, 0.72, 0.87)),
+)
+NOISE = 0.024
+TTFT_FACTOR = 2.0  # TTFT strays about twice as far as ITL
+_FEWEST = 20
+Progress = Callable[[str], None]
+
+
+def calibrate(measurements: Sequence[Measurement], support_count: int = SUPPORT_COUNT) -> Calibration:
+    """Intervals are not scaled yet: `cross_validated` does both. Raises: ConfigurationError with too few measurements.
+
+    Cost: about 2 s of CPU for 2,600 measurements.
+    """
+    unique = list({m.identity: m for m in measurements}.values())
+    if len(unique) < _FEWEST:
+        raise ConfigurationError(f"{len(unique)} usable measurements are too few to calibrate on; at least {_FEWEST} are needed")
+    words = [category_words(m.setting, m.setting.version) for m in unique]
+    vocabularies = {name: sorted({w[name] for w in words}) for name in CATEGORIES}
+    points = Points(np.array([encode(vocabularies, w) for w in words]), _quantities(unique))
+    log_itl = np.log([m.itl_ms for m in unique])
+    log_ttft = np.log([m.ttft_ms for m in unique])
+    groups = [groups_of(m.setting.backend, m.setting.accelerator.generation) for m in unique]
+
+    itl_columns = _itl_columns(unique)
+    itl = fit_efficiency(ITL_PRIORS, itl_columns, log_itl, groups)
+    support = points.take(choose_support(KERNEL, points, support_count))
+    itl_residual = fit_residual(KERNEL, NOISE, points, log_itl - _log_times(itl, itl_columns, groups), support)
+
+    ttft_columns = _ttft_columns(unique)
+    ttft = fit_efficiency(TTFT_PRIORS, ttft_columns, log_ttft, groups)
+    prefill_points = Points(points.categories, _prefill_quantities(unique))
+    wider = tuple(replace(component, scale=component.scale * TTFT_FACTOR) for component in KERNEL)
+    ttft_left = log_ttft - _log_times(ttft, ttft_columns, groups)
+    ttft_fitted = fit_residual(wider, NOISE * TTFT_FACTOR, prefill_points, ttft_left, support)
+    return Calibration(
+        itl=itl,
+        ttft=ttft,
+        itl_residual=itl_residual,
+        ttft_residual=itl_residual.scaled(TTFT_FACTOR, ttft_fitted.whitened_weights),
+        vocabularies=vocabularies,
+        measured=frozenset((m.setting.backend, m.setting.model_key, m.setting.accelerator.name) for m in unique),
+        interval_scale={},
+        versions=_usual_versions(unique),
+        generations=frozenset((m.setting.backend, m.setting.accelerator.generation) for m in unique),
+    )
+
+
+def cross_validated(measurements: Sequence[Measurement], on_progress: Progress = lambda _: None) -> tuple[Calibration, dict[str, Any]]:
+    """A calibration of all, with intervals scaled to what cross-validation found, and those findings: see `validation_errors`."""
+    folds = held_out_folds([m.configuration for m in measurements], [m.identity for m in measurements], FOLD_COUNT)
+    by_configuration = _held_out(measurements, folds, on_progress, "configurations")
+    deployments = held_out_folds([m.deployment for m in measurements], [m.identity for m in measurements], FOLD_COUNT)
+    by_deployment = _held_out(measurements, deployments, on_progress, "deployments")
+    pairs = _numbered([(m.setting.model_key, m.setting.accelerator.name) for m in measurements])
+    by_pair = _held_out(measurements, pairs, on_progress, "pairs")
+    on_progress("all measurements")
+    sources = {Basis.PAIR: by_configuration, Basis.NEAR: by_pair, Basis.ROOFLINE: by_pair}
+    scale = {
+        f"{quantity}/{basis.name}": round(quantile_scale(predictions, quantity, 0.8), 3)
+        for basis, predictions in sources.items()
+        for quantity in ("itl", "ttft", "tput")
+    }
+    calibration = replace(calibrate(measurements), interval_scale=scale)
+    return calibration, {"configuration": by_configuration, "deployment": by_deployment, "pair": by_pair}
+
+
+def _held_out(measurements: Sequence[Measurement], folds: Sequence[int], on_progress: Progress, what: str) -> list[Prediction]:
+    """For each measurement the prediction of a calibration that has seen no measurement of its fold."""
+    found: dict[int, Prediction] = {}
+    for number, fold in enumerate(sorted(set(folds))):
+        on_progress(f"{what}, {number + 1} of {len(set(folds))}")
+        inside = [m for m, f in zip(measurements, folds, strict=True) if f != fold]
+        places = [place for place, f in enumerate(folds) if f == fold]
+        fitted = calibrate(inside)
+        found |= dict(zip(places, predict(fitted, [measurements[place] for place in places]), strict=True))
+    return [found[place] for place in range(len(measurements))]
+
+
+def held_out_folds(keys: Sequence[Hashable], identities: Sequence[Hashable], count: int) -> list[int]:
+    """A fold for each row, the same for rows of one key and for keys that share a measurement. By a hash of the key, so always the same folds."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(key: Hashable) -> Hashable:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    first: dict[Hashable, Hashable] = {}
+    for key, identity in zip(keys, identities, strict=True):
+        parent[root(key)] = root(first.setdefault(identity, key))
+    roots = [repr(root(key)) for key in keys]
+    shuffled = sorted(set(roots), key=lambda text: hashlib.sha256(text.encode()).digest())
+    place = {text: number % count for number, text in enumerate(shuffled)}
+    return [place[text] for text in roots]
+
+
+def _numbered(keys: Sequence[Hashable]) -> list[int]:
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _usual_versions(measurements: Iterable[Measurement]) -> dict[str, str]:
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for m in measurements:
+        if m.setting.version:
+            seen[f"{m.setting.backend}/{m.setting.model_key}/{m.setting.accelerator.name}"][m.setting.version] += 1
+            seen[m.setting.backend][m.setting.version] += 1
+    return {key: counts.most_common(1)[0][0] for key, counts in sorted(seen.items())}
+
+
+def _log_times(efficiency: Efficiency, columns: Floats, groups: Sequence[tuple[str, str, str]]) -> Floats:
+    known: Mapping[tuple[str, str, str], Floats] = {group: efficiency.weights(group[0], group[1]) for group in set(groups)}
+    return np.log(np.einsum("nj,nj->n", columns, np.array([known[group] for group in groups])))
+
+
+def _itl_columns(measurements: Sequence[Measurement]) -> Floats:
+    return _by_row(
+        measurements,
+        lambda m: itl_terms(m.setting, _one(m.mapping), _a(m.batch), _a(m.isl), _a(m.osl), _a(0)),
+    )
+
+
+def _ttft_columns(measurements: Sequence[Measurement]) -> Floats:
+    """With the measured ITL: what TTFT depends on, not how well it is predicted."""
+    return _by_row(
+        measurements,
+        lambda m: ttft_terms(
+            m.setting, _one(m.prefill_mapping), _a(m.waiting), _a(m.concurrency), _a(m.isl), _a(m.osl), _a(0), _a(m.itl_ms)
+        ),
+    )
+
+
+def _by_row(measurements: Sequence[Measurement], columns: Callable[[Measurement], Floats]) -> Floats:
+    return np.concatenate([columns(m) for m in measurements])
+
+
+def _one(mapping: ParallelMapping) -> Mappings:
+    return Mappings.of([mapping])
+
+
+def _a(value: float) -> Floats:
+    return np.array([float(value)])
+
+
+def _quantities(measurements: Sequence[Measurement]) -> Floats:
+    m = measurements
+    return quantities_of(Mappings.of(x.mapping for x in m), np.array([x.batch for x in m]), *_lengths(m))
+
+
+def _prefill_quantities(measurements: Sequence[Measurement]) -> Floats:
+    m = measurements
+    return quantities_of(Mappings.of(x.prefill_mapping for x in m), np.array([x.waiting for x in m]), *_lengths(m))
+
+
+def _lengths(measurements: Sequence[Measurement]) -> tuple[Floats, Floats]:
+    return np.array([float(m.isl) for m in measurements]), np.array([float(m.osl) for m in measurements])
