@@ -53,6 +53,11 @@ class Calibration:
         pair = f"{setting.backend}/{setting.model_key}/{setting.accelerator.name}"
         return setting.version or self.versions.get(pair) or self.versions.get(setting.backend, "")
 
+    def weights(self, quantity: str, setting: Setting) -> Floats:
+        """Of the terms of `itl` or `ttft`, in their order."""
+        groups = groups_of(category_words(setting, self.version_of(setting)))
+        return (self.itl if quantity == "itl" else self.ttft).weights(groups)
+
     def categories(self, setting: Setting) -> Ints:
         return encode(self.vocabularies, category_words(setting, self.version_of(setting)))
 
@@ -70,6 +75,13 @@ def category_words(setting: Setting, version: str) -> dict[str, str]:
         "serving": setting.serving.value,
         "version": f"{setting.backend} {version}",
     }
+
+
+def groups_of(words: Mapping[str, str]) -> tuple[str, ...]:
+    """The groups whose deviations apply to a setting, in the order of `efficiency.GROUP_SPREADS`."""
+    w = words
+    pair = f"{w['backend']}/{w['generation']}"
+    return w["backend"], w["generation"], pair, w["model"], w["precision"], w["version"], w["accelerator"]
 
 
 def uncalibrated() -> Calibration:

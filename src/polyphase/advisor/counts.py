@@ -48,10 +48,10 @@ def decode_terms(
     precision: Precision,
     mappings: Mappings,
     batch: Floats,
-    context_tokens: Floats,
+    context_tokens: float,
     tokens_per_row: float = 1.0,
 ) -> Floats:
-    """float64[n, len(DECODE_TERMS)], ms. `batch`, `context_tokens`: float64[n], sequences per rank and tokens that each sees.
+    """float64[n, len(DECODE_TERMS)], ms. `batch`: float64[n], sequences per rank; each sees `context_tokens`.
 
     `tokens_per_row`: more than 1 where a step also checks drafted tokens: they are multiplied with the weights, and read the same cache.
     """
@@ -78,7 +78,7 @@ def decode_terms(
 
 
 def prefill_terms(
-    shape: ModelShape, accelerator: Accelerator, precision: Precision, mappings: Mappings, new_tokens: Floats, cached_tokens: Floats
+    shape: ModelShape, accelerator: Accelerator, precision: Precision, mappings: Mappings, new_tokens: float, cached_tokens: float
 ) -> Floats:
     """float64[n, len(PREFILL_TERMS)], ms, of one prompt on each rank at once, as under load."""
     m = mappings
@@ -93,7 +93,7 @@ def prefill_terms(
         "attention": seen * shape.attention.prefill_flops_per_pair / m.tp / flops,
         "reduce": _reduce_s(shape, accelerator, m, new_tokens),
         "weights": np.ceil(new_tokens / _PREFILL_CHUNK) * _dense_bytes(shape, precision, m.tp) / accelerator.memory_bytes_per_s,
-        "layers": np.ceil(new_tokens / _PREFILL_CHUNK) * shape.layer_count * _US / 1e3,
+        "layers": np.full(len(m), np.ceil(new_tokens / _PREFILL_CHUNK) * shape.layer_count * _US / 1e3),
         "step": np.full(len(m), _US / 1e3),
     }
     if shape.experts:
@@ -118,7 +118,7 @@ def _dense_flops_s(shape: ModelShape, accelerator: Accelerator, precision: Preci
     return (body + 2 * shape.output_parameters / accelerator.peak(Peak.BF16)) / tp
 
 
-def _attention_s(shape: ModelShape, accelerator: Accelerator, precision: Precision, m: Mappings, context: Floats) -> Floats:
+def _attention_s(shape: ModelShape, accelerator: Accelerator, precision: Precision, m: Mappings, context: float) -> Floats:
     """Per sequence and step: reading the cache or computing on it, whichever is slower; linear layers read and write their state."""
     a = shape.attention
     seen = np.minimum(context, a.top_tokens) if a.top_tokens else context
@@ -170,14 +170,14 @@ def _bandwidth(accelerator: Accelerator, ranks: Floats) -> Floats:
     return np.where(ranks <= accelerator.domain_size, accelerator.link_bytes_per_s, accelerator.network_bytes_per_s)
 
 
-def _reduce_s(shape: ModelShape, accelerator: Accelerator, m: Mappings, rows: Floats) -> Floats:
+def _reduce_s(shape: ModelShape, accelerator: Accelerator, m: Mappings, rows: Floats | float) -> Floats:
     """Two ring all-reduces a layer over tp: after attention, and after the feed-forward part unless that is an exchange."""
     per_layer = np.where(m.dp > 1, 1.0, 2.0)
     sent = 2 * (m.tp - 1) / m.tp * rows * shape.hidden_size * _ACTIVATION_BYTES
     return shape.layer_count * per_layer * sent / _bandwidth(accelerator, m.tp)
 
 
-def _exchange_s(shape: ModelShape, accelerator: Accelerator, m: Mappings, rows: Floats) -> Floats:
+def _exchange_s(shape: ModelShape, accelerator: Accelerator, m: Mappings, rows: Floats | float) -> Floats:
     """Dispatch in one byte and combine in two, to the ranks that hold a token's experts; only where attention is data parallel."""
     assert shape.experts
     ranks = m.tp * m.dp

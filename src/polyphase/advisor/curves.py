@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyphase.advisor.calibration import Calibration
-from polyphase.advisor.deployment import Setting
+from polyphase.advisor.deployment import Setting, Traffic
 from polyphase.advisor.mapping import Floats, Mappings
 from polyphase.advisor.residual import quantities_of
 from polyphase.advisor.terms import TTFT_TERMS, itl_terms, prefill_rough_ms, ttft_terms
@@ -22,15 +22,6 @@ BATCHES = 2.0**GRID
 _T = {name: index for index, name in enumerate(TTFT_TERMS)}
 _MAX_UTILISATION = 0.95
 Index = NDArray[np.intp]
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Requests of one kind. `cached_tokens` of the prompt are found in the engine's prefix cache."""
-
-    isl: float
-    osl: float
-    cached_tokens: float = 0.0
 
 
 def lookup(table: Floats, rows: Index, values: Floats) -> Floats:
@@ -58,9 +49,8 @@ def decode_curves(calibration: Calibration, setting: Setting, mappings: Mappings
     count = len(mappings)
     spread = mappings.take(np.repeat(np.arange(count), len(GRID)))
     batch = np.tile(BATCHES, count)
-    isl, osl, cached = (np.full(len(batch), value) for value in (traffic.isl, traffic.osl, traffic.cached_tokens))
-    terms = itl_terms(setting, spread, batch, isl, osl, cached)
-    weights = calibration.itl.weights(setting.backend, setting.accelerator.generation)
+    terms = itl_terms(setting, spread, batch, traffic)
+    weights = calibration.weights("itl", setting)
     log_itl = np.log(terms @ weights).reshape(count, len(GRID))
     log_itl = log_itl + calibration.itl_residual.grid_mean(calibration.categories(setting), _rows(mappings, traffic), GRID)
     return DecodeCurves(mappings, np.maximum.accumulate(log_itl, axis=1))
@@ -72,7 +62,8 @@ class PrefillCurves:
 
     mappings: Mappings
     alone_ms: Floats  # float64[m]: without load
-    rough_ms: Floats  # what a prompt keeps a rank busy for
+    rough_ms: Floats  # about what a prompt keeps a rank busy for
+    service_ms: Floats  # the same with the learned weights: a rank can do no more than one prompt in that time
     log_residual: Floats  # float64[m, len(GRID)], over the requests per rank
     weights: Floats  # of TTFT_TERMS
     burst: Floats  # float64[m]: ms per waiting request
@@ -91,21 +82,20 @@ class PrefillCurves:
 def prefill_curves(calibration: Calibration, setting: Setting, mappings: Mappings, traffic: Traffic) -> PrefillCurves:
     count = len(mappings)
     one = np.ones(count)
-    isl, osl, cached = traffic.isl * one, traffic.osl * one, traffic.cached_tokens * one
     # With a load and a step of (almost) nothing, what remains are the parts that do not depend on them.
-    terms = ttft_terms(setting, mappings, one, 0 * one, isl, osl, cached, one)
-    weights = calibration.ttft.weights(setting.backend, setting.accelerator.generation)
+    terms = ttft_terms(setting, mappings, one, 0 * one, one, traffic)
+    weights = calibration.weights("ttft", setting)
     own = [name for name in TTFT_TERMS if name not in ("burst", "queue", "step_shared", "step_own", "concurrency")]
     chosen = [_T[name] for name in own]
-    is_step = np.zeros_like(weights)
-    for name in ("step_shared", "step_own"):
-        is_step[_T[name]] = terms[0, _T[name]]  # 1 for the one that there is in this kind of serving
+    busy = [_T[name] for name in ("flops", "attention", "comm", "weights", "layers")]
     effective = weights.copy()
-    effective[[_T["step_shared"], _T["step_own"]]] *= is_step[[_T["step_shared"], _T["step_own"]]]
+    for name in ("step_shared", "step_own"):
+        effective[_T[name]] *= terms[0, _T[name]]  # 1 for the one that there is in this kind of serving, 0 for the other
     return PrefillCurves(
         mappings,
         terms[:, chosen] @ weights[chosen],
-        prefill_rough_ms(setting, mappings, isl, cached),
+        prefill_rough_ms(setting, mappings, traffic),
+        terms[:, busy] @ weights[busy],
         calibration.ttft_residual.grid_mean(calibration.categories(setting), _rows(mappings, traffic), GRID),
         effective,
         terms[:, _T["burst"]] * weights[_T["burst"]],

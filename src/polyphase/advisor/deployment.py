@@ -45,3 +45,23 @@ class Setting:
         """Models of one architecture and size are one model to performance, whatever they were trained to say."""
         s = self.shape
         return f"{s.family}-{s.layer_count}x{s.hidden_size}-{s.attention.query_head_count}h-{s.experts.expert_count if s.experts else 0}e"
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Requests of one kind, or the mean of a mixture (`goal.traffic_from_requests`). All in tokens; 0 means: as the others imply."""
+
+    isl: float
+    osl: float
+    cached_tokens: float = 0.0  # of the prompt, found in the engine's prefix cache
+    context_tokens: float = 0.0  # that a decode step sees on average
+    longest_tokens: float = 0.0  # of a whole request
+    long_isl: float = 0.0  # of the tenth longest prompt in a hundred
+
+    @property
+    def seen_tokens(self) -> float:
+        return self.context_tokens or self.isl + self.osl / 2
+
+    @property
+    def whole_tokens(self) -> float:
+        return self.longest_tokens or self.isl + self.osl

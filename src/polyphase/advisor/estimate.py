@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from polyphase.advisor.calibration import Basis, Calibration
-from polyphase.advisor.curves import DecodeCurves, PrefillCurves, Traffic, decode_curves, prefill_curves
-from polyphase.advisor.deployment import Setting
+from polyphase.advisor.curves import DecodeCurves, PrefillCurves, decode_curves, prefill_curves
+from polyphase.advisor.deployment import Setting, Traffic
 from polyphase.advisor.mapping import Mappings, ParallelMapping
 from polyphase.advisor.residual import Points, quantities_of
 
@@ -25,13 +25,11 @@ class Question:
     setting: Setting
     mapping: ParallelMapping
     concurrency: float
-    isl: float
-    osl: float
+    traffic: Traffic
     worker_count: int = 1
     prefill_mapping: ParallelMapping | None = None
     prefill_worker_count: int = 0
     prefill_setting: Setting | None = None
-    cached_tokens: float = 0.0
 
     @property
     def gpu_count(self) -> int:
@@ -51,6 +49,9 @@ class Figure:
     def covers(self, measured: float) -> bool:
         return self.low <= measured <= self.high
 
+    def times(self, factor: float) -> Figure:
+        return Figure(self.value * factor, self.low * factor, self.high * factor, self.deviation)
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -64,11 +65,17 @@ class Estimate:
     def tok_s_per_user(self) -> float:
         return 1e3 / self.itl_ms.value
 
+    def with_ttft(self, ttft_ms: float, question: Question) -> Estimate:
+        """The same with a longer TTFT, of requests that wait for prefill workers; intervals keep their proportions."""
+        ttft = self.ttft_ms.times(ttft_ms / self.ttft_ms.value)
+        tok_s, _ = _throughput(question, ttft, self.itl_ms)
+        return replace(self, ttft_ms=ttft, tok_s=self.tok_s.times(tok_s / self.tok_s.value))
+
 
 def estimate(calibration: Calibration, question: Question) -> Estimate:
     """Cost: below a millisecond of CPU."""
     q = question
-    traffic = Traffic(q.isl, q.osl, q.cached_tokens)
+    traffic = q.traffic
     prefill_mapping = q.prefill_mapping or q.mapping
     prefill_setting = q.prefill_setting or q.setting
     ranks = q.prefill_worker_count * prefill_mapping.dp if q.prefill_mapping else q.worker_count * q.mapping.dp
@@ -88,10 +95,10 @@ def estimate(calibration: Calibration, question: Question) -> Estimate:
 
 def _throughput(q: Question, ttft: Figure, itl: Figure) -> tuple[float, float]:
     """And the deviation of its logarithm: of each part, by its share of a request's time."""
-    decoding = itl.value * (q.osl - 1)
+    decoding = itl.value * (q.traffic.osl - 1)
     whole = ttft.value + decoding
     deviation = float(np.hypot(ttft.deviation * ttft.value, itl.deviation * decoding) / whole)
-    return q.concurrency * q.osl / (whole / 1e3), deviation
+    return q.concurrency * q.traffic.osl / (whole / 1e3), deviation
 
 
 def _figure(value: float, deviation: float, scale: float) -> Figure:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from polyphase.advisor.calibration import Calibration
+from polyphase.advisor.deployment import Traffic
 from polyphase.advisor.estimate import Question, estimate
 from polyphase.advisor.measurements import Measurement, throughput
 
@@ -43,8 +44,7 @@ def _predict(calibration: Calibration, m: Measurement) -> Prediction:
         prefill_mapping=m.prefill_mapping if m.prefill_worker_count else None,
         prefill_worker_count=m.prefill_worker_count,
         concurrency=m.concurrency,
-        isl=m.isl,
-        osl=m.osl,
+        traffic=Traffic(m.isl, m.osl),
     )
     found = estimate(calibration, question)
     measured = throughput(m.concurrency, m.osl, m.ttft_ms, m.itl_ms)

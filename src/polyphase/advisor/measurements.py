@@ -18,6 +18,7 @@ from polyphase.core.errors import ConfigurationError
 
 OVERLOADED_TTFT_MS = 10_000.0
 _CONCURRENCY = re.compile(r"silicon_concurrency=(\d+)")
+_ONE_NODE = 8  # InferenceX's aggregated runs; larger ones are disaggregated deployments with their accelerators added up, TP 72 for example
 _LAYOUT = ("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
 REQUIRED_COLUMNS = ("backend", "model_path", "system", "mode", "isl", "osl", "silicon_ttft_ms", "silicon_tpot_ms")
 
@@ -42,6 +43,7 @@ class Measurement:
     ttft_ms: float
     itl_ms: float
     gpu_count: int
+    is_doubtful: bool = False  # labelled as what it cannot be: judged, not learned from
 
     @property
     def out_tok_s_per_gpu(self) -> float:
@@ -129,6 +131,7 @@ def _measurement(row: Mapping[str, str | None], library: Library) -> Measurement
         ttft_ms,
         itl_ms,
         gpu_count,
+        is_doubtful=serving is Serving.AGGREGATED and _is_inferencex(row) and mapping.gpu_count > _ONE_NODE,
     )
 
 
@@ -177,7 +180,7 @@ def _as_run(reported: ParallelMapping, row: Mapping[str, str | None]) -> Paralle
     """InferenceX measures `tp`, `ep` and whether attention is data parallel; its rows come with them multiplied: TP 4 with EP 4, on four
     accelerators, as 16 = 4 · 4. The ids tell (`…_tp4_ep4_…`), and the same measurement is there in both forms.
     """
-    if "InferenceX" not in _text(row, "silicon_data_source"):
+    if not _is_inferencex(row):
         return reported
     tp, pp, dp, moe_tp, moe_ep = reported.tp, reported.pp, reported.dp, reported.moe_tp, reported.moe_ep
     if moe_tp == moe_ep > 1 and tp * dp == moe_tp * moe_ep:
@@ -185,6 +188,10 @@ def _as_run(reported: ParallelMapping, row: Mapping[str, str | None]) -> Paralle
     if tp == dp > 1 and moe_ep == tp * dp:
         return ParallelMapping(1, pp, dp, 1, dp)
     return reported
+
+
+def _is_inferencex(row: Mapping[str, str | None]) -> bool:
+    return "InferenceX" in _text(row, "silicon_data_source")
 
 
 def _fitting(mapping: ParallelMapping, setting: Setting) -> ParallelMapping:

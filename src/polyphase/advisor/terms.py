@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from polyphase.advisor.counts import DECODE_TERMS, PREFILL_TERMS, decode_terms, kv_bytes_of_sequence, prefill_terms
-from polyphase.advisor.deployment import Serving, Setting
+from polyphase.advisor.deployment import Serving, Setting, Traffic
 from polyphase.advisor.mapping import Floats, Mappings
 
 # Beside the decode step: prefills of other requests that fall between two tokens of one, where one engine does both.
@@ -32,17 +32,17 @@ _ROUGH = np.array([1.5, 1.5, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0])
 _P = {name: index for index, name in enumerate(PREFILL_TERMS)}
 
 
-def itl_terms(setting: Setting, mappings: Mappings, batch: Floats, isl: Floats, osl: Floats, cached: Floats) -> Floats:
-    """float64[n, len(ITL_TERMS)]. `batch` per data parallel rank; `isl`, `osl`, `cached` tokens, of which `cached` need no prefill."""
+def itl_terms(setting: Setting, mappings: Mappings, batch: Floats, traffic: Traffic) -> Floats:
+    """float64[n, len(ITL_TERMS)]. `batch` per data parallel rank."""
     spec = setting.speculation
     decode = decode_terms(
-        setting.shape, setting.accelerator, setting.precision, mappings, batch, isl + osl / 2, 1.0 + spec.draft_tokens
+        setting.shape, setting.accelerator, setting.precision, mappings, batch, traffic.seen_tokens, 1.0 + spec.draft_tokens
     )
     decode = decode * (1.0 + spec.draft_tokens / setting.shape.layer_count) / spec.tokens_per_step
     if setting.serving is Serving.DISAGGREGATED:
         return np.concatenate([decode, np.zeros((len(mappings), 3))], axis=1)
-    prefill = prefill_terms(setting.shape, setting.accelerator, setting.precision, mappings, isl - cached, cached)
-    share = batch / osl
+    prefill = prefill_terms(setting.shape, setting.accelerator, setting.precision, mappings, *_prompt(traffic))
+    share = batch / traffic.osl
     beside = np.stack(
         [
             share * (prefill[:, _P["flops"]] + prefill[:, _P["expert_flops"]]),
@@ -54,9 +54,9 @@ def itl_terms(setting: Setting, mappings: Mappings, batch: Floats, isl: Floats, 
     return np.concatenate([decode, beside], axis=1)
 
 
-def prefill_rough_ms(setting: Setting, mappings: Mappings, isl: Floats, cached: Floats) -> Floats:
+def prefill_rough_ms(setting: Setting, mappings: Mappings, traffic: Traffic) -> Floats:
     """float64[n]: about what one prompt keeps its rank busy for."""
-    terms = prefill_terms(setting.shape, setting.accelerator, setting.precision, mappings, isl - cached, cached)
+    terms = prefill_terms(setting.shape, setting.accelerator, setting.precision, mappings, *_prompt(traffic))
     return np.asarray(terms @ _ROUGH)
 
 
@@ -65,18 +65,16 @@ def ttft_terms(
     mappings: Mappings,
     waiting: Floats,
     concurrency: Floats,
-    isl: Floats,
-    osl: Floats,
-    cached: Floats,
     itl_ms: Floats,
+    traffic: Traffic,
 ) -> Floats:
     """float64[n, len(TTFT_TERMS)]. `mappings` of the engine that prefills; `waiting`: requests in the deployment per rank that prefills."""
-    prefill = prefill_terms(setting.shape, setting.accelerator, setting.precision, mappings, isl - cached, cached)
+    prefill = prefill_terms(setting.shape, setting.accelerator, setting.precision, mappings, *_prompt(traffic))
     is_shared = setting.serving is Serving.AGGREGATED
     rough = prefill @ _ROUGH
-    busy = np.minimum(waiting * rough / (osl * itl_ms), _MAX_UTILISATION)
+    busy = np.minimum(waiting * rough / (traffic.osl * itl_ms), _MAX_UTILISATION)
     zero, one = np.zeros(len(mappings)), np.ones(len(mappings))
-    kv_bytes = kv_bytes_of_sequence(setting.shape, setting.precision, isl)
+    kv_bytes = kv_bytes_of_sequence(setting.shape, setting.precision, traffic.isl)
     return np.stack(
         [
             prefill[:, _P["flops"]] + prefill[:, _P["expert_flops"]],
@@ -89,9 +87,15 @@ def ttft_terms(
             itl_ms if is_shared else zero,
             zero if is_shared else itl_ms,
             one,
-            isl / 1e3,
+            one * traffic.isl / 1e3,
             concurrency * one,
-            zero if is_shared else kv_bytes / setting.accelerator.network_bytes_per_s * 1e3,
+            zero if is_shared else one * kv_bytes / setting.accelerator.network_bytes_per_s * 1e3,
         ],
         axis=1,
     )
+
+
+def _prompt(traffic: Traffic) -> tuple[float, float]:
+    """Tokens to compute, at least one, and tokens found in the cache."""
+    cached = min(traffic.cached_tokens, traffic.isl - 1)
+    return traffic.isl - cached, cached
