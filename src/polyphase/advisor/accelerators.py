@@ -23,7 +23,7 @@ class Accelerator:
     vendor: str
     memory_bytes: float
     memory_bytes_per_s: float
-    flops_per_s: Mapping[Peak, float]
+    flops_per_s: Mapping[Peak, float] = field(hash=False)
     link_bytes_per_s: float  # within the domain: NVLink, Infinity Fabric, PCIe
     domain_size: int  # accelerators that reach each other at that rate
     network_bytes_per_s: float  # beyond it
@@ -55,7 +55,7 @@ def accelerator_from_table(table: Mapping[str, object], where: str) -> Accelerat
     fp4 = figures.get("fp4_tflops", 0) * 1e12 or fp8
     aliases = table.get("aliases", [])
     if not isinstance(aliases, list):
-        raise ConfigurationError(f"{where}: aliases must be a list of names, for example [\"h100_sxm\"]")
+        raise ConfigurationError(f'{where}: aliases must be a list of names, for example ["h100_sxm"]')
     return Accelerator(
         name=str(table["name"]).lower(),
         generation=str(table.get("generation", "other")).lower(),

@@ -9,10 +9,10 @@ import numpy as np
 
 from polyphase.advisor.accelerators import Accelerator
 from polyphase.advisor.calibration import Basis, Calibration
-from polyphase.advisor.deployment import Serving, Setting, Speculation, Traffic
+from polyphase.advisor.deployment import NO_SPECULATION, Serving, Setting, Speculation, Traffic
 from polyphase.advisor.estimate import Estimate, Question, estimate
 from polyphase.advisor.fleet import Fleet
-from polyphase.advisor.goal import Goal
+from polyphase.advisor.goal import NO_GOAL, Goal
 from polyphase.advisor.mapping import Mappings, ParallelMapping, mappings_of
 from polyphase.advisor.memory import missing_bytes, weight_bytes
 from polyphase.advisor.points import NO_PREFILL, Candidates
@@ -32,11 +32,11 @@ class Inquiry:
     shape: ModelShape
     fleet: Fleet
     traffic: Traffic
-    goal: Goal = Goal()
+    goal: Goal = NO_GOAL
     backends: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     servings: tuple[Serving, ...] = tuple(Serving)
-    speculation: Speculation = Speculation()
+    speculation: Speculation = NO_SPECULATION
     version: str = ""
 
 
@@ -130,7 +130,9 @@ def settings_for(inquiry: Inquiry) -> list[Setting]:
             for precision in precisions
         ]
     if not found:
-        raise ConfigurationError(f"none of the engines {', '.join(inquiry.backends)} runs on {inquiry.fleet}; TensorRT-LLM needs NVIDIA accelerators")
+        raise ConfigurationError(
+            f"none of the engines {', '.join(inquiry.backends)} runs on {inquiry.fleet}; TensorRT-LLM needs NVIDIA accelerators"
+        )
     return found
 
 
@@ -169,7 +171,8 @@ def check_lengths(inquiry: Inquiry) -> None:
         raise ConfigurationError(f"a prefix hit of {traffic.cached_tokens:g} tokens leaves nothing of prompts of {traffic.isl:g} tokens")
     if traffic.whole_tokens > inquiry.shape.context_length:
         raise ConfigurationError(
-            f"requests of {traffic.whole_tokens:g} tokens are longer than what {inquiry.shape.name} was made for, {inquiry.shape.context_length} tokens"
+            f"requests of {traffic.whole_tokens:g} tokens are longer than what {inquiry.shape.name} was made for, "
+            f"{inquiry.shape.context_length} tokens"
         )
 
 
@@ -184,14 +187,15 @@ def why_nothing_fits(inquiry: Inquiry, settings: Sequence[Setting]) -> str:
     lacks, setting, mapping = min(worst, key=lambda entry: entry[0])
     if lacks <= 0:
         return (
-            f"{inquiry.shape.name} fits on {inquiry.fleet} as a whole, but no way to serve it ({', '.join(s.value for s in inquiry.servings)}) "
-            "leaves an accelerator for every part; give more accelerators, or allow aggregated serving"
+            f"{inquiry.shape.name} fits on {inquiry.fleet} as a whole, but no way to serve it "
+            f"({', '.join(s.value for s in inquiry.servings)}) leaves an accelerator for every part; "
+            "give more accelerators, or allow aggregated serving"
         )
     weights = float(weight_bytes(setting.shape, setting.precision, Mappings.of([mapping]))[0])
     return (
-        f"{inquiry.shape.name} does not fit on {inquiry.fleet}: even as {setting.precision.name} over {mapping} each {setting.accelerator.name} "
-        f"would have to hold {weights / 1e9:.1f} GB of weights, and lacks {lacks / 1e9:.1f} GB with working room and one request of "
-        f"{inquiry.traffic.whole_tokens:g} tokens; give more accelerators, or a narrower precision"
+        f"{inquiry.shape.name} does not fit on {inquiry.fleet}: even as {setting.precision.name} over {mapping}, "
+        f"each {setting.accelerator.name} would have to hold {weights / 1e9:.1f} GB of weights, and lacks {lacks / 1e9:.1f} GB "
+        f"with working room and one request of {inquiry.traffic.whole_tokens:g} tokens; give more accelerators, or a narrower precision"
     )
 
 
@@ -253,7 +257,7 @@ def _spread(frontier: Candidates, traffic: Traffic, most: int = 60) -> list[int]
     """Rows of the frontier: all, or evenly many over it, the ends among them."""
     if len(frontier) <= most:
         return list(range(len(frontier)))
-    return np.unique(np.linspace(0, len(frontier) - 1, most).astype(int)).tolist()
+    return [int(row) for row in np.unique(np.linspace(0, len(frontier) - 1, most).astype(int))]
 
 
 def _of_different_kinds(ranked: Sequence[Option], top: int) -> list[Option]:
@@ -288,7 +292,9 @@ def reasons(option: Option, advice: Advice) -> list[str]:
         "latency": (e.ttft_ms.value + e.itl_ms.value * (traffic.osl - 1), goal.latency_ms),
     }
     near = [name for name, (value, bound) in bounds.items() if bound and value > 0.85 * bound]
-    said.append(f"a larger batch would break the bound on {' and '.join(near)}" if near else "the batch is what memory or throughput allows")
+    said.append(
+        f"a larger batch would break the bound on {' and '.join(near)}" if near else "the batch is what memory or throughput allows"
+    )
     other = next((o for o in advice.frontier if o.is_disaggregated != option.is_disaggregated), None)
     if other:
         best_other = max((o.tok_s_per_gpu for o in advice.frontier if o.is_disaggregated != option.is_disaggregated), default=0.0)
@@ -300,4 +306,3 @@ def reasons(option: Option, advice: Advice) -> list[str]:
     if risky or (goal.itl_ms is not None and e.itl_ms.high > goal.itl_ms):
         said.append("within the interval it may miss the goal; measure before you buy")
     return said
-

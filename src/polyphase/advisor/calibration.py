@@ -1,4 +1,6 @@
-"""What was learned from measurements, as a value: weights, residuals, how wide intervals must be, and where it all came from. And its file."""
+"""What was learned from measurements, as a value: weights, residuals, how wide intervals must be, and where it all came from. And its
+file.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ FORMAT = "polyphase-calibration-1"
 class Basis(enum.StrEnum):
     """What an estimate rests on, the best first."""
 
-    PAIR = "fitted on this model and accelerator"
-    NEAR = "fitted on this generation and engine, not on this pair"
+    PAIR = "fitted on this model, accelerator and engine"
+    NEAR = "fitted on this engine and generation, not on this model there"
     ROOFLINE = "roofline with physical priors"
 
 
@@ -35,14 +37,14 @@ class Calibration:
     itl_residual: Residual
     ttft_residual: Residual
     vocabularies: Mapping[str, Sequence[str]]
-    measured: frozenset[tuple[str, str, str]]  # backend, model key, accelerator
+    measured: frozenset[tuple[str, str, str, str]]  # backend, model key, accelerator, serving
     interval_scale: Mapping[str, float]  # "itl/PAIR": by how much deviations are widened so that 80 % lie inside
     versions: Mapping[str, str] = field(default_factory=dict)  # "backend/model/accelerator" and "backend": the version measured most
     generations: frozenset[tuple[str, str]] = frozenset()  # backend, generation
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def basis(self, setting: Setting) -> Basis:
-        if (setting.backend, setting.model_key, setting.accelerator.name) in self.measured:
+        if (setting.backend, setting.model_key, setting.accelerator.name, setting.serving.value) in self.measured:
             return Basis.PAIR
         if (setting.backend, setting.accelerator.generation) in self.generations:
             return Basis.NEAR
@@ -87,9 +89,7 @@ def groups_of(words: Mapping[str, str]) -> tuple[str, ...]:
 def uncalibrated() -> Calibration:
     """The roofline with its priors, for a machine that nobody has measured anything on."""
     nothing: dict[str, list[str]] = {name: [] for name in CATEGORIES}
-    return Calibration(
-        prior_efficiency(ITL_PRIORS), prior_efficiency(TTFT_PRIORS), no_residual(), no_residual(), nothing, frozenset(), {}
-    )
+    return Calibration(prior_efficiency(ITL_PRIORS), prior_efficiency(TTFT_PRIORS), no_residual(), no_residual(), nothing, frozenset(), {})
 
 
 def to_json(calibration: Calibration) -> str:
@@ -154,7 +154,7 @@ def _from_content(content: Mapping[str, Any]) -> Calibration:
         itl_residual=residual,
         ttft_residual=residual.scaled(stored["ttft_factor"], _unpack(stored["ttft_weights"])),
         vocabularies=stored["vocabularies"],
-        measured=frozenset((b, m, a) for b, m, a in content["measured"]),
+        measured=frozenset((b, m, a, s) for b, m, a, s in content["measured"]),
         interval_scale=content["interval_scale"],
         versions=content["versions"],
         generations=frozenset((b, g) for b, g in content["generations"]),

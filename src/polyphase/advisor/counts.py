@@ -128,7 +128,7 @@ def _attention_s(shape: ModelShape, accelerator: Accelerator, precision: Precisi
     if shape.linear:
         read = read + shape.linear_layer_count * shape.linear.state_numbers * 2 * _ACTIVATION_BYTES / m.tp
     computed = tokens * a.flops_per_pair / m.tp
-    return np.maximum(read / accelerator.memory_bytes_per_s, computed / accelerator.peak(Peak.BF16))
+    return np.asarray(np.maximum(read / accelerator.memory_bytes_per_s, computed / accelerator.peak(Peak.BF16)))
 
 
 def _touched_experts(shape: ModelShape, m: Mappings, tokens: Floats) -> Floats:
@@ -203,4 +203,3 @@ def kv_bytes_of_sequence(shape: ModelShape, precision: Precision, tokens: Floats
     windowed = shape.windowed_layer_count * np.minimum(tokens, shape.window_tokens)
     state = shape.linear_layer_count * shape.linear.state_numbers * _ACTIVATION_BYTES if shape.linear else 0.0
     return np.asarray((full + windowed) * numbers * precision.kv_bytes + full * shape.attention.index_dim + state)
-

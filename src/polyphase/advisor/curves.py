@@ -1,4 +1,5 @@
-"""Times of engines as curves over their load: computed once for a mapping, then looked up for any batch, by a single estimate and a search alike.
+"""Times of engines as curves over their load: computed once for a mapping, then looked up for any batch, by a single estimate and a
+search alike.
 
 A curve never falls: where the learned residual would let a larger batch have shorter steps, the step of the smaller batch counts.
 """

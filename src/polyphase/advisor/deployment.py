@@ -28,6 +28,9 @@ class Speculation:
         return sum(self.acceptance**n for n in range(self.draft_tokens + 1))
 
 
+NO_SPECULATION = Speculation()
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """All of a deployment but its parallel mapping and its load."""
@@ -38,7 +41,7 @@ class Setting:
     backend: str
     version: str = ""  # empty: not known
     serving: Serving = Serving.AGGREGATED
-    speculation: Speculation = Speculation()
+    speculation: Speculation = NO_SPECULATION
 
     @property
     def model_key(self) -> str:

@@ -2,9 +2,10 @@
 
     log time = log Σ_j terms_j · exp(θ_j + δ_j[backend] + δ_j[generation] + δ_j[model] + …)
 
-θ has a log-normal prior around a physical value, the deviations δ priors around zero. So weights are positive, a backend without measurements
-gets the average one, and what the measurements cannot tell apart stays where physics puts it (with plain least squares, the weights of mixtures
-range from 0 to 11). Fitted by Gauss-Newton steps, with Student's t for the noise, because a few measurements are of something else than they say.
+θ has a log-normal prior around a physical value, the deviations δ priors around zero. So weights are positive, a backend without
+measurements gets the average one, and what the measurements cannot tell apart stays where physics puts it (with plain least squares, the
+weights of mixtures range from 0 to 11). Fitted by Gauss-Newton steps, with Student's t for the noise, because a few measurements are of
+something else than they say.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ _FIRST = np.zeros(1, dtype=np.intp)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`worker_count` engines of `mapping`; where prefill is apart, `prefill_worker_count` of `prefill_mapping`, perhaps on other accelerators.
-    `concurrency` requests in all are always under way.
+    """`worker_count` engines of `mapping`; where prefill is apart, `prefill_worker_count` of `prefill_mapping`, perhaps on other
+    accelerators. `concurrency` requests in all are always under way.
     """
 
     setting: Setting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,23 @@ def quantile_scale(predictions: Sequence[Prediction], quantity: str, share: floa
     """The factor on deviations with which `share` of the measurements lie within ± 1.28 of them."""
     errors = np.array([abs(getattr(p, f"{quantity}_error")) / (_CENTRAL_80 * getattr(p, f"{quantity}_deviation")) for p in predictions])
     return float(np.quantile(errors, share))
+
+
+def coverage_of_halves(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """How often intervals cover, in percent, each half of the measurements with the scale that suits the other half. Measurements of one
+    configuration are in one half.
+    """
+    halves: tuple[list[Prediction], list[Prediction]] = ([], [])
+    for prediction in predictions:
+        halves[zlib.crc32(repr(prediction.measurement.configuration).encode()) % 2].append(prediction)
+    covered = {}
+    for quantity, prefix in (("itl", ""), ("ttft", "ttft_"), ("tput", "tput_")):
+        inside = 0.0
+        for own, other in (halves, halves[::-1]):
+            reach = quantile_scale(other, quantity, 0.8) * _CENTRAL_80 if other else 0.0
+            inside += sum(abs(getattr(p, f"{quantity}_error")) <= reach * getattr(p, f"{quantity}_deviation") for p in own)
+        covered[f"{prefix}interval80_coverage_pct"] = round(100 * inside / len(predictions), 1)
+    return covered
 
 
 def errors(predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -44,6 +44,9 @@ class Goal:
             )
 
 
+NO_GOAL = Goal()
+
+
 def traffic_from_requests(
     input_tokens: Sequence[float], output_tokens: Sequence[float], cached_share: float = 0.0, weights: Sequence[float] | None = None
 ) -> Traffic:

@@ -1,7 +1,7 @@
 """The models and accelerators that come with Polyphase, and those that a user adds: the advisor's one reader of files.
 
-Everything else in this plane gets values. What a user adds is text that a composition root has read: a model as `config.json` or as a file of
-the form shipped here, an accelerator as TOML.
+Everything else in this plane gets values. What a user adds is text that a composition root has read: a model as `config.json` or as a
+file of the form shipped here, an accelerator as TOML.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 from importlib.resources import files
 
 from polyphase.advisor.accelerators import Accelerator, accelerator_from_table
+from polyphase.advisor.calibration import Calibration, from_json
 from polyphase.advisor.model_config import shape_from_config
 from polyphase.advisor.naming import unknown
 from polyphase.advisor.shapes import ModelShape
@@ -28,12 +29,13 @@ class Library:
 
     models: Mapping[str, ModelShape]
     accelerators: Mapping[str, Accelerator]
-    hub_names: Mapping[str, str] = field(default_factory=dict)  # lower-case hub name -> name of the model
+    hub_names: Mapping[str, str] = field(default_factory=dict)  # hub name -> name of the model
 
     def model(self, name: str) -> ModelShape:
         """Raises: ConfigurationError with the nearest names."""
         key = name.strip().lower()
-        shape = self.models.get(self.hub_names.get(key, key))
+        named = {hub.lower(): own for hub, own in self.hub_names.items()}
+        shape = self.models.get(named.get(key, key))
         if shape is None:
             raise unknown("model", name, [*self.models, *self.hub_names], "A folder with its config.json will do as well.")
         return shape
@@ -54,6 +56,12 @@ class Library:
 
 
 @cache
+def shipped_calibration() -> Calibration:
+    """What was learned from the published measurements; its provenance says which."""
+    return from_json((_DATA / "calibration.json").read_text(), "the calibration that comes with Polyphase")
+
+
+@cache
 def shipped_library() -> Library:
     models: dict[str, ModelShape] = {}
     hub_names: dict[str, str] = {}
@@ -61,7 +69,7 @@ def shipped_library() -> Library:
         if entry.name.endswith(".json"):
             content = json.loads(entry.read_text())
             models[content["name"]] = shape_from_config(content["config"], content["name"])
-            hub_names |= {hub.lower(): content["name"] for hub in content["hub_names"]}
+            hub_names |= dict.fromkeys(content["hub_names"], content["name"])
     sheets = [entry for entry in (_DATA / "accelerators").iterdir() if entry.name.endswith(".toml")]
     accelerators = [accelerator_from_table(tomllib.loads(entry.read_text()), entry.name) for entry in sheets]
     return Library(models, {accelerator.name: accelerator for accelerator in accelerators}, hub_names)

@@ -1,4 +1,5 @@
-"""Rows of a table of measured serving points, with the columns of AIConfigurator's silicon data, to what the model is fitted on and judged by.
+"""Rows of a table of measured serving points, with the columns of AIConfigurator's silicon data, to what the model is fitted on and
+judged by.
 
 A row that cannot be used is counted under its reason, never dropped in silence.
 """
@@ -159,7 +160,9 @@ def _setting(row: Mapping[str, str | None], library: Library, serving: Serving) 
 
 
 def _precision(row: Mapping[str, str | None], model: str, native: str) -> Precision:
-    """From the formats' columns; else the precision; else the model's name; else 16 bits. gpt-oss keeps its own: only experts are in 4 bits."""
+    """From the formats' columns; else the precision; else the model's name; else 16 bits. gpt-oss keeps its own: only experts are in 4
+    bits.
+    """
     by_name = next((name for mark, name in (("nvfp4", "nvfp4"), ("fp8", "fp8")) if mark in model.lower()), "bf16")
     name = _text(row, "gemm_quant_mode") or _text(row, "precision") or by_name
     try:

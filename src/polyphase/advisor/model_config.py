@@ -1,4 +1,5 @@
-"""From a `config.json`, as published with a model, to its shape. The keys are those of Hugging Face's transformers, with the variants in use.
+"""From a `config.json`, as published with a model, to its shape. The keys are those of Hugging Face's transformers, with the variants in
+use.
 
 Whatever the file leaves out and cannot be concluded is an error that names the key.
 """

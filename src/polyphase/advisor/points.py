@@ -18,7 +18,8 @@ NO_PREFILL = -1
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """All arrays [n]. `decode`, `prefill`: which engine (an index into the search's engines); prefill is NO_PREFILL where one engine does both.
+    """All arrays [n]. `decode`, `prefill`: which engine (an index into the search's engines); prefill is NO_PREFILL where one engine does
+    both.
 
     One unit is `decode_workers` and `prefill_workers`, `units` of them run side by side; times and `concurrency` are of one unit.
     """
@@ -90,7 +91,7 @@ def pareto(*larger_is_better: Floats) -> Index:
 
     Of equals one stays. Cost: O(n log n) for two respects, O(n · frontier) for more.
     """
-    first, *rest = larger_is_better
+    rest = larger_is_better[1:]
     order = np.lexsort([-column for column in reversed(larger_is_better)])
     if len(rest) == 1:
         second = rest[0][order]

@@ -1,11 +1,11 @@
 """What the roofline gets wrong, learned where something was measured and forgotten where nothing was.
 
-A Gaussian process over log(measured / roofline). Its kernel is a sum of products: each category that differs (backend, model, accelerator …)
-multiplies the similarity by a factor below one, each quantity (batch, sequence lengths, mapping) lowers it with the distance of its logarithms.
+A Gaussian process over log(measured / roofline). Its kernel is a sum of products: each category that differs (backend, model, …)
+multiplies the similarity by a factor below one, each quantity (batch, lengths, mapping) lowers it with the distance of its logarithms.
 Far from measurements the mean goes to zero, so that the roofline stands alone, and the variance to the kernel's.
 
-Sparse: `support` points chosen greedily where the variance was largest carry everything (deterministic training conditional). Because the kernel
-is a product, the mean for a whole grid of mappings by batches is one matrix product.
+Sparse: `support` points, chosen greedily where the variance was largest, carry everything (deterministic training conditional).
+Because the kernel is a product, the mean for a whole grid of mappings by batches is one matrix product.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Points:
 def quantities_of(mappings: Mappings, batch: Floats, isl: Floats, osl: Floats) -> Floats:
     """float64[n, len(QUANTITIES)]."""
     columns = (np.maximum(batch, 0.5), isl, osl, mappings.tp, mappings.dp, mappings.moe_ep)
-    return np.log2(np.stack(np.broadcast_arrays(*columns), axis=1))
+    return np.asarray(np.log2(np.stack(np.broadcast_arrays(*columns), axis=1)))
 
 
 def kernel(components: Sequence[Component], a: Points, b: Points) -> Floats:
@@ -69,7 +69,7 @@ def kernel(components: Sequence[Component], a: Points, b: Points) -> Floats:
 
 
 def prior_variance(components: Sequence[Component]) -> float:
-    return sum(component.scale**2 for component in components)
+    return float(sum(component.scale**2 for component in components))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,12 @@ class Residual:
         """float64[n]: standard deviation of a new measurement's logarithm."""
         cross = kernel(self.components, points, self.support) @ self._unwhiten
         taken = np.einsum("nm,nm->n", cross @ self.certainty, cross)
-        return np.sqrt(np.maximum(prior_variance(self.components) - taken, 0.0) + self.noise**2)
+        return np.asarray(np.sqrt(np.maximum(prior_variance(self.components) - taken, 0.0) + self.noise**2))
 
     def grid_mean(self, categories: Ints, rows: Floats, columns: Floats) -> Floats:
-        """float64[r, c] of one setting: `rows` float64[r, 5] hold all quantities but the first, `columns` float64[c] the first, the batch."""
+        """float64[r, c] of one setting: `rows` float64[r, 5] hold all quantities but the first, `columns` float64[c] the first, the
+        batch.
+        """
         total = np.zeros((len(rows), len(columns)))
         differs = (self.support.categories != categories) | (categories == UNSEEN)
         for component in self.components:
@@ -157,12 +159,13 @@ def fit_residual(components: Sequence[Component], noise: float, points: Points, 
     """`residuals`: float64[n], logarithms. Measurements far from the others' tale get less weight, as under Student's t."""
     unwhiten = np.linalg.inv(_factor(components, support)).T
     cross = kernel(components, points, support) @ unwhiten
-    trust = np.ones(len(points))
-    weights, precision = np.zeros(len(support)), np.eye(len(support))
+    trust: Floats = np.ones(len(points))
+    weights: Floats = np.zeros(len(support))
+    precision: Floats = np.eye(len(support))
     for _ in range(_ROUNDS):
         scaled = cross * (trust / noise**2)[:, None]
-        precision = np.eye(len(support)) + cross.T @ scaled
-        weights = np.linalg.solve(precision, scaled.T @ residuals)
+        precision = np.asarray(np.eye(len(support)) + cross.T @ scaled)
+        weights = np.asarray(np.linalg.solve(precision, scaled.T @ residuals), dtype=np.float64)
         left = residuals - cross @ weights
         trust = np.maximum((_FREEDOM + 1) / (_FREEDOM + (left / noise) ** 2), 1e-3)
     certainty = np.eye(len(support)) - np.linalg.inv(precision)

@@ -5,8 +5,8 @@ aggregated   engine by batch, as many replicas as the fleet holds
 disaggregated  decode engine by batch by prefill engine by number of workers: as many prefill workers as the decode workers keep busy, and
              one step more or fewer, if both fit their pools; repeated while the fleet lasts
 
-Candidates are made and reduced chunk by chunk, so that memory stays small: of each chunk the frontier of what meets the goal remains, and the
-candidate nearest to it.
+Candidates are made and reduced chunk by chunk, so that memory stays small: of each chunk the frontier of what meets the goal remains, and
+the candidate nearest to it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from polyphase.advisor.memory import batch_limit
 from polyphase.advisor.points import NO_PREFILL, Candidates, Index, pareto, worst_excess
 
 MAX_ENGINE_GPUS = 72  # of one engine; more would be several
-BATCHES = np.unique(np.round(2.0 ** (np.arange(0, 27) / 2)))  # 1, 2, 3, 4, 6, 8, 11 … 8192: half-octaves
+BATCHES = np.unique(np.round(2.0 ** (np.arange(0, 53) / 4)))  # 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16 … 8192: quarter-octaves
 _WORKER_COUNTS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 48, 64], dtype=np.float64)
 _TARGET_UTILISATION = 0.85  # of prefill workers: beyond it their queue grows without bound
 _CHUNK = 400_000
@@ -53,7 +53,9 @@ class Engines:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """frontier: best tokens per user first. `nearest`: one candidate, the least over the bounds; None if not a single one fits in memory."""
+    """frontier: of each kind of serving, best tokens per user first. `nearest`: one candidate, the least over the bounds; None if not a
+    single one fits in memory.
+    """
 
     engines: tuple[Engines, ...]
     frontier: Candidates
@@ -98,12 +100,11 @@ def search(
 ) -> Found:
     """`on_progress` hears the number of candidates evaluated so far."""
     engines = engines_for(calibration, settings, fleet, traffic)
-    offsets = np.cumsum([0, *(len(e) for e in engines)])
     evaluated = fitting = 0
     kept: list[Candidates] = []
     nearest: Candidates | None = None
     nearest_excess = np.inf
-    for chunk in _chunks(engines, offsets, fleet, traffic):
+    for chunk in candidate_chunks(engines, fleet, traffic):
         evaluated += len(chunk)
         on_progress(evaluated)
         excess = worst_excess(chunk.excess(goal, traffic), len(chunk))
@@ -120,14 +121,23 @@ def search(
 
 
 def _frontier(candidates: Candidates, traffic: Traffic) -> Candidates:
-    return candidates.take(pareto(candidates.tok_s_per_user(), candidates.tok_s_per_gpu(traffic)))
+    """Of each kind of serving its own, so that what splitting gains can be seen; the fastest for the user first."""
+    users, gpus = candidates.tok_s_per_user(), candidates.tok_s_per_gpu(traffic)
+    is_whole = candidates.prefill == NO_PREFILL
+    kept = [members[pareto(users[members], gpus[members])] for members in (np.flatnonzero(is_whole), np.flatnonzero(~is_whole))]
+    rows = np.concatenate(kept)
+    return candidates.take(rows[np.argsort(-users[rows], kind="stable")])
 
 
 def _no_candidates() -> Candidates:
-    return Candidates(*(np.zeros(0, dtype=np.intp) for _ in range(2)), *(np.zeros(0) for _ in range(10)))
+    nowhere: Index = np.zeros(0, dtype=np.intp)
+    nothing: Floats = np.zeros(0)
+    return Candidates(nowhere, nowhere, *[nothing] * 10)
 
 
-def _chunks(engines: Sequence[Engines], offsets: Index, fleet: Fleet, traffic: Traffic) -> Iterator[Candidates]:
+def candidate_chunks(engines: Sequence[Engines], fleet: Fleet, traffic: Traffic) -> Iterator[Candidates]:
+    """Every candidate that the fleet holds, some hundred thousand at a time."""
+    offsets = np.cumsum([0, *(len(group) for group in engines)])
     for number, group in enumerate(engines):
         if group.setting.serving is Serving.AGGREGATED:
             yield aggregated(group, int(offsets[number]), fleet, traffic)
@@ -178,11 +188,13 @@ def _load(group: Engines) -> tuple[Index, Floats]:
     return rows, BATCHES[columns]
 
 
-def worthwhile_prefill(group: Engines, limit: int = 24) -> Index:
-    """Rows of the prefill engines that are not beaten in both time alone and prompts per accelerator and second."""
+def worthwhile_prefill(group: Engines, limit: int = 48) -> Index:
+    """Rows of the prefill engines that are not beaten in time alone by any that does more prompts per accelerator and second, or is
+    smaller.
+    """
     m, p = group.mappings, group.prefill
     per_gpu = m.dp / p.service_ms / m.gpu_count
-    front = pareto(-p.alone_ms, per_gpu)
+    front = np.union1d(pareto(-p.alone_ms, per_gpu), pareto(-p.alone_ms, -m.gpu_count))
     if len(front) > limit:
         front = front[np.unique(np.linspace(0, len(front) - 1, limit).astype(np.intp))]
     return front
