@@ -59,6 +59,7 @@ class Option:
     batch: int  # sequences per data parallel rank of the decode engine
     concurrency: float  # of one unit
     gpu_count: int
+    idle_gpus: int  # of the pools in use, too few for another unit
     power_kw: float
     dollars_per_hour: float
     estimate: Estimate
@@ -104,7 +105,7 @@ class Shortfall:
 class Advice:
     inquiry: Inquiry
     frontier: list[Option]  # fastest for the user first
-    best: list[Option]  # most tokens per accelerator first, of different kinds
+    best: list[Option]  # most tokens from the fleet first, of different kinds
     shortfall: Shortfall | None
     evaluated: int
     fitting: int
@@ -157,7 +158,7 @@ def advise(calibration: Calibration, inquiry: Inquiry, top: int = 5, on_progress
     if found.nearest is None:
         raise ConfigurationError(why_nothing_fits(inquiry, settings))
     options = [option_at(calibration, found, found.frontier, row, inquiry) for row in _spread(found.frontier, inquiry.traffic)]
-    ranked = sorted(options, key=lambda option: -option.tok_s_per_gpu)
+    ranked = sorted(options, key=lambda option: -option.requests_per_s)
     shortfall = None if options else _shortfall(calibration, found, inquiry)
     return Advice(inquiry, options, _of_different_kinds(ranked, top), shortfall, found.evaluated, found.fitting)
 
@@ -222,6 +223,7 @@ def option_at(calibration: Calibration, found: Found, candidates: Candidates, ro
         batch=int(one.batch[0]),
         concurrency=float(one.concurrency[0]),
         gpu_count=gpus,
+        idle_gpus=int(one.pool_gpus[0]) - gpus,
         power_kw=float(one.power_kw[0]),
         dollars_per_hour=float(one.dollars_per_hour[0]),
         estimate=found_estimate,
@@ -300,6 +302,8 @@ def reasons(option: Option, advice: Advice) -> list[str]:
         best_other = max((o.tok_s_per_gpu for o in advice.frontier if o.is_disaggregated != option.is_disaggregated), default=0.0)
         word = "aggregated" if option.is_disaggregated else "disaggregated"
         said.append(f"{option.tok_s_per_gpu / best_other:.2f} times the best {word} one on the frontier")
+    if option.idle_gpus:
+        said.append(f"{option.idle_gpus} of {option.idle_gpus + option.gpu_count} accelerators stay idle")
     if e.basis is not Basis.PAIR:
         said.append(f"{e.basis.value}: take the interval seriously")
     risky = e.ttft_ms.high > goal.ttft_ms if goal.ttft_ms else False

@@ -15,7 +15,7 @@ from polyphase.advisor.calibration import Calibration
 from polyphase.advisor.deployment import Setting, Traffic
 from polyphase.advisor.mapping import Floats, Mappings
 from polyphase.advisor.residual import quantities_of
-from polyphase.advisor.terms import TTFT_TERMS, itl_terms, prefill_rough_ms, ttft_terms
+from polyphase.advisor.terms import BURST, TTFT_TERMS, itl_terms, ttft_terms
 
 _PER_DOUBLING = 2
 GRID = np.arange(0, 14 * _PER_DOUBLING + 1) / _PER_DOUBLING  # log2 of the batch: 1 to 16,384
@@ -95,7 +95,7 @@ def prefill_curves(calibration: Calibration, setting: Setting, mappings: Mapping
     return PrefillCurves(
         mappings,
         terms[:, chosen] @ weights[chosen],
-        prefill_rough_ms(setting, mappings, traffic),
+        terms[:, _T["burst"]] / BURST,
         terms[:, busy] @ weights[busy],
         calibration.ttft_residual.grid_mean(calibration.categories(setting), _rows(mappings, traffic), GRID),
         effective,

@@ -10,7 +10,7 @@ from polyphase.advisor.calibration import Basis, Calibration
 from polyphase.advisor.curves import DecodeCurves, PrefillCurves, decode_curves, prefill_curves
 from polyphase.advisor.deployment import Setting, Traffic
 from polyphase.advisor.mapping import Mappings, ParallelMapping
-from polyphase.advisor.residual import Points, quantities_of
+from polyphase.advisor.residual import quantities_of
 
 _CENTRAL_80 = 1.2816
 _FIRST = np.zeros(1, dtype=np.intp)
@@ -110,9 +110,8 @@ def _deviation(
     calibration: Calibration, setting: Setting, mapping: ParallelMapping, load: np.ndarray, traffic: Traffic, quantity: str
 ) -> float:
     residual = calibration.itl_residual if quantity == "itl" else calibration.ttft_residual
-    lengths = np.array([traffic.isl]), np.array([traffic.osl])
-    point = Points(calibration.categories(setting)[None, :], quantities_of(Mappings.of([mapping]), load, *lengths))
-    return float(residual.deviation(point)[0])
+    quantities = quantities_of(Mappings.of([mapping]), load, np.array([traffic.isl]), np.array([traffic.osl]))
+    return float(residual.deviation(calibration.categories(setting), quantities)[0])
 
 
 def _decode(calibration: Calibration, setting: Setting, mapping: ParallelMapping, traffic: Traffic) -> DecodeCurves:

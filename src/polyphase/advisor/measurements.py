@@ -181,7 +181,8 @@ def _layout(row: Mapping[str, str | None], prefix: str) -> ParallelMapping:
 
 def _as_run(reported: ParallelMapping, row: Mapping[str, str | None]) -> ParallelMapping:
     """InferenceX measures `tp`, `ep` and whether attention is data parallel; its rows come with them multiplied: TP 4 with EP 4, on four
-    accelerators, as 16 = 4 · 4. The ids tell (`…_tp4_ep4_…`), and the same measurement is there in both forms.
+    accelerators, as 16 = 4 · 4. The ids tell (`…_tp4_ep4_…`), and the same measurement is there in both forms. Aggregated rows of more
+    than a node are disaggregated wide-EP deployments, their accelerators added up.
     """
     if not _is_inferencex(row):
         return reported
@@ -190,6 +191,8 @@ def _as_run(reported: ParallelMapping, row: Mapping[str, str | None]) -> Paralle
         return ParallelMapping(moe_ep, pp, 1, 1, moe_ep) if dp == 1 else ParallelMapping(1, pp, moe_ep, 1, moe_ep)
     if tp == dp > 1 and moe_ep == tp * dp:
         return ParallelMapping(1, pp, dp, 1, dp)
+    if reported.gpu_count > _ONE_NODE:
+        return ParallelMapping(1, pp, tp * dp, 1, tp * dp)
     return reported
 
 

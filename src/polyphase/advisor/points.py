@@ -34,6 +34,7 @@ class Candidates:
     ttft_ms: Floats
     itl_ms: Floats
     gpu_count: Floats  # of all units
+    pool_gpus: Floats  # of the fleet's pools that they are on, those left idle too
     power_kw: Floats
     dollars_per_hour: Floats
 
@@ -56,6 +57,10 @@ class Candidates:
 
     def tok_s_per_gpu(self, traffic: Traffic) -> Floats:
         return self.requests_per_s(traffic) * traffic.osl / self.gpu_count
+
+    def tok_s_per_fleet_gpu(self, traffic: Traffic) -> Floats:
+        """What counts when the fleet is there anyway: accelerators that no unit fits on any more are not free."""
+        return self.requests_per_s(traffic) * traffic.osl / self.pool_gpus
 
     def tok_s_per_user(self) -> Floats:
         return 1e3 / self.itl_ms

@@ -11,7 +11,8 @@ Because the kernel is a product, the mean for a whole grid of mappings by batche
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def prior_variance(components: Sequence[Component]) -> float:
     return float(sum(component.scale**2 for component in components))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Residual:
     """A fitted process. What is stored is whitened by the Cholesky factor of the support's kernel, so that it survives 32-bit floats.
 
@@ -84,37 +85,62 @@ class Residual:
     whitened_weights: Floats
     certainty: Floats
     noise: float
-    _unwhiten: Floats = field(init=False, repr=False, compare=False)
-    _weights: Floats = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        unwhiten = np.linalg.inv(_factor(self.components, self.support)).T if len(self.support) else np.zeros((0, 0))
-        object.__setattr__(self, "_unwhiten", unwhiten)
-        object.__setattr__(self, "_weights", unwhiten @ self.whitened_weights)
+    @cached_property
+    def _unwhiten(self) -> Floats:
+        return np.asarray(np.linalg.inv(_factor(self.components, self.support)).T) if len(self.support) else np.zeros((0, 0))
 
-    def mean(self, points: Points) -> Floats:
-        """float64[n], to be added to the logarithm of the roofline's time."""
-        return np.asarray(kernel(self.components, points, self.support) @ self._weights)
+    @cached_property
+    def _weights(self) -> Floats:
+        return self._unwhiten @ self.whitened_weights
 
-    def deviation(self, points: Points) -> Floats:
-        """float64[n]: standard deviation of a new measurement's logarithm."""
-        cross = kernel(self.components, points, self.support) @ self._unwhiten
-        taken = np.einsum("nm,nm->n", cross @ self.certainty, cross)
+    @cached_property
+    def _shrink(self) -> Floats:
+        return self._unwhiten @ self.certainty @ self._unwhiten.T
+
+    @cached_property
+    def _strengths(self) -> dict[bytes, Floats]:
+        return {}
+
+    @cached_property
+    def _batches(self) -> dict[bytes, list[Floats]]:
+        return {}
+
+    def _strength(self, categories: Ints) -> Floats:
+        """float64[components, m]: the kernel's part that only depends on a setting's categories; remembered, settings are few."""
+        key = categories.tobytes()
+        if key not in self._strengths:
+            differs = (self.support.categories != categories) | (categories == UNSEEN)
+            self._strengths[key] = np.stack([c.scale**2 * np.exp(differs @ np.log(c.factors)) for c in self.components])
+        return self._strengths[key]
+
+    def deviation(self, categories: Ints, quantities: Floats) -> Floats:
+        """float64[n]: standard deviation of a new measurement's logarithm. quantities: float64[n, len(QUANTITIES)] of one setting."""
+        apart = (quantities[:, None, :] - self.support.quantities[None, :, :]) ** 2
+        cross = np.zeros((len(quantities), len(self.support)))
+        for component, strength in zip(self.components, self._strength(categories), strict=True):
+            cross += strength * np.exp(apart @ (-0.5 / np.square(component.lengths)))
+        taken = np.einsum("nm,nm->n", cross @ self._shrink, cross)
         return np.asarray(np.sqrt(np.maximum(prior_variance(self.components) - taken, 0.0) + self.noise**2))
 
     def grid_mean(self, categories: Ints, rows: Floats, columns: Floats) -> Floats:
-        """float64[r, c] of one setting: `rows` float64[r, 5] hold all quantities but the first, `columns` float64[c] the first, the
-        batch.
+        """float64[r, c] of one setting, to be added to the logarithm of the roofline's time. `rows`: float64[r, 5] hold all quantities but
+        the first; `columns`: float64[c] the first, the batch.
         """
         total = np.zeros((len(rows), len(columns)))
-        differs = (self.support.categories != categories) | (categories == UNSEEN)
-        for component in self.components:
-            narrow = 1 / np.square(component.lengths)
-            across = (rows[:, None, :] - self.support.quantities[None, :, 1:]) ** 2 @ narrow[1:]
-            along = (columns[:, None] - self.support.quantities[None, :, 0]) ** 2 * narrow[0]
-            strength = component.scale**2 * np.exp(differs @ np.log(component.factors)) * self._weights
-            total += (np.exp(-0.5 * across) * strength) @ np.exp(-0.5 * along).T
+        across = (rows[:, None, :] - self.support.quantities[None, :, 1:]) ** 2
+        for component, strength, along in zip(self.components, self._strength(categories), self._along(columns), strict=True):
+            narrow = -0.5 / np.square(component.lengths[1:])
+            total += (np.exp(across @ narrow) * (strength * self._weights)) @ along
         return total
+
+    def _along(self, columns: Floats) -> list[Floats]:
+        """float64[m, c] for each component: the kernel's part over the batch; remembered, everybody asks for one grid."""
+        key = columns.tobytes()
+        if key not in self._batches:
+            apart = (self.support.quantities[:, 0, None] - columns) ** 2
+            self._batches[key] = [np.exp(apart * (-0.5 / component.lengths[0] ** 2)) for component in self.components]
+        return self._batches[key]
 
     def scaled(self, factor: float, whitened_weights: Floats) -> Residual:
         """The same kernel for another quantity, whose logarithm strays `factor` times as far."""

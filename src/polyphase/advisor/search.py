@@ -122,7 +122,7 @@ def search(
 
 def _frontier(candidates: Candidates, traffic: Traffic) -> Candidates:
     """Of each kind of serving its own, so that what splitting gains can be seen; the fastest for the user first."""
-    users, gpus = candidates.tok_s_per_user(), candidates.tok_s_per_gpu(traffic)
+    users, gpus = candidates.tok_s_per_user(), candidates.tok_s_per_fleet_gpu(traffic)
     is_whole = candidates.prefill == NO_PREFILL
     kept = [members[pareto(users[members], gpus[members])] for members in (np.flatnonzero(is_whole), np.flatnonzero(~is_whole))]
     rows = np.concatenate(kept)
@@ -132,7 +132,7 @@ def _frontier(candidates: Candidates, traffic: Traffic) -> Candidates:
 def _no_candidates() -> Candidates:
     nowhere: Index = np.zeros(0, dtype=np.intp)
     nothing: Floats = np.zeros(0)
-    return Candidates(nowhere, nowhere, *[nothing] * 10)
+    return Candidates(nowhere, nowhere, *[nothing] * 11)
 
 
 def candidate_chunks(engines: Sequence[Engines], fleet: Fleet, traffic: Traffic) -> Iterator[Candidates]:
@@ -177,6 +177,7 @@ def aggregated(group: Engines, offset: int, fleet: Fleet, traffic: Traffic) -> C
         ttft_ms,
         itl_ms,
         gpus,
+        np.full(len(rows), float(pool.count)),
         gpus * pool.accelerator.all_in_kw,
         gpus * pool.accelerator.dollars_per_hour,
     )
@@ -239,6 +240,7 @@ def rate_matched(decode: Engines, prefill: Engines, pairs: Pairs, fleet: Fleet, 
     service = prefill.prefill.service_ms[pairs.prefill]
     ranks = p.dp[pairs.prefill]
     needed = concurrency * service / (traffic.osl * itl_ms + service) / (_TARGET_UTILISATION * ranks)
+    pool_gpus = float(sum(fleet.pools[pool].count for pool in {decode.pool, prefill.pool}))
     parts = []
     for more in (-1.0, 0.0, 1.0):
         count = np.ceil(needed) + more
@@ -266,6 +268,7 @@ def rate_matched(decode: Engines, prefill: Engines, pairs: Pairs, fleet: Fleet, 
                 ttft_ms,
                 itl_ms[keep],
                 gpus[0] + gpus[1],
+                np.full(len(keep), pool_gpus),
                 gpus[0] * accelerators[0].all_in_kw + gpus[1] * accelerators[1].all_in_kw,
                 gpus[0] * accelerators[0].dollars_per_hour + gpus[1] * accelerators[1].dollars_per_hour,
             )

@@ -85,6 +85,7 @@ def _sizing(
         best,
         units=np.ones(1),
         gpu_count=per_unit,
+        pool_gpus=per_unit,
         power_kw=best.power_kw * share,
         dollars_per_hour=best.dollars_per_hour * share,
     )

@@ -25,7 +25,7 @@ TTFT_TERMS = (
     "concurrency",  # per request in the deployment: the frontend's share
     "transfer",  # of the KV cache to the decode worker
 )
-_BURST = 0.1  # of the requests start together, where a measurement sends ten times as many as it keeps in flight
+BURST = 0.1  # of the requests start together, where a measurement sends ten times as many as it keeps in flight
 _MAX_UTILISATION = 0.95
 # A prefill's terms at once, with typical weights, to see how busy prefill is.
 _ROUGH = np.array([1.5, 1.5, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0])
@@ -54,12 +54,6 @@ def itl_terms(setting: Setting, mappings: Mappings, batch: Floats, traffic: Traf
     return np.concatenate([decode, beside], axis=1)
 
 
-def prefill_rough_ms(setting: Setting, mappings: Mappings, traffic: Traffic) -> Floats:
-    """float64[n]: about what one prompt keeps its rank busy for."""
-    terms = prefill_terms(setting.shape, setting.accelerator, setting.precision, mappings, *_prompt(traffic))
-    return np.asarray(terms @ _ROUGH)
-
-
 def ttft_terms(
     setting: Setting,
     mappings: Mappings,
@@ -82,7 +76,7 @@ def ttft_terms(
             prefill[:, _P["reduce"]] + prefill[:, _P["exchange"]],
             prefill[:, _P["weights"]],
             prefill[:, _P["layers"]],
-            _BURST * waiting * rough,
+            BURST * waiting * rough,
             rough * busy / (1 - busy),
             itl_ms if is_shared else zero,
             zero if is_shared else itl_ms,

@@ -285,7 +285,7 @@ def _print_answer(answer: Advice, console: Console) -> None:
         words, unit = _BOUND_WORDS[short.bound]
         console.print(
             f"[yellow]Nothing meets the goal.[/] Nearest comes {escape(short.option.layout)} at batch {short.option.batch}: its {words} is "
-            f"{short.reached:.4g} {unit} where {short.wanted:.4g} is asked, {short.factor:.2f} times off."
+            f"{short.reached:.4g} {unit} where {short.wanted:.4g} {unit} are asked, {short.factor:.2f} times off."
         )
         console.print(_table([short.option], console.width))
         return

@@ -22,6 +22,7 @@ def record_of(option: Option) -> dict[str, Any]:
         "batch_per_rank": option.batch,
         "concurrency": round(option.concurrency * option.units),
         "gpus": option.gpu_count,
+        "idle_gpus": option.idle_gpus,
         "requests_per_s": _short(option.requests_per_s),
         "tok_s_per_user": _short(e.tok_s_per_user),
         "tok_s_per_gpu": _short(option.tok_s_per_gpu),
