@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from polyphase.cli.advisor_commands import add_advisor_commands
 from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
 from polyphase.wire.cards import Role
@@ -288,6 +289,9 @@ def doctor() -> None:
     from polyphase.cli.doctor import show_checks
 
     raise typer.Exit(show_checks())
+
+
+add_advisor_commands(app)
 
 
 @app.command()

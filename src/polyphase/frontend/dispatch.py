@@ -282,7 +282,7 @@ class Dispatcher:
         if isinstance(cause, ConnectionLost):  # no fault of the request's, unless it turns out that the worker died
             flight.cut_from = (flight.worker_id, flight.epoch)
         elif flight.failure_count >= self._settings.migration_limit:
-            log.warning("%s: given up, since %d workers failed it before: %s", flight.wire_id, self._settings.migration_limit, cause.message)
+            log.warning("%s: given up, %d workers failed it: %s", flight.wire_id, self._settings.migration_limit, cause.message)
             self._finish(flight, End(error=cause))
             return
         else:
