@@ -51,7 +51,7 @@ from polyphase.frontend.terms import Terms
 from polyphase.frontend.waiting_room import Lane, Party, WaitingRoom
 from polyphase.router import EvictReason, Refusals, Route, Router, RouteRequest, believed_tokens, is_refusal
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import KvOffer, KvPart
 from polyphase.wire.requests import Cancel, FinishReason, HandOver, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
 
 log = logging.getLogger(__name__)
@@ -301,7 +301,9 @@ class Dispatcher:
             flight.predict(route, now_ns, self.predictions.removed_block_count)
             try:
                 believed = believed_tokens(place, flight.attempts)
-                self._send(place.worker_id, flight.submit(now_ns, hand_over=splits, offer=offer, believed_prefill_tokens=believed))
+                has_flow = splits and self._settings.kv_flow
+                submit = flight.submit(now_ns, hand_over=splits, with_parts=has_flow, offer=offer, believed_prefill_tokens=believed)
+                self._send(place.worker_id, submit)
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
@@ -317,6 +319,8 @@ class Dispatcher:
             return
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
+        if output.part is not None:
+            self._pass_on(flight, output.part)
         if output.stats is not None:
             flight.note_stats(output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
@@ -349,6 +353,13 @@ class Dispatcher:
                 self._hand_over(flight, output.offer, now_ns)
             else:
                 self._move(flight, output.offer, now_ns)
+
+    def _pass_on(self, flight: Flight, part: KvPart) -> None:
+        """Blocks of a prompt that is still being computed: the decode worker that was chosen may pull them already."""
+        if flight.stage is Stage.PREFILL and flight.route is not None:
+            place = flight.route.decode
+            if self._epochs.get(place.worker_id) == place.epoch:
+                self._try_send(place.worker_id, flight.pull_ahead(part))
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)
