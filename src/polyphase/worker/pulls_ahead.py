@@ -52,7 +52,6 @@ class _Stream:
     request_id: str
     target: PrefixImport
     cache_salt: str | None
-    block_size: int
     parts: deque[_Blocks] = field(default_factory=deque)
     token_ids: list[int] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
@@ -145,7 +144,7 @@ class PullsAhead:
         if len(self._streams) >= MAX_STREAMS:
             self.forget(next(iter(self._streams)))
         target = self._importer.open_import(request_id, salt)
-        stream = self._streams[request_id] = _Stream(request_id, target, salt, self._layout.block_size)
+        stream = self._streams[request_id] = _Stream(request_id, target, salt)
         return stream
 
     def _enqueue(self, stream: _Stream, blocks: _Blocks) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from polyphase.transfer import Agent, PeerBlocks, Session
 from polyphase.transfer.source import region_of_offer
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.transfer import AgentCard
+
+log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 64  # then the least recently used goes
 IDLE_S = 60.0
@@ -88,6 +91,7 @@ class OfferSources:
             session = await self._agent.connect_async(agent, CONNECT_TIMEOUT_S)
         finally:
             del self._meeting[life]
+        log.info("met agent %s: its blocks are read by %s. %s", agent.agent_id, session.backend, session.why())
         if self._is_closed:
             session.release()
             raise TransferError("this process is closing and meets no more agents")
