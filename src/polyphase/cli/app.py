@@ -123,6 +123,14 @@ def serve(
             rich_help_panel=_ROUTER,
         ),
     ] = None,
+    kv_flow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: a split prompt's KV goes to the decode worker only when all of it is computed. [default: on]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(metavar="NAME=VALUE,…", help="Of the workers, such as zone=eu-1,rack=7; see docs/router.md.", rich_help_panel=_MODEL),
