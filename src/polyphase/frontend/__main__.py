@@ -115,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how often a sequence may be taken up by another worker (default: %(default)s)",
     )
+    add(
+        "--kv-flow",
+        choices=("on", "off"),
+        default="on",
+        help="off: a split prompt's KV goes to the decode worker when all of it is computed (default: %(default)s)",
+    )
     add("--max-body-bytes", type=int, default=http.max_body_bytes, metavar="BYTES", help="larger bodies get 413 (default: %(default)s)")
     add(
         "--drain-timeout-s",
@@ -201,6 +207,7 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         max_body_bytes=flags.max_body_bytes,
         request_timeout_s=flags.request_timeout_s,
         migration_limit=flags.migration_limit,
+        kv_flow=flags.kv_flow == "on",
         drain_timeout_s=flags.drain_timeout_s,
         admission=_admission(flags),
     )

@@ -53,7 +53,7 @@ class Dispatcher:
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self.predictions = Predictions(router, metrics, self._clock)
-        self._sending = Sending(router, send, metrics, self.predictions, self._clock)
+        self._sending = Sending(router, send, metrics, self.predictions, self._clock, has_kv_flow=settings.kv_flow)
         self.waiting_room = WaitingRoom(router, metrics, settings.admission, settings.migration_patience_s)
         self._waiting = Waiting(self._sending, self.waiting_room, metrics, self._clock, self._finish)
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
@@ -172,6 +172,8 @@ class Dispatcher:
     # Transitions
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
+        if output.part is not None:
+            self._sending.pass_on(flight, output.part)
         if output.stats is not None:
             self._note_pace(flight, output.stats, now_ns)
             flight.note_stats(output.stats, now_ns)
