@@ -39,7 +39,7 @@ from polyphase.frontend.waiting import Waiting
 from polyphase.frontend.waiting_room import WaitingRoom
 from polyphase.router import Router, is_refusal
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import FinishReason, SequenceOutput, StepOutputs, WireFailure
+from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, StepOutputs, WireFailure
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Dispatcher:
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self.predictions = Predictions(router, metrics, self._clock)
-        self._sending = Sending(router, send, metrics, self.predictions, self._clock)
+        self._sending = Sending(router, send, metrics, self.predictions, self._clock, has_kv_flow=settings.kv_flow)
         self.waiting_room = WaitingRoom(router, self._sending.refusals, metrics, settings.admission, settings.migration_patience_s)
         self._waiting = Waiting(self._sending, self.waiting_room, metrics, self._clock, self._finish)
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
@@ -121,6 +121,9 @@ class Dispatcher:
         """This life of the worker is over: what it had goes on elsewhere."""
         self._sending.left(worker_id, epoch)
         for flight in list(self._flights.values()):
+            if flight.cut_from == (worker_id, epoch):
+                flight.cut_from = None
+                flight.failure_count += 1
             if flight.worker_id == worker_id and flight.epoch == epoch:
                 self._break_off(flight, WorkerLost(f"worker {worker_id} was lost while it served the request"))
         self._waiting.let_in()
@@ -144,7 +147,7 @@ class Dispatcher:
 
     def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
         """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
-        leaving = [flight for flight in self._at(worker_id, epoch) if flight.record.migrations < self._settings.migration_limit]
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < self._settings.migration_limit]
         for flight in leaving:
             self._sending.call_off(flight)  # it may come round
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
@@ -169,7 +172,10 @@ class Dispatcher:
     # Transitions
 
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
+        if output.part is not None:
+            self._sending.pass_on(flight, output.part)
         if output.stats is not None:
+            self._note_pace(flight, output.stats, now_ns)
             flight.note_stats(output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
             if prediction is not None:
@@ -201,6 +207,17 @@ class Dispatcher:
                 self._hand_over(flight, output.offer, now_ns)
             else:
                 self._move(flight, output.offer, now_ns)
+
+    def _note_pace(self, flight: Flight, stats: PhaseStats, now_ns: int) -> None:
+        """What the first token at this worker says of its pace, and of the way of its blocks."""
+        took_ms = (now_ns - flight.sent_ns) / 1e6 - stats.queue_ms
+        moved = stats.transferred_token_count
+        if not moved:
+            known = len(flight.job.prompt_ids) + len(flight.emitted)
+            self._router.paces.note_prefill(flight.worker_id, known - stats.cached_token_count, took_ms)
+        elif flight.offer is not None:
+            source = WorkerId(flight.offer.worker_id)
+            self._router.paces.note_transfer(source, flight.worker_id, moved, stats.transfer_ms, took_ms - stats.transfer_ms)
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)
@@ -264,10 +281,14 @@ class Dispatcher:
         if flight.remaining_tokens <= 0:  # all is there but the word that it ended
             self._finish(flight, End(FinishReason.LENGTH))
             return
-        if flight.record.migrations >= self._settings.migration_limit:
-            log.warning("%s: given up after %d migrations: %s", flight.wire_id, self._settings.migration_limit, cause.message)
+        if isinstance(cause, ConnectionLost):  # no fault of the request's, unless it turns out that the worker died
+            flight.cut_from = (flight.worker_id, flight.epoch)
+        elif flight.failure_count >= self._settings.migration_limit:
+            log.warning("%s: given up, since %d workers failed it before: %s", flight.wire_id, flight.failure_count, cause.message)
             self._finish(flight, End(error=cause))
             return
+        else:
+            flight.failure_count += 1
         log.info("%s: goes on elsewhere after %d tokens: %s", flight.wire_id, len(flight.emitted), cause.message)
         flight.record.migrations += 1
         flight.metrics.migrations.inc()

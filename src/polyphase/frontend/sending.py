@@ -20,7 +20,7 @@ from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Predictions
 from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import KvOffer, KvPart
 from polyphase.wire.requests import Cancel, HandOver, ReleaseLease, ToWorker
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,15 @@ Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 class Sending:
     """`send` is the request channel's."""
 
-    def __init__(self, router: Router, send: Send, metrics: Metrics, predictions: Predictions, clock: Clock) -> None:
+    def __init__(
+        self, router: Router, send: Send, metrics: Metrics, predictions: Predictions, clock: Clock, *, has_kv_flow: bool = True
+    ) -> None:
         self._router = router
         self._send = send
         self._metrics = metrics
         self._predictions = predictions
         self._clock = clock
+        self._has_kv_flow = has_kv_flow
         self._epochs: dict[WorkerId, Epoch] = {}
         self._by_wire_id: dict[RequestId, Flight] = {}
         self.refusals = Refusals()
@@ -87,12 +90,15 @@ class Sending:
             flight.predict(route, now_ns, self._predictions.removed_block_count)
             try:
                 believed = believed_tokens(place, flight.attempts)
-                self._send(place.worker_id, flight.submit(now_ns, hand_over=splits, offer=offer, believed_prefill_tokens=believed))
+                has_flow = splits and self._has_kv_flow
+                submit = flight.submit(now_ns, hand_over=splits, with_parts=has_flow, offer=offer, believed_prefill_tokens=believed)
+                self._send(place.worker_id, submit)
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
                 flight.tried.add((place.worker_id, place.epoch))
                 continue
+            flight.sent_ns = now_ns
             if flight.record.queued_ns and not flight.record.admitted_ns:
                 flight.record.admitted_ns = now_ns
                 waited_s = (now_ns - flight.record.queued_ns) / 1e9
@@ -108,7 +114,15 @@ class Sending:
         place = flight.route.decode
         flight.worker_id, flight.epoch, flight.stage, flight.is_leaving = place.worker_id, place.epoch, Stage.SERVING, False
         self._send(place.worker_id, flight.submit(now_ns, offer=offer))
+        flight.sent_ns = now_ns
         flight.record.history.note(now_ns, "handed over", place.worker_id)
+
+    def pass_on(self, flight: Flight, part: KvPart) -> None:
+        """Blocks of a prompt that is still being computed: the decode worker that was chosen may pull them already."""
+        if flight.stage is Stage.PREFILL and flight.route is not None:
+            place = flight.route.decode
+            if self.lives(place.worker_id, place.epoch):
+                self._try_send(place.worker_id, flight.pull_ahead(part))
 
     def ask_back(self, flight: Flight) -> bool:
         """Ask its worker to hand it over. Returns: whether that worker can be told."""
