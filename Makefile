@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check sanitize bench clean
+.PHONY: help venv demo test test-nixl test-cuda check sanitize bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## the environment, with everything for development
 
@@ -37,6 +37,13 @@ demo: $(STAMP) ## serve the demo model over four processes and talk to it; ONCE=
 test: $(STAMP) ## all tests; PYTEST_ARGS="tests/unit -x" for some
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-nixl: $(STAMP) ## the transfer library over NIXL, which is fetched (90 MB) into build/nixl; no GPU needed
+	@test -d build/nixl/nixl || $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --target build/nixl nixl nixl-cu12
+	@POLYPHASE_REQUIRE_NIXL=1 PYTHONPATH=build/nixl $(BIN)/python -m pytest tests/nixl $(PYTEST_ARGS)
+
+test-cuda: $(STAMP) ## the transfer library between device memories; needs a GPU
+	@POLYPHASE_REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/cuda $(PYTEST_ARGS)
+
 check: $(STAMP) ## ruff, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -47,7 +54,7 @@ sanitize: $(STAMP) ## tests of the C++ extension, built with the address and und
 
 bench: $(STAMP) ## every benchmark, its table on the terminal
 	@for script in benchmarks/*.py; do \
-	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
+	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py|*_cuda.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
 	done
 
 clean: ## remove the environment and caches
