@@ -272,7 +272,7 @@ class TestLeases:
         pair = Pair(engine, engine)
         pair.offer("a", prompt_of(50))
         running = asyncio.create_task(engine.run(lambda report: None))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while engine.load().leased_block_count:  # noqa: ASYNC110  the end of a lease is reported by nothing else
                 await asyncio.sleep(0.01)
         running.cancel()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_a_stopped_owner_of_shared_memory_disturbs_no_reader_but_a_writer_ends_b
         session = agent.connect(owner.card)
         remote = session.blocks(owner.region_id, [9, 3], [1, 1])
         session.fetch(remote, region.blocks([0, 1])).require()
-        owner.process.send_signal(signal.SIGSTOP)
+        stop(owner.process)
         session.fetch(remote, region.blocks([1, 0])).require()
         outcome = session.write(region.blocks([0, 1]), remote, 0.3).wait()
         assert set(outcome.verdicts) == {Verdict.LATE}
@@ -149,6 +150,15 @@ offer = region.offer([1], 60, lambda *_: None)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.replace(b"\n", b"")[-300:]) == (0, b"")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP, and wait until it stands still: it may run on for a moment on another core."""
+    process.send_signal(signal.SIGSTOP)
+    deadline_s = time.monotonic() + 20
+    while Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
 
 
 class TestStrangers:
