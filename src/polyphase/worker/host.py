@@ -140,8 +140,10 @@ class WorkerHost:
                 self._fail_all(failure)
                 for task in running:
                     task.cancel()
-        except BaseExceptionGroup:
-            failure = EngineFailed(f"worker {self._entry.worker_id} broke down")
+        except BaseExceptionGroup as group:
+            told = engine_failure(group)
+            why = f": {told.message}" if told is not None else ""
+            failure = EngineFailed(f"worker {self._entry.worker_id} broke down{why}")
             raise
         finally:
             self._fail_all(failure)
@@ -430,6 +432,15 @@ class WorkerHost:
         for output in outputs:
             if output.offer is not None and self._exporter is not None:
                 self._exporter.release_lease(output.offer.lease_id)
+
+
+def engine_failure(group: BaseExceptionGroup[BaseException]) -> EngineFailed | None:
+    """What the engine itself said of its end, somewhere in a group; None if it said nothing."""
+    for error in group.exceptions:
+        found = engine_failure(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, EngineFailed):
+            return found
+    return None
 
 
 def _failed(request_id: str, error: PolyphaseError, load: Load | None = None) -> SequenceOutput:
