@@ -1,0 +1,104 @@
+"""Records what a real vLLM answers, for tests/unit/vllm: `python tools/record_vllm.py URL OUTPUT.json`.
+
+URL is a running server with the flags that Polyphase gives it, VLLM_SERVER_DEV_MODE=1, block size 32, an otherwise empty cache and the model
+of tools/make_tiny_model.py, served as `tiny`. Request bodies are those that our dialects write. Look at the difference before committing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import zmq
+
+from polyphase.engines.served.sse import EventSplitter
+from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
+from polyphase.engines.vllm.kv_events import connectable
+from polyphase.wire.requests import SamplingParams, StopConditions, Submit
+
+GREEDY = SamplingParams(seed=1, temperature=0.0)
+LONG = list(range(100, 200))
+
+
+def ask(name: str, prompt: list[int], max_tokens: int = 6, *, sampling: SamplingParams = GREEDY, **further: Any) -> Submit:
+    stop = further.pop("stop", None) or StopConditions(max_tokens=max_tokens, ignore_eos=True)
+    return Submit(request_id=name, token_ids=prompt, prompt_token_count=len(prompt), sampling=sampling, stop=stop, **further)
+
+
+def requests() -> list[Submit]:
+    """In the order in which they are sent."""
+    with_logprobs = SamplingParams(seed=1, temperature=0.0, top_logprobs=2)
+    return [
+        ask("greedy", [10, 11, 12, 13, 14], sampling=with_logprobs),
+        ask("sampled", [10, 11, 12, 13, 14], sampling=SamplingParams(seed=7, temperature=0.8, top_k=20)),
+        ask("long", LONG, 40),
+        ask("long-again", LONG),
+        ask("salted", LONG, cache_salt="tenant-a"),
+        ask("out-of-vocabulary", [99999]),
+    ]
+
+
+def record(url: str) -> dict[str, Any]:
+    client = httpx.Client(base_url=url, timeout=120, trust_env=False, headers={"content-type": "application/json"})
+    found: dict[str, Any] = {"version": client.get("/version").json()["version"], "pages": {}, "exchanges": []}
+    sources = client.get("/kv_event_sources").json()
+    replay_endpoint = connectable(sources["0"]["replay_endpoint"], "127.0.0.1")
+    before = len(replay(replay_endpoint))
+    for dialect in (GenerateDialect("tiny", takes_priority=True), CompletionsDialect("tiny", takes_priority=True)):
+        all_asked = requests()
+        first = client.post(dialect.path, content=dialect.body(all_asked[0], 6)).raise_for_status().content
+        token_id = next(ids for data in EventSplitter().push(first) if (ids := dialect.read(data).token_ids))[0]
+        all_asked.append(ask("stop-token", [10, 11, 12, 13, 14], stop=StopConditions(max_tokens=6, ignore_eos=True, stop_token_ids=[token_id])))
+        for asked in all_asked:
+            body = dialect.body(asked, asked.stop.max_tokens)
+            answer = client.post(dialect.path, content=body, headers={"x-request-id": asked.request_id})
+            found["exchanges"].append(
+                {
+                    "name": f"{type(dialect).__name__}/{asked.request_id}",
+                    "path": dialect.path,
+                    "body": json.loads(body),
+                    "status": answer.status_code,
+                    "answer": answer.text,
+                }
+            )
+        client.post("/reset_prefix_cache").raise_for_status()
+    client.post(dialect.path, content=dialect.body(requests()[0], 6)).raise_for_status()  # events go out with a step
+    kept = [line for line in client.get("/metrics").text.splitlines() if line.startswith("vllm:") and "bucket" not in line]
+    found["pages"] = {
+        "/version": client.get("/version").json(),
+        "/v1/models": client.get("/v1/models").json(),
+        "/kv_event_sources": sources,
+        "/metrics": "\n".join(kept) + "\n",
+    }
+    for model in found["pages"]["/v1/models"]["data"]:
+        model["root"] = "tiny"
+    found["kv_events"] = [
+        [topic, base64.b64encode(number.to_bytes(8, "big")).decode(), payload]
+        for number, (topic, _, payload) in enumerate(replay(replay_endpoint)[before:])
+    ]
+    for source in sources.values():
+        source.update(endpoint="ipc:///private/events", replay_endpoint="ipc:///private/replay")
+    return found
+
+
+def replay(endpoint: str) -> list[list[str]]:
+    """Frames of every batch since the start, base64."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.rcvtimeo = 10_000
+        socket.connect(endpoint)
+        socket.send_multipart([b"", (0).to_bytes(8, "big")])
+        batches = []
+        while (frames := socket.recv_multipart())[-2] != b"\xff" * 8:
+            batches.append([base64.b64encode(frame).decode() for frame in frames[1:]])
+        return batches
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    Path(sys.argv[2]).write_text(json.dumps(record(sys.argv[1]), indent=1) + "\n")
