@@ -1,4 +1,4 @@
-"""Writes a tiny Llama with random weights and its own tokenizer: `python tools/make_tiny_model.py FOLDER`. 9 MB; for tests of stock engines.
+"""Writes a tiny Llama with random weights and its own tokenizer: `python tools/make_tiny_model.py FOLDER`. 9 MB; to test stock engines.
 
 Weights are spread wide, so that greedy tokens depend on the prompt and stay the same when sums are added in another order.
 """
@@ -15,9 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 4096
 CONTEXT_LENGTH = 4096
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 def make(folder: Path) -> None:

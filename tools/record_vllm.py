@@ -1,7 +1,7 @@
 """Records what a real vLLM answers, for tests/unit/vllm: `python tools/record_vllm.py URL OUTPUT.json`.
 
-URL is a running server with the flags that Polyphase gives it, VLLM_SERVER_DEV_MODE=1, block size 32, an otherwise empty cache and the model
-of tools/make_tiny_model.py, served as `tiny`. Request bodies are those that our dialects write. Look at the difference before committing.
+URL is a running server with the flags that Polyphase gives it, VLLM_SERVER_DEV_MODE=1, block size 32, an empty cache and the model of
+tools/make_tiny_model.py, served as `tiny`. Request bodies are those that our dialects write. Look at the difference before committing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import zmq
 
-from polyphase.engines.served.sse import EventSplitter
+from polyphase.engines.served.dialect import Dialect
+from polyphase.engines.served.sse import DONE, EventSplitter
 from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
 from polyphase.engines.vllm.kv_events import connectable
 from polyphase.wire.requests import SamplingParams, StopConditions, Submit
@@ -42,6 +43,20 @@ def requests() -> list[Submit]:
     ]
 
 
+def conformance(tokens: list[int]) -> list[Submit]:
+    """What polyphase.testing.engines asks for when it knows the first six `tokens` behind its prompt."""
+    return [
+        ask("rest", LONG + tokens[:2], stop=StopConditions(max_tokens=4, ignore_eos=True)),
+        ask("logprobs", LONG, sampling=SamplingParams(seed=1, temperature=0.0, top_logprobs=2)),
+        ask("stop-token", LONG, stop=StopConditions(max_tokens=6, ignore_eos=True, stop_token_ids=[tokens[2]])),
+    ]
+
+
+def tokens_of(client: httpx.Client, dialect: Dialect, request: Submit) -> list[int]:
+    answer = client.post(dialect.path, content=dialect.body(request, request.stop.max_tokens)).raise_for_status().content
+    return [token for data in EventSplitter().push(answer) if data != DONE for token in dialect.read(data).token_ids]
+
+
 def record(url: str) -> dict[str, Any]:
     client = httpx.Client(base_url=url, timeout=120, trust_env=False, headers={"content-type": "application/json"})
     found: dict[str, Any] = {"version": client.get("/version").json()["version"], "pages": {}, "exchanges": []}
@@ -50,9 +65,7 @@ def record(url: str) -> dict[str, Any]:
     before = len(replay(replay_endpoint))
     for dialect in (GenerateDialect("tiny", takes_priority=True), CompletionsDialect("tiny", takes_priority=True)):
         all_asked = requests()
-        first = client.post(dialect.path, content=dialect.body(all_asked[0], 6)).raise_for_status().content
-        token_id = next(ids for data in EventSplitter().push(first) if (ids := dialect.read(data).token_ids))[0]
-        all_asked.append(ask("stop-token", [10, 11, 12, 13, 14], stop=StopConditions(max_tokens=6, ignore_eos=True, stop_token_ids=[token_id])))
+        all_asked += conformance(tokens_of(client, dialect, ask("long", LONG, 6)))
         for asked in all_asked:
             body = dialect.body(asked, asked.stop.max_tokens)
             answer = client.post(dialect.path, content=body, headers={"x-request-id": asked.request_id})

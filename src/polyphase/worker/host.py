@@ -31,7 +31,7 @@ from polyphase.core.errors import (
     TransferError,
     WorkerLost,
 )
-from polyphase.engines.interface import BlockSource, Engine, StepReport
+from polyphase.engines.interface import BlockSource, Engine, StepReport, abilities_of
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
 from polyphase.transfer import Agent, LeaseEnd, Region
@@ -293,6 +293,8 @@ class WorkerHost:
             load=self._engine.load(),
             uptime_s=uptime_s(),
             rss_bytes=rss_bytes(),
+            engine=self._engine.card.engine,
+            abilities=[str(ability) for ability in abilities_of(self._engine)],
             misplaced_count=self._live.count_misplaced(self._entry.role),
         )
 

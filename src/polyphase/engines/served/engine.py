@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 _CHECK_INTERVAL_S = 0.1
+_LAST_WORDS_S = 0.5  # after a connection broke, until the server has ended too
 _SAID_ENOUGH_BYTES = 4096  # of an error's body
 
 
@@ -162,7 +163,7 @@ class ServedEngine:
         except PolyphaseError as error:
             flight.fail(error)
         except httpx.HTTPError as error:
-            flight.fail(EngineFailed(f"the connection to {self._card.engine} broke: {_said(error)}"))
+            flight.fail(EngineFailed(await self._why_broken(error)))
         except Exception:  # the root of this request's work: it gets its answer, and the others go on
             log.exception("the answer of %s to %s cannot be handled", self._card.engine, flight.request_id)
             flight.fail(EngineFailed(f"the answer of {self._card.engine} could not be handled"))
@@ -189,6 +190,14 @@ class ServedEngine:
                 if chunk.usage is not None and finish is not None:
                     break
             self._settle(flight, finish)
+
+    async def _why_broken(self, error: httpx.HTTPError) -> str:
+        """A server that has just died says more than the connection that died with it."""
+        for _ in range(int(_LAST_WORDS_S / _CHECK_INTERVAL_S) if self._server is not None else 0):
+            if self._server is not None and self._server.has_ended():
+                return await asyncio.to_thread(self._server.why_ended)
+            await asyncio.sleep(_CHECK_INTERVAL_S)
+        return f"the connection to {self._card.engine} broke: {_said(error)}"
 
     def _settle(self, flight: Flight, finish: str | None) -> None:
         """The stream has ended. Raises: EngineFailed if the sequence has not."""

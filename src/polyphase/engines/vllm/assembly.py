@@ -87,7 +87,7 @@ def _engine(
         log.warning("vLLM has %d data-parallel ranks behind one port: which of them holds what is of no use for routing", facts.rank_count)
     else:
         log.warning("this vLLM publishes no KV events (--kv-events-config): the router goes by what it sent there")
-    card = _card(settings, model, facts, publishes_events=source is not None)
+    card = _card(settings, model, facts, publishes_events=source is not None, takes_priority=takes_priority)
     way = "token-in/token-out" if facts.has_generate else "completions with token ids"
     log.info("vLLM %s at %s: %s, %d blocks of %d tokens", facts.version, url, way, facts.block_count, facts.block_size)
     dialect = dialect_of(facts.model, has_generate=facts.has_generate, takes_priority=takes_priority)
@@ -100,7 +100,7 @@ def _own_source(settings: VllmSettings) -> EventSource:
     return EventSource(str(config["endpoint"]), str(config["replay_endpoint"]), str(config["topic"]))
 
 
-def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publishes_events: bool) -> ModelCard:
+def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publishes_events: bool, takes_priority: bool) -> ModelCard:
     generation = model.generation
     return ModelCard(
         name=settings.name or facts.model,
@@ -118,6 +118,8 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         max_running=settings.max_running or flags.DEFAULT_MAX_RUNNING,
         can_hand_over=False,
         publishes_events=publishes_events,
+        keeps_priorities=takes_priority,
+        resumes_sampling=False,
         block_bytes=facts.block_size * model.kv_bytes_per_token,
         default_temperature=generation.get("temperature"),
         default_top_p=generation.get("top_p"),

@@ -23,6 +23,7 @@ OPTIONAL = {
     "--enable-scale-out": (),  # token-in/token-out; without it, completions with token ids
     "--enable-prompt-tokens-details": (),  # cached tokens of each request
     "--scheduling-policy": ("priority",),
+    "--disable-uvicorn-access-log": (),  # it would hold little more than that we ask for its metrics
 }
 _UNKNOWN = re.compile(r"unrecognized arguments: (.+)")
 
