@@ -18,6 +18,7 @@ from polyphase.core.errors import ModelLoadError
 log = logging.getLogger(__name__)
 
 KEPT_LINES = 400
+LAST_WORDS_S = 20.0  # what was complained of earlier is not why it ended
 PROGRESS_INTERVAL_S = 5.0
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 12.0  # the guard kills after five seconds
@@ -33,7 +34,7 @@ class ServerProcess:
         """`environment` on top of our own. Raises: nothing; a command that does not exist ends like a server that crashed."""
         self.name = name
         self.command = list(command)
-        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._lines: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)  # with when it was said
         self._process = subprocess.Popen(
             [sys.executable, "-m", "polyphase.engines.served.guard", *command],
             stdin=subprocess.DEVNULL,
@@ -52,7 +53,7 @@ class ServerProcess:
     @property
     def lines(self) -> list[str]:
         """The latest, oldest first."""
-        return list(self._lines)
+        return [line for _, line in self._lines]
 
     def has_ended(self) -> bool:
         return self._process.poll() is not None
@@ -78,7 +79,10 @@ class ServerProcess:
         """One sentence: how it ended, and its last complaint. Only after it has ended."""
         self._listener.join(timeout=1.0)  # its last words may still be in the pipe
         code = self._process.poll()
-        complaint = complaint_of(self.lines)
+        if code in (128 + signal.SIGKILL, -signal.SIGKILL):
+            return f"{self.name} was killed by SIGKILL: somebody did that, or the kernel for want of memory"
+        until_s = self._lines[-1][0] if self._lines else 0.0
+        complaint = complaint_of([line for said_s, line in self._lines if until_s - said_s < LAST_WORDS_S])
         return f"{self.name} ended ({_end_phrase(code)})" + (f": {complaint}" if complaint else "")
 
     def stop(self) -> None:
@@ -98,7 +102,7 @@ class ServerProcess:
             for data in output:
                 line = _COLOUR.sub("", data.decode(errors="replace")).rstrip().rsplit("\r", 1)[-1][:_MAX_LINE]
                 if line:
-                    self._lines.append(line)
+                    self._lines.append((time.monotonic(), line))
                     log.info("%s | %s", self.name, line)
 
 
