@@ -1,7 +1,7 @@
 """What a worker asks of an engine, whether it computes in this process or is a server elsewhere.
 
 `Engine` is what all must do: tokens in, tokens out, abort, load, and a card with capacity, block size and limits. Abilities that not all
-have are Protocols of their own, such as `KvExporter`, announced by the card. `polyphase.testing.engines` holds the tests that all must pass.
+have are Protocols of their own, such as `KvExporter`, announced by the card. `polyphase.testing.engines` has the tests that all must pass.
 
 An engine is driven on the worker's event loop: `submit` and `abort` are called between steps or during one, never from another
 thread, and return at once. `run` performs steps until it is cancelled and reports each one. Heavy work happens in a thread of the
