@@ -151,7 +151,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class PhaseStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the first token cost at this worker; sent with the first output of a request."""
+    """What the first token cost at this worker; sent once, with the first output of a request or, by engines that are servers, the last."""
 
     cached_token_count: int = 0  # prompt tokens found in the prefix cache
     transferred_token_count: int = 0
