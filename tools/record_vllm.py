@@ -19,6 +19,7 @@ from polyphase.engines.served.dialect import Dialect
 from polyphase.engines.served.sse import DONE, EventSplitter
 from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
 from polyphase.engines.vllm.kv_events import connectable
+from polyphase.engines.vllm.probe import probe_body
 from polyphase.wire.requests import SamplingParams, StopConditions, Submit
 
 GREEDY = SamplingParams(seed=1, temperature=0.0)
@@ -40,6 +41,7 @@ def requests() -> list[Submit]:
         ask("long-again", LONG),
         ask("salted", LONG, cache_salt="tenant-a"),
         ask("out-of-vocabulary", [99999]),
+        ask("warm-up", [0, 0, 0, 0], 2),
     ]
 
 
@@ -63,21 +65,13 @@ def record(url: str) -> dict[str, Any]:
     sources = client.get("/kv_event_sources").json()
     replay_endpoint = connectable(sources["0"]["replay_endpoint"], "127.0.0.1")
     before = len(replay(replay_endpoint))
+    found["exchanges"].append(exchange(client, "probe", "/inference/v1/generate", json.dumps(probe_body("tiny")).encode()))
     for dialect in (GenerateDialect("tiny", takes_priority=True), CompletionsDialect("tiny", takes_priority=True)):
         all_asked = requests()
         all_asked += conformance(tokens_of(client, dialect, ask("long", LONG, 6)))
         for asked in all_asked:
-            body = dialect.body(asked, asked.stop.max_tokens)
-            answer = client.post(dialect.path, content=body, headers={"x-request-id": asked.request_id})
-            found["exchanges"].append(
-                {
-                    "name": f"{type(dialect).__name__}/{asked.request_id}",
-                    "path": dialect.path,
-                    "body": json.loads(body),
-                    "status": answer.status_code,
-                    "answer": answer.text,
-                }
-            )
+            name, body = f"{type(dialect).__name__}/{asked.request_id}", dialect.body(asked, asked.stop.max_tokens)
+            found["exchanges"].append(exchange(client, name, dialect.path, body, asked.request_id))
         client.post("/reset_prefix_cache").raise_for_status()
     client.post(dialect.path, content=dialect.body(requests()[0], 6)).raise_for_status()  # events go out with a step
     kept = [line for line in client.get("/metrics").text.splitlines() if line.startswith("vllm:") and "bucket" not in line]
@@ -96,6 +90,11 @@ def record(url: str) -> dict[str, Any]:
     for source in sources.values():
         source.update(endpoint="ipc:///private/events", replay_endpoint="ipc:///private/replay")
     return found
+
+
+def exchange(client: httpx.Client, name: str, path: str, body: bytes, request_id: str = "probe") -> dict[str, Any]:
+    answer = client.post(path, content=body, headers={"x-request-id": request_id})
+    return {"name": name, "path": path, "body": json.loads(body), "status": answer.status_code, "answer": answer.text}
 
 
 def replay(endpoint: str) -> list[list[str]]:

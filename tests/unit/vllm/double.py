@@ -40,11 +40,41 @@ class Recording:
                 return exchange
         return None
 
+    def rest_of_answer_to(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """For a body that is a recorded one but goes on from its first tokens: what was recorded behind them."""
+        for exchange in self.exchanges.values():
+            asked = exchange["body"]
+            emitted = body.get("token_ids", [])[len(asked.get("token_ids", [])) :]
+            if exchange["path"] != path or not emitted or "sampling_params" not in body:
+                continue
+            left = asked["sampling_params"]["max_tokens"] - len(emitted)
+            expected = {
+                **asked,
+                "token_ids": asked["token_ids"] + emitted,
+                "sampling_params": {**asked["sampling_params"], "max_tokens": left},
+            }
+            if {**expected, "request_id": ""} == {**body, "request_id": ""} and (rest := _behind(exchange["answer"], emitted)):
+                return {**exchange, "answer": rest}
+        return None
+
+
+def _behind(answer: str, emitted: list[int]) -> str | None:
+    """Events of a recorded stream behind these tokens; None if it began otherwise."""
+    events = answer.split("\n\n")
+    seen: list[int] = []
+    for place, event in enumerate(events):
+        if seen == emitted:
+            return "\n\n".join(events[place:])
+        choices = json.loads(event.removeprefix("data: ")).get("choices") if event.startswith("data: {") else None
+        seen += choices[0]["token_ids"] if choices else []
+    return None
+
 
 class VllmDouble:
-    def __init__(self, recording: Recording, *, has_generate: bool = True) -> None:
+    def __init__(self, recording: Recording, *, has_generate: bool = True, pause_s: float = 0.0) -> None:
         self.recording = recording
         self.has_generate = has_generate
+        self.pause_s = pause_s  # before each piece of an answer
         self.port = 0
         self.unrecorded: list[str] = []
         self.closed_by_client = asyncio.Event()  # in the middle of an answer
@@ -71,7 +101,8 @@ class VllmDouble:
         if path == "/inference/v1/generate" and not self.has_generate:
             _write(writer, 403, '{"error":{"message":"start with --enable-scale-out","code":403}}')
             return
-        found = self.recording.answer_to(path, json.loads(body))
+        asked = json.loads(body)
+        found = self.recording.answer_to(path, asked) or self.recording.rest_of_answer_to(path, asked)
         if found is None:
             self.unrecorded.append(body.decode())
             _write(writer, 400, '{"error":{"message":"not recorded","code":400}}')
@@ -97,7 +128,7 @@ class VllmDouble:
             piece = text[start : start + PIECE]
             writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
             await writer.drain()
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pause_s)
             if reader.at_eof():
                 self.closed_by_client.set()
                 raise ConnectionError

@@ -28,7 +28,7 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, _raise_told)
     child: subprocess.Popen[bytes] | None = None
     try:
-        child = subprocess.Popen(command, start_new_session=True)
+        child = subprocess.Popen(command, start_new_session=True, preexec_fn=Lifeline)  # it ends even if we are killed
         while not lifeline.is_cut():
             try:
                 return _as_exit_code(child.wait(_CHECK_INTERVAL_S))

@@ -108,7 +108,8 @@ def progress_of(lines: Sequence[str]) -> str:
 _PHASES = {
     "Starting vLLM server": "it opens its port",
     "Capturing CUDA graph": "it captures CUDA graphs",
-    "torch.compile": "it compiles the model",
+    "Dynamo bytecode transform": "it compiles the model",
+    "Compiling a graph": "it compiles the model",
     "init engine": "it warms up",
     "KV cache size": "it has made its KV cache and warms up",
     "Loading weights took": "it has loaded the weights and measures the memory for KV",

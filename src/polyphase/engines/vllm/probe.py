@@ -84,8 +84,11 @@ def _model(listed: dict[str, Any], wanted: str | None, url: str) -> tuple[str, i
 
 def _has_generate(client: httpx.Client, model: str) -> bool:
     """By asking for a token. Without --enable-scale-out it is forbidden, and older versions do not know it."""
-    body = {"model": model, "token_ids": [1], "sampling_params": {"max_tokens": 1, "temperature": 0, "detokenize": False}}
-    return client.post("/inference/v1/generate", json=body, timeout=FIRST_TOKEN_TIMEOUT_S).status_code == 200
+    return client.post("/inference/v1/generate", json=probe_body(model), timeout=FIRST_TOKEN_TIMEOUT_S).status_code == 200
+
+
+def probe_body(model: str) -> dict[str, Any]:
+    return {"model": model, "token_ids": [1], "sampling_params": {"max_tokens": 1, "temperature": 0, "detokenize": False}}
 
 
 def _source(sources: dict[str, Any]) -> EventSource | None:
