@@ -16,7 +16,8 @@ from tests.unit.vllm.double import Recording
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(100, 200))
-BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+SAMPLING = {"temperature": 0, "top_p": 1, "top_k": 0}  # all of them, since the demo model has its own defaults
+BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True, **SAMPLING}
 
 
 def recorded_tokens() -> list[int]:
@@ -69,7 +70,7 @@ def test_kill_9_of_an_engine_in_mid_stream_is_not_seen_by_the_client() -> None:
                 assert "error" not in chunk, chunk
                 tokens += chunk["choices"][0].get("token_ids") or []
                 if len(tokens) >= 5 and not killed:
-                    killed = served.record(request_id)["sequences"][0]["attempts"][-1]["decode"]
+                    killed = served.record(request_id)["decode_worker"]
                     os.kill(player_pids(served)[killed], signal.SIGKILL)
         assert tokens == recorded_tokens()
         served.wait_for(lambda: "vllm was killed by SIGKILL" in served.output(), "the explanation")

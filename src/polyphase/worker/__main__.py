@@ -133,9 +133,9 @@ async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> Worker
     )
     agent, region = stack.enter_context(join_transfer(engine, entry, str(paths.pool_socket), options.transfer))
     log.info("warming up")
-    await warm_up(engine)
+    events = await warm_up(engine)
     limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
-    return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits))
+    return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits, tuple(events)))
 
 
 def _drain_on_signals(hosts: Sequence[WorkerHost], lives: Sequence[_Life]) -> None:

@@ -36,7 +36,7 @@ from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
 from polyphase.transfer import Agent, LeaseEnd, Region
 from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
-from polyphase.wire.events import Load
+from polyphase.wire.events import KvEvent, Load
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Answer,
@@ -79,6 +79,7 @@ class HostSettings:
     agent: Agent  # stays the caller's
     region: Region | None  # the engine's blocks, registered with it; None: nobody can read them
     limits: QueueLimits | None = None  # None: the engine alone refuses
+    early_events: tuple[KvEvent, ...] = ()  # from before there was a stream
 
 
 class WorkerHost:
@@ -134,6 +135,7 @@ class WorkerHost:
                     "lease": self._lease.renew(),
                 }
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
+                self._publisher.publish(list(self._settings.early_events), self._engine.load())
                 self._lease.publish(self._entry)
                 log.info("ready: serving %s as %s worker", self._entry.model, self._entry.role)
                 await self._until_drained()
