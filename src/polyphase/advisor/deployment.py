@@ -39,7 +39,7 @@ class Setting:
     accelerator: Accelerator
     precision: Precision
     backend: str
-    version: str = ""  # empty: not known
+    version: str | None = None  # of the engine; None: whichever was measured most, empty: a measurement that did not say
     serving: Serving = Serving.AGGREGATED
     speculation: Speculation = NO_SPECULATION
 
