@@ -1,12 +1,13 @@
 """The advisor: errors on measurements held out, and speed.
 
 DATA: a table with the columns of AIConfigurator's silicon data; without it only speed is measured, and errors come from the provenance
-of the coefficients that are shipped. Cross-validation by whole configurations; pairs: all of a model on an accelerator held out. Times: CPU of
-this process for the sweep and the estimate, medians; wall for the command. Sweep: DeepSeek-V3 on one GB200 NVL72, all engines, fp8 and
-nvfp4, aggregated and disaggregated.
+of the coefficients that are shipped. Cross-validation by whole configurations; pairs: all of a model on an accelerator held out.
 
-Peer: AIConfigurator 0.12.0 (`--peer PYTHON`: the interpreter of an environment that has it; 851 MB) on Qwen3-32B, 32 H200, aggregated and
-disaggregated. Without it no peer is shown; what was measured before is in docs/advisor.md.
+Times: CPU of this process for the sweep and the estimate, medians; wall for the command. Sweep: DeepSeek-V3 on one GB200 NVL72, all
+engines, fp8 and nvfp4, aggregated and disaggregated.
+
+Peer: AIConfigurator 0.12.0 (`--peer PYTHON`: the interpreter of an environment that has it; 851 MB) on Qwen3-32B, 32 H200, aggregated
+and disaggregated. Without it no peer is shown; what was measured before is in docs/advisor.md.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ KERNEL = (
 NOISE = 0.05
 TTFT_FACTOR = 2.0  # TTFT strays about twice as far as ITL
 _FEWEST = 20
+_STRANGER = 1.5  # wider than for a generation held out: those measured are of one vendor, and resemble each other
 Progress = Callable[[str], None]
 
 
@@ -105,13 +106,17 @@ def cross_validated(measurements: Sequence[Measurement], on_progress: Progress =
         _held_out(measurements, generations, on_progress, "generations") if len(set(generations)) > 1 else [],
     )
     on_progress("all measurements")
-    sources = {Basis.PAIR: found.configuration, Basis.NEAR: found.pair, Basis.ROOFLINE: found.generation or found.pair}
-    scale = {
-        f"{quantity}/{basis.name}": round(quantile_scale(predictions, quantity, 0.8), 3)
-        for basis, predictions in sources.items()
-        for quantity in ("itl", "ttft", "tput")
-    }
-    return replace(calibrate(measurements), interval_scale=scale), found
+    return replace(calibrate(measurements), interval_scale=_interval_scale(found)), found
+
+
+def _interval_scale(found: CrossValidation) -> dict[str, float]:
+    scale = {}
+    for quantity in ("itl", "ttft", "tput"):
+        pair, near, far = (quantile_scale(p, quantity, 0.8) for p in (found.configuration, found.pair, found.generation or found.pair))
+        scale[f"{quantity}/{Basis.PAIR.name}"] = round(pair, 3)
+        scale[f"{quantity}/{Basis.NEAR.name}"] = round(near, 3)
+        scale[f"{quantity}/{Basis.ROOFLINE.name}"] = round(_STRANGER * max(near, far), 3)
+    return scale
 
 
 def _held_out(measurements: Sequence[Measurement], folds: Sequence[int], on_progress: Progress, what: str) -> list[Prediction]:

@@ -182,7 +182,7 @@ def test_golden_estimates() -> None:
             CALIBRATIONS[1], Question(setting("deepseek-v3", backend="sglang"), ParallelMapping(8, 1, 1, 8, 1), 64, Traffic(1024, 1024))
         ),
     }
-    assert figures["llama"].itl_ms.value == pytest.approx(9.0, rel=0.1)
+    assert figures["llama"].itl_ms.value == pytest.approx(10.75, rel=0.1)  # 11.0 measured
     assert figures["deepseek"].itl_ms.value == pytest.approx(29.0, rel=0.1)
     assert figures["deepseek"].ttft_ms.value == pytest.approx(531, rel=0.2)
 
