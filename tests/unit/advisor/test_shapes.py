@@ -53,6 +53,18 @@ def test_a_model_is_found_by_its_name_on_the_hub_in_any_case() -> None:
     assert LIBRARY.model("DEEPSEEK-AI/deepseek-v3").name == "deepseek-v3"
 
 
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("acme/DeepSeek-R1-0528-FP4-v2", "deepseek-r1"),
+        ("nvidia/Llama-3.3-70B-Instruct-NVFP4", "llama-3.3-70b"),
+        ("zai-org/GLM-5-NVFP4", "glm-5"),
+    ],
+)
+def test_variants_are_as_large_as_their_model(variant: str, name: str) -> None:
+    assert LIBRARY.model(variant).name == name
+
+
 def test_a_vision_model_is_read_through_its_text_part() -> None:
     inner = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 128}
     assert shape_from_config({"vision_config": {}, "text_config": inner}, "seeing").layer_count == 2
