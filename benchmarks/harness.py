@@ -54,6 +54,7 @@ class StreamTimes:
 
     sent_s: float
     token_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     request_id: str = ""
 
@@ -66,8 +67,16 @@ class StreamTimes:
         return [(b - a) * 1e3 for a, b in zip(self.token_s, self.token_s[1:], strict=False)]
 
 
-async def stream_completion(client: httpx.AsyncClient, prompt: list[int], max_tokens: int, model: str = "demo") -> StreamTimes:
-    """One greedy streamed completion of exactly `max_tokens` tokens. Raises: RuntimeError if it ends in an error."""
+async def stream_completion(
+    client: httpx.AsyncClient, prompt: list[int], max_tokens: int, model: str = "demo", times: StreamTimes | None = None
+) -> StreamTimes:
+    """One greedy streamed completion of exactly `max_tokens` tokens.
+
+    Args:
+        times: filled while the stream runs, for whoever wants to look meanwhile.
+
+    Raises: RuntimeError if it ends in an error.
+    """
     body = {
         "model": model,
         "prompt": prompt,
@@ -77,7 +86,7 @@ async def stream_completion(client: httpx.AsyncClient, prompt: list[int], max_to
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    times = StreamTimes(time.perf_counter())
+    times = times or StreamTimes(time.perf_counter())
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(f"status {response.status_code}: {(await response.aread())[:500]!r}")
@@ -90,7 +99,9 @@ async def stream_completion(client: httpx.AsyncClient, prompt: list[int], max_to
             if "error" in chunk:
                 raise RuntimeError(f"in the stream: {chunk['error']}")
             for choice in chunk["choices"]:
-                times.token_s += [now_s] * len(choice.get("token_ids") or ())
+                token_ids = choice.get("token_ids") or []
+                times.token_ids += token_ids
+                times.token_s += [now_s] * len(token_ids)
                 times.finish_reason = choice["finish_reason"] or times.finish_reason
     if times.finish_reason is None:
         raise RuntimeError("the stream ended without a finish reason")

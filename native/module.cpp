@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "block_copy_binding.h"
+#include "columns.h"
 #include "hashing.h"
 #include "prefix_index.h"
 #include "python_numbers.h"
@@ -81,20 +83,43 @@ struct Hashes {
     std::vector<uint64_t> blocks, sequences;
 };
 
-Hashes hash_packed(const uint32_t* tokens, size_t token_count, size_t block_size, uint64_t seed, std::optional<uint64_t> parent, bool chained) {
+// Content hashes of media, each with the block that it lies in; in order.
+using Extras = std::vector<std::pair<size_t, uint64_t>>;
+
+struct Recipe {
+    size_t block_size;
+    uint64_t seed;
+    std::optional<uint64_t> parent = std::nullopt;
+    Extras extras = {};
+};
+
+Hashes hash_packed(const uint32_t* tokens, size_t token_count, const Recipe& recipe, bool chained) {
     Hashes hashes;
+    const size_t block_size = recipe.block_size;
     const size_t block_count = token_count / block_size;
     hashes.blocks.resize(block_count);
-    hash_blocks(tokens, block_count, block_size, seed, hashes.blocks.data());
+    hash_blocks(tokens, block_count, block_size, recipe.seed, hashes.blocks.data());
+    std::vector<unsigned char> data;
+    for (auto extra = recipe.extras.begin(); extra != recipe.extras.end();) {
+        const size_t block = extra->first;
+        if (block >= block_count) break;
+        data.resize(4 * block_size);
+        std::memcpy(data.data(), tokens + block * block_size, 4 * block_size);
+        for (; extra != recipe.extras.end() && extra->first == block; ++extra) {
+            const auto* bytes = reinterpret_cast<const unsigned char*>(&extra->second);
+            data.insert(data.end(), bytes, bytes + sizeof extra->second);
+        }
+        hashes.blocks[block] = xxh3_64(data.data(), data.size(), recipe.seed);
+    }
     if (chained) {
         hashes.sequences.resize(block_count);
-        hash_sequences(hashes.blocks.data(), block_count, parent ? &*parent : nullptr, hashes.sequences.data());
+        hash_sequences(hashes.blocks.data(), block_count, recipe.parent ? &*recipe.parent : nullptr, hashes.sequences.data());
     }
     return hashes;
 }
 
-Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent, bool chained) {
-    if (block_size == 0) throw py::value_error("block_size is 0; a block has at least one token");
+Hashes hash(py::handle token_ids, const Recipe& recipe, bool chained) {
+    if (recipe.block_size == 0) throw py::value_error("block_size is 0; a block has at least one token");
     const IntegerBuffer buffer(token_ids.ptr(), sizeof(uint32_t));
     if (buffer.usable()) {
         const uint32_t* tokens = buffer.words<uint32_t>();
@@ -104,7 +129,7 @@ Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optiona
             if (all >> 31 != 0) throw_out_of_range();
         }
         const py::gil_scoped_release others_may_run;
-        return hash_packed(tokens, buffer.size(), block_size, seed, parent, chained);
+        return hash_packed(tokens, buffer.size(), recipe, chained);
     }
     const IntegerBuffer wide(token_ids.ptr(), sizeof(uint64_t));
     std::vector<uint32_t> tokens;
@@ -115,7 +140,7 @@ Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optiona
             if (token > UINT32_MAX) throw_out_of_range();
             tokens[i] = static_cast<uint32_t>(token);
         }
-        return hash_packed(tokens.data(), tokens.size(), block_size, seed, parent, chained);
+        return hash_packed(tokens.data(), tokens.size(), recipe, chained);
     }
     const py::object sequence = as_sequence(token_ids);
     PyObject** items = PySequence_Fast_ITEMS(sequence.ptr());
@@ -123,30 +148,30 @@ Hashes hash(py::handle token_ids, size_t block_size, uint64_t seed, std::optiona
     for (size_t i = 0; i < tokens.size(); ++i) {
         if (!read_u32(items[i], tokens[i])) throw py::error_already_set();
     }
-    return hash_packed(tokens.data(), tokens.size(), block_size, seed, parent, chained);
+    return hash_packed(tokens.data(), tokens.size(), recipe, chained);
 }
 
 py::list block_hashes(py::handle token_ids, size_t block_size, uint64_t seed) {
-    return as_list(hash(token_ids, block_size, seed, std::nullopt, false).blocks);
+    return as_list(hash(token_ids, Recipe{block_size, seed}, false).blocks);
 }
 
 py::list sequence_hashes(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent) {
-    return as_list(hash(token_ids, block_size, seed, parent, true).sequences);
+    return as_list(hash(token_ids, Recipe{block_size, seed, parent}, true).sequences);
 }
 
-py::tuple hash_tokens(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent) {
-    const Hashes hashes = hash(token_ids, block_size, seed, parent, true);
+py::tuple hash_tokens(py::handle token_ids, size_t block_size, uint64_t seed, std::optional<uint64_t> parent, std::optional<Extras> extras) {
+    const Hashes hashes = hash(token_ids, Recipe{block_size, seed, parent, extras ? std::move(*extras) : Extras()}, true);
     return py::make_tuple(as_list(hashes.blocks), as_list(hashes.sequences));
 }
 
 // The index
 
-// A prompt's hashes; those of a list are converted as far as the match asks for them.
+// A prompt's hashes; those of a list are converted where the match asks for them.
 class PromptChain final : public Chain {
 public:
     explicit PromptChain(py::handle hashes) : buffer_(hashes.ptr(), sizeof(uint64_t)) {
         if (buffer_.usable() && !buffer_.is_signed()) {
-            size_ = ready_ = buffer_.size();
+            size_ = buffer_.size();
             words_ = buffer_.words<uint64_t>();
             return;
         }
@@ -158,16 +183,22 @@ public:
 
     size_t size() const override { return size_; }
 
-    const uint64_t* upto(size_t end) override {
-        if (end > ready_) {
+    uint64_t at(size_t place) override {
+        if (!converted_) return words_[place];
+        uint64_t word = 0;
+        if (!read_u64(PySequence_Fast_ITEMS(sequence_.ptr())[place], word)) throw py::error_already_set();
+        return word;
+    }
+
+    const uint64_t* range(size_t begin, size_t end) override {
+        if (converted_) {
             PyObject* const* items = PySequence_Fast_ITEMS(sequence_.ptr());
             uint64_t* const words = converted_.get();
-            for (size_t i = ready_; i < end; ++i) {
+            for (size_t i = begin; i < end; ++i) {
                 if (!read_u64(items[i], words[i])) throw py::error_already_set();
             }
-            ready_ = end;
         }
-        return words_;
+        return words_ + begin;
     }
 
 private:
@@ -176,8 +207,12 @@ private:
     std::unique_ptr<uint64_t[]> converted_;
     const uint64_t* words_ = nullptr;
     size_t size_ = 0;
-    size_t ready_ = 0;
 };
+
+uint64_t digest_sum(py::handle hashes) {
+    PromptChain chain(hashes);
+    return sum_of_mixed(chain.range(0, chain.size()), chain.size());
+}
 
 constexpr uint32_t kUnknown = UINT32_MAX;
 
@@ -238,15 +273,21 @@ public:
         return figures_of(names_->numbers_of(workers), level, same);
     }
 
-    py::list tokens_beyond(const py::object& workers, uint64_t block_size, uint64_t token_count, uint64_t at_least, py::handle tier) const {
+    py::object tokens_beyond(const py::object& workers, uint64_t block_size, uint64_t token_count, uint64_t at_least, py::handle tier) const {
         const size_t level = tier_number(tier);
-        const auto beyond = [&](uint32_t depth) {
-            const uint64_t held = depth * block_size;
-            return held < token_count && token_count - held > at_least ? token_count - held : at_least;
+        const auto column_of = [&](const std::vector<uint32_t>& numbers) {
+            return make_column(numbers.size(), [&](double* column) {
+                for (size_t i = 0; i < numbers.size(); ++i) {
+                    const uint64_t held = numbers[i] == kUnknown ? 0 : depths_.of(level, numbers[i]) * block_size;
+                    column[i] = static_cast<double>(held < token_count && token_count - held > at_least ? token_count - held : at_least);
+                }
+            });
         };
-        if (PyTuple_CheckExact(workers.ptr())) return figures_of(names_->line_up(workers), level, beyond);
-        return figures_of(names_->numbers_of(workers), level, beyond);
+        if (PyTuple_CheckExact(workers.ptr())) return column_of(names_->line_up(workers));
+        return column_of(names_->numbers_of(workers));
     }
+
+    size_t level_count() const { return depths_.level_count; }
 
     py::dict as_dict(py::handle tier) const {
         const size_t level = tier_number(tier);
@@ -283,14 +324,14 @@ public:
     void store(py::handle worker, py::handle hashes, py::handle tier) {
         const size_t level = tier_number(tier);
         PromptChain chain(hashes);
-        const uint64_t* words = chain.upto(chain.size());
+        const uint64_t* words = chain.range(0, chain.size());
         index_.store(number_for(worker), level, words, chain.size());
     }
 
     void remove(py::handle worker, py::handle hashes, py::handle tier) {
         const size_t level = tier_number(tier);
         PromptChain chain(hashes);
-        const uint64_t* words = chain.upto(chain.size());
+        const uint64_t* words = chain.range(0, chain.size());
         const uint32_t number = names_->number_of(worker.ptr());
         if (number != kUnknown) index_.remove(number, level, words, chain.size());
     }
@@ -316,6 +357,13 @@ public:
         const size_t level = tier_number(tier);
         const uint32_t number = names_->number_of(worker.ptr());
         return number == kUnknown ? 0 : index_.held(number, level);
+    }
+
+    py::tuple digest(py::handle worker, py::handle tier) const {
+        const size_t level = tier_number(tier);
+        const uint32_t number = names_->number_of(worker.ptr());
+        const Told told = number == kUnknown ? Told() : index_.told(number, level);
+        return py::make_tuple(told.count, told.sum);
     }
 
     const PrefixIndex& core() const { return index_; }
@@ -349,59 +397,33 @@ private:
     PrefixIndex index_;
 };
 
-// Columns
-
-double as_double(PyObject* number) {
-    if (PyFloat_CheckExact(number)) return PyFloat_AS_DOUBLE(number);
-    uint32_t word = 0;
-    if (PyLong_CheckExact(number) && read_short(number, word)) return word;
-    const double value = PyFloat_AsDouble(number);
-    if (value == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return value;
-}
-
-// See polyphase.router.columns.
-py::list scores_of_costs(const py::list& loads, const py::list& tokens, double weight) {
-    const size_t count = loads.size();
-    if (tokens.size() != count) throw py::value_error("columns of different lengths");
-    std::vector<double> costs(count);
-    double lowest = 0.0;
-    for (size_t i = 0; i < count; ++i) {
-        const auto row = static_cast<Py_ssize_t>(i);
-        costs[i] = as_double(PyList_GET_ITEM(loads.ptr(), row)) + weight * as_double(PyList_GET_ITEM(tokens.ptr(), row));
-        if (i == 0 || costs[i] < lowest) lowest = costs[i];
-    }
-    auto scores = py::reinterpret_steal<py::list>(PyList_New(static_cast<Py_ssize_t>(count)));
-    if (!scores) throw py::error_already_set();
-    for (size_t i = 0; i < count; ++i) {
-        PyObject* score = PyFloat_FromDouble((lowest + 1.0) / (costs[i] + 1.0));
-        if (score == nullptr) throw py::error_already_set();
-        PyList_SET_ITEM(scores.ptr(), static_cast<Py_ssize_t>(i), score);
-    }
-    return scores;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Block hashing and the prefix index in C++; polyphase.core.native says whether it is in use.";
-    module.attr("RECIPE") = 1;  // raised with every change that the Python side must know of
+    module.doc() = "Block hashing, the prefix index and the block copy in C++; polyphase.core.native says whether it is in use.";
+    module.attr("RECIPE") = 4;  // raised with every change that the Python side must know of
+
+    bind_block_copy(module);
 
     module.def("block_hashes", &block_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"));
     module.def("sequence_hashes", &sequence_hashes, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());
-    module.def("hash_tokens", &hash_tokens, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none());
+    module.def("hash_tokens", &hash_tokens, py::arg("token_ids"), py::arg("block_size"), py::arg("seed"), py::arg("parent") = py::none(),
+               py::arg("extras") = py::none());
     module.def("xxh3_64", [](const py::bytes& data, uint64_t seed) {
         const std::string_view view(data);
         return xxh3_64(view.data(), view.size(), seed);
     }, py::arg("data"), py::arg("seed"));
 
-    module.def("scores_of_costs", &scores_of_costs, py::arg("loads"), py::arg("tokens"), py::arg("weight"));
+    module.def("scores_of", &scores_of, py::arg("count"), py::arg("columns"), py::arg("weights"), py::arg("rows"));
+    module.def("best_row", &best_row, py::arg("scores"), py::arg("last_turns"), py::arg("rows"));
+    module.def("digest_sum", &digest_sum, py::arg("sequence_hashes"));
 
     py::class_<Overlaps>(module, "Overlaps")
         .def("depth", &Overlaps::depth, py::arg("worker_id"), py::arg("tier") = "device")
         .def("depths", &Overlaps::depths, py::arg("worker_ids"), py::arg("tier") = "device")
         .def("tokens_beyond", &Overlaps::tokens_beyond, py::arg("worker_ids"), py::arg("block_size"), py::arg("token_count"),
              py::arg("at_least") = 0, py::arg("tier") = "device")
+        .def_property_readonly("level_count", &Overlaps::level_count)
         .def("as_dict", &Overlaps::as_dict, py::arg("tier") = "device");
 
     py::class_<Index>(module, "Index")
@@ -411,7 +433,9 @@ PYBIND11_MODULE(_native, module) {
         .def("clear", &Index::clear, py::arg("worker_id"))
         .def("match", &Index::match, py::arg("hashes"))
         .def("block_count", &Index::block_count, py::arg("worker_id"), py::arg("tier") = "device")
+        .def("digest", &Index::digest, py::arg("worker_id"), py::arg("tier") = "device")
         .def("check", [](const Index& index) { index.core().check(); })
+        .def_property_readonly("kind", [](const Index&) { return "native"; })
         .def_property_readonly("capacity", [](const Index& index) { return index.core().capacity(); })
         .def_property_readonly("size", [](const Index& index) { return index.core().size(); })
         .def_property_readonly("run_count", [](const Index& index) { return index.core().run_count(); })

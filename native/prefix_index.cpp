@@ -10,6 +10,7 @@ namespace polyphase {
 namespace {
 
 constexpr uint32_t kNoRun = UINT32_MAX;
+constexpr size_t kRunsSized = size_t{1} << 16;
 constexpr size_t kProbesAhead = 8;  // far enough for memory to answer meanwhile
 
 uint64_t bit(uint32_t offset) { return uint64_t{1} << offset; }
@@ -114,6 +115,7 @@ void PrefixIndex::put_hash(Run& run, uint32_t offset, uint64_t hash) {
         run.room = static_cast<uint8_t>(room);
     }
     run.hashes[offset] = hash;
+    run.linked &= ~(bit(offset) | (offset + 1 < kRunBlocks ? bit(offset + 1) : 0));
 }
 
 // Runs
@@ -156,6 +158,24 @@ void PrefixIndex::leave(size_t tier, uint32_t worker) {
     if (tier > 0) --lower_entered_;
 }
 
+bool PrefixIndex::holds(uint32_t worker, size_t tier, uint64_t hash) const {
+    const Place* place = table_.find(hash);
+    return place != nullptr && (mask_of(runs_[place->run], tier, worker) & bit(place->offset)) != 0;
+}
+
+// The worker gave up blocks of this run, of which it may not be known to hold all.
+void PrefixIndex::give_up(uint32_t number, size_t tier, uint32_t worker, uint64_t mask) {
+    const Run& run = runs_[number];
+    for (uint64_t rest = mask & ~mask_of(run, tier, worker); rest != 0; rest &= rest - 1) withdraw(tier, worker, run.hashes[lowest(rest)]);
+    take(number, tier, worker, mask);
+}
+
+// The worker gave up a block that it is not known to hold.
+void PrefixIndex::withdraw(size_t tier, uint32_t worker, uint64_t hash) {
+    Worker& state = workers_[worker];
+    if (state.told[tier].count > state.held[tier]) state.told[tier].subtract(hash);
+}
+
 // The worker holds the blocks of `mask`, all of them live.
 void PrefixIndex::add(uint32_t number, size_t tier, uint32_t worker, uint64_t mask) {
     Run& run = runs_[number];
@@ -170,7 +190,9 @@ void PrefixIndex::add(uint32_t number, size_t tier, uint32_t worker, uint64_t ma
     const uint64_t before = is_listed ? (*holders.parts)[at].mask : 0;
     const uint64_t after = before | mask;
     if (before == 0) enter(number, tier, worker);
-    workers_[worker].held[tier] += popcount(after & ~before);
+    Worker& state = workers_[worker];
+    state.held[tier] += popcount(after & ~before);
+    for (uint64_t fresh = after & ~before; fresh != 0; fresh &= fresh - 1) state.told[tier].add(run.hashes[lowest(fresh)]);
     if (after == run.live) {
         if (is_listed) {
             holders.parts->erase(holders.parts->begin() + static_cast<std::ptrdiff_t>(at));
@@ -194,6 +216,7 @@ void PrefixIndex::take(uint32_t number, size_t tier, uint32_t worker, uint64_t m
     Holders& holders = *holders_of(run, tier);
     const uint64_t after = before & ~gone;
     workers_[worker].held[tier] -= popcount(gone);
+    for (uint64_t rest = gone; rest != 0; rest &= rest - 1) workers_[worker].told[tier].subtract(run.hashes[lowest(rest)]);
     if (holders.whole.contains(worker)) {
         holders.whole.remove(worker);
         if (after != 0) {
@@ -253,6 +276,7 @@ Place PrefixIndex::place_new(Place last, size_t tier, uint32_t worker, uint64_t 
     put_hash(runs_[place.run], place.offset, hash);
     runs_[place.run].live |= bit(place.offset);
     ++workers_[worker].held[tier];
+    workers_[worker].told[tier].add(hash);
     return place;
 }
 
@@ -311,6 +335,9 @@ void PrefixIndex::store(uint32_t worker, size_t tier, const uint64_t* hashes, si
             pending = 0;
             if (!make_room(at.run)) {
                 forgotten_ += count - i;
+                for (; i < count; ++i) {
+                    if (!holds(worker, tier, hashes[i])) workers_[worker].told[tier].add(hashes[i]);
+                }
                 break;
             }
         }
@@ -343,10 +370,13 @@ void PrefixIndex::remove(uint32_t worker, size_t tier, const uint64_t* hashes, s
             --offset;
         } else {
             const Place* place = table_.find(hash);
-            if (place == nullptr) continue;
+            if (place == nullptr) {
+                withdraw(tier, worker, hash);
+                continue;
+            }
             if (place->run != number) {
                 const Place found = *place;  // taking changes the table
-                if (pending != 0) take(number, tier, worker, pending);
+                if (pending != 0) give_up(number, tier, worker, pending);
                 pending = 0;
                 number = found.run;
                 offset = found.offset;
@@ -356,7 +386,7 @@ void PrefixIndex::remove(uint32_t worker, size_t tier, const uint64_t* hashes, s
         }
         pending |= bit(offset);
     }
-    if (pending != 0) take(number, tier, worker, pending);
+    if (pending != 0) give_up(number, tier, worker, pending);
 }
 
 void PrefixIndex::clear(uint32_t worker) {
@@ -366,6 +396,7 @@ void PrefixIndex::clear(uint32_t worker) {
     for (const uint32_t number : listed) {
         for (size_t tier = 0; tier < kTierCount; ++tier) take(number, tier, worker, ~uint64_t{0});
     }
+    workers_[worker].told = {};
 }
 
 // What a prompt asks
@@ -385,23 +416,20 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
         const Place* place;
     };
     Guess next{0, nullptr}, later{0, nullptr};
-    const Place* place = size > 0 ? table_.find(*chain.upto(1)) : nullptr;
+    const Place* place = size > 0 ? table_.find(chain.at(0)) : nullptr;
     while (place != nullptr) {
         Run& run = runs_[place->run];
         run.matched = true;
         const uint64_t live = run.live >> place->offset;
         const size_t limit = std::min<size_t>(size - position, ~live == 0 ? kRunBlocks : lowest(~live));
         const size_t end = position + limit;
-        const uint64_t* hashes = chain.upto(std::min(end + 2 * kRunBlocks + 1, size));
-        const auto guess = [&](size_t at) { return Guess{at, at < size ? table_.find(hashes[at]) : nullptr}; };
-        if (end + 2 * kRunBlocks < size) table_.prefetch(hashes[end + 2 * kRunBlocks]);
+        const auto guess = [&](size_t at) { return Guess{at, at < size ? table_.find(chain.at(at)) : nullptr}; };
+        if (end + 2 * kRunBlocks < size) table_.prefetch(chain.at(end + 2 * kRunBlocks));
         next = later.position == end ? later : guess(end);
         later = guess(end + kRunBlocks);
         if (later.place != nullptr) __builtin_prefetch(&runs_[later.place->run]);
         if (next.place != nullptr) prefetch_words(runs_[next.place->run].hashes.get() + next.place->offset, kRunBlocks);
-        const uint64_t* known = run.hashes.get() + place->offset;
-        size_t equal = 1;
-        while (equal < limit && known[equal] == hashes[position + equal]) ++equal;
+        const size_t equal = follow(run, place->offset, chain, position, limit);
         steps_.push_back(Step{*place, static_cast<uint32_t>(equal)});
         bool has_survivors = false;
         for (size_t level = 0; level < depths.level_count; ++level) {
@@ -409,7 +437,7 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
         }
         if (!has_survivors) break;
         position += equal;
-        place = equal == limit ? next.place : table_.find(hashes[position]);
+        place = equal == limit ? next.place : table_.find(chain.at(position));
     }
     for (size_t level = 0; level < depths.level_count && position > 0; ++level) {
         for (size_t word = 0; word < word_count; ++word) {
@@ -419,7 +447,28 @@ void PrefixIndex::match(Chain& chain, Depths& depths) {
         }
     }
     // Sixteen blocks a step are few steps; with fewer, putting the runs in order pays for itself at the next match.
-    if (steps_.size() * 16 > position + 32 && steps_.size() > 1) weave(chain.upto(position));
+    if (steps_.size() * 16 > position + 32 && steps_.size() > 1) weave(chain.range(0, position));
+}
+
+// How many blocks of the prompt from `position` on, at most `limit`, the run has from `offset` on; the first of them is there.
+size_t PrefixIndex::follow(Run& run, uint32_t offset, Chain& chain, size_t position, size_t limit) {
+    const uint64_t* known = run.hashes.get() + offset;
+    const uint64_t behind = offset + 1 < kRunBlocks ? run.linked >> (offset + 1) : 0;
+    const size_t linked = std::min<size_t>(limit, 1 + (~behind == 0 ? kRunBlocks : lowest(~behind)));
+    if (linked > 1 && known[linked - 1] != chain.at(position + linked - 1)) {
+        size_t same = 0, different = linked - 1;
+        while (different - same > 1) {
+            const size_t middle = (same + different) / 2;
+            (known[middle] == chain.at(position + middle) ? same : different) = middle;
+        }
+        return different;
+    }
+    if (linked == limit) return limit;
+    const uint64_t* hashes = chain.range(position + linked, position + limit) - linked;
+    size_t equal = linked;
+    while (equal < limit && known[equal] == hashes[equal]) ++equal;
+    run.linked |= (ones(equal) & ~ones(linked)) << offset;
+    return equal;
 }
 
 // Of the workers alive on this level, keep those that hold all of the step's blocks; note how far the others came.
@@ -490,6 +539,7 @@ void PrefixIndex::weave(const uint64_t* hashes) {
             if (!can_follow(last, from)) break;
             ++last.offset;
             move_block(from, last, hashes[position + moved]);
+            runs_[last.run].linked |= bit(last.offset);
             ++moved;
         }
         if (moved < step.block_count) {
@@ -564,6 +614,7 @@ uint32_t PrefixIndex::split_off(const Step& step, const uint64_t* hashes) {
         const Place next{from.run, from.offset + i};
         if (!can_follow(Place{number, i - 1}, next)) break;
         move_block(next, Place{number, i}, hashes[i]);
+        runs_[number].linked |= bit(i);
     }
     return number;
 }
@@ -571,8 +622,11 @@ uint32_t PrefixIndex::split_off(const Step& step, const uint64_t* hashes) {
 // For people and tests
 
 size_t PrefixIndex::heap_bytes() const {
-    size_t bytes = table_.heap_bytes() + runs_.capacity() * sizeof(Run) + free_runs_.capacity() * sizeof(uint32_t);
-    for (const Run& run : runs_) {
+    // Of very many runs some are looked at: whoever asks must not wait.
+    const size_t stride = runs_.size() / kRunsSized + 1;
+    size_t bytes = 0;
+    for (size_t number = 0; number < runs_.size(); number += stride) {
+        const Run& run = runs_[number];
         if (run.room > 0) bytes += run.room * sizeof(uint64_t) + 16;  // 16: what malloc adds
         if (run.lower) bytes += sizeof(*run.lower) + 16;
         for (size_t tier = 0; tier < kTierCount; ++tier) {
@@ -582,12 +636,14 @@ size_t PrefixIndex::heap_bytes() const {
             if (holders->parts) bytes += sizeof(*holders->parts) + holders->parts->capacity() * sizeof(Part) + 32;
         }
     }
+    bytes = bytes * stride + table_.heap_bytes() + runs_.capacity() * sizeof(Run) + free_runs_.capacity() * sizeof(uint32_t);
     for (const Worker& worker : workers_) bytes += sizeof worker + worker.run_list.capacity() * sizeof(uint32_t);
     return bytes;
 }
 
 void PrefixIndex::check() const {
     std::vector<std::array<size_t, kTierCount>> held(workers_.size());
+    std::vector<std::array<uint64_t, kTierCount>> sums(workers_.size());
     std::vector<size_t> entered(workers_.size());
     size_t live = 0, free = 0, lower = 0;
     for (uint32_t number = 0; number < runs_.size(); ++number) {
@@ -605,6 +661,7 @@ void PrefixIndex::check() const {
             size_t counted = 0;
             const auto count = [&](uint32_t worker, uint64_t mask) {
                 held[worker][tier] += popcount(mask);
+                for (uint64_t rest = mask; rest != 0; rest &= rest - 1) sums[worker][tier] += mixed(run.hashes[lowest(rest)]);
                 ++entered[worker];
                 if (tier > 0) ++lower;
                 const auto& listed = workers_[worker].run_list;
@@ -632,6 +689,11 @@ void PrefixIndex::check() const {
     for (size_t worker = 0; worker < workers_.size(); ++worker) {
         require(held[worker] == workers_[worker].held, "a worker's count of blocks is wrong");
         require(entered[worker] == workers_[worker].entered, "a worker's count of runs is wrong");
+        for (size_t tier = 0; tier < kTierCount; ++tier) {
+            const Told& told = workers_[worker].told[tier];
+            require(told.count >= held[worker][tier], "a worker holds more than it was told to");
+            require(forgotten_ > 0 || (told.count == held[worker][tier] && told.sum == sums[worker][tier]), "a worker's digest is wrong");
+        }
     }
 }
 

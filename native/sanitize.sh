@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the extension with the address and undefined-behaviour sanitizers beside the source tree, and runs its tests on that build:
-# the conformance kit, the state machine against the naive index, the differential hashing tests. Exits with pytest's status.
+# those of the transfer library, the conformance kit, the state machine against the naive index, the differential hashing tests. Exits with pytest's status.
 #
 #   PYTHON=.venv/bin/python native/sanitize.sh [more arguments for pytest]
 #
@@ -22,11 +22,11 @@ echo "building with -fsanitize=address,undefined"
 # shellcheck disable=SC2086
 "$compiler" -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -ffp-contract=off \
     -D_GLIBCXX_ASSERTIONS -fPIC -shared -fvisibility=hidden $includes \
-    "$root/native/module.cpp" "$root/native/prefix_index.cpp" -o "$work/src/polyphase/core/_native$suffix"
+    "$root"/native/*.cpp -o "$work/src/polyphase/core/_native$suffix"
 
 cd "$work"
 preload="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
 env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
     PYTHONPATH="$work/src:$work" "$python" -c 'from polyphase.core import native; print(native.status()); assert native.is_native()'
 env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-    PYTHONPATH="$work/src:$work" "$python" -m pytest -p no:cacheprovider tests/unit/router tests/unit/core "$@"
+    PYTHONPATH="$work/src:$work" "$python" -m pytest -p no:cacheprovider tests/unit/router tests/unit/core tests/unit/transfer "$@"

@@ -48,7 +48,7 @@ def first_of(stream: Stream[Completion], count: int) -> list[int]:
 
 def wait_until_complete(split: Deployment) -> None:
     split.wait_for(
-        lambda: len(split.health().get("models", {}).get("demo", {}).get("workers", {})) == 3, "the killed worker to be back", 60
+        lambda: len(split.health().get("models", {}).get("demo", {}).get("workers", {})) == 3, "the killed worker to be back", 100
     )
 
 
@@ -82,7 +82,7 @@ def test_a_killed_prefill_worker_is_not_noticed(split: Deployment, client: OpenA
     for thread in threads:
         thread.start()
     pid = split.workers()["prefill-0"].pid
-    split.wait_for(lambda: split.health()["models"]["demo"]["workers"]["prefill-0"]["running"] > 0, "the prefill worker to be busy", 10)
+    split.wait_for(lambda: split.health()["models"]["demo"]["workers"]["prefill-0"]["running"] > 0, "the prefill worker to be busy", 30)
     os.kill(pid, signal.SIGKILL)
     for thread in threads:
         thread.join(60)
@@ -101,7 +101,8 @@ def test_a_client_that_leaves_frees_everything(split: Deployment, client: OpenAI
         workers = split.health()["models"]["demo"]["workers"].values()
         return all(w["used_block_count"] == 0 and w["running"] == 0 for w in workers)
 
-    split.wait_for(is_free, "the abandoned request's blocks to be free", 10)
+    split.wait_for(lambda: split.record(request_id)["finish_reason"], "the frontend to notice", 30)
+    split.wait_for(is_free, "the abandoned request's blocks to be free", 30)
     record = split.record(request_id)
     assert record["finish_reason"] == "cancelled"
     assert record["completion_tokens"] < 4000
@@ -115,7 +116,7 @@ def test_without_workers_the_answer_is_503_at_once(tmp_path: Path) -> None:
         supervisor.send_signal(signal.SIGSTOP)  # so that it cannot start another one
         try:
             os.kill(worker.pid, signal.SIGKILL)
-            served.wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503, "the frontend to notice", 10)
+            served.wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503, "the frontend to notice", 30)
             answer = httpx.post(f"{served.url}/v1/completions", json={"model": "demo", "prompt": "x"}, timeout=10)
         finally:
             supervisor.send_signal(signal.SIGCONT)

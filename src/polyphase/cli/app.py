@@ -9,7 +9,9 @@ import typer
 from typer.core import TyperGroup
 
 from polyphase.cli.advisor_commands import add_advisor_commands
+from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
+from polyphase.wire.cards import Role
 
 
 class _Group(TyperGroup):
@@ -37,8 +39,28 @@ app = typer.Typer(
 
 _MODEL = "Processes and model"
 _SERVER = "Server"
+_ROUTER = "Router"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
+_QUEUE = "Waiting requests"
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from polyphase import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 Name = Annotated[str | None, typer.Option("--name", help="Which deployment, where several run on this machine.")]
 
@@ -57,16 +79,77 @@ def serve(
         str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]", rich_help_panel=_SERVER)
     ] = None,
     port: Annotated[str | None, typer.Option(metavar="PORT", help="[default: 8000]", rich_help_panel=_SERVER)] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Router: kv, least-loaded or round-robin. [default: kv]", rich_help_panel=_SERVER)
+    policy: Annotated[str | None, typer.Option(help="kv, least-loaded or round-robin. [default: kv]", rich_help_panel=_ROUTER)] = None,
+    router_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART=WEIGHT,…",
+            help="Reasons against a worker and what one unit of each weighs, in tokens of prefill, such as uncached=2,requests=50; "
+            "0 switches one off. polyphase router parts lists them. [default: the policy's]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    router_temperature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="0: the best worker; 1: one with half the score half as often. [default: 0]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    router_filters: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Filters of your own package, beside ours.", rich_help_panel=_ROUTER)
+    ] = None,
+    router_picker: Annotated[
+        str | None, typer.Option(metavar="NAME", help="best, or one of your own package. [default: best]", rich_help_panel=_ROUTER)
+    ] = None,
+    session_idle: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How long the router remembers where a session was. [default: 10min]", rich_help_panel=_ROUTER),
     ] = None,
     split_threshold: Annotated[
         str | None,
         typer.Option(
             metavar="TOKENS",
-            help="Prompts with fewer tokens to compute stay on the decode worker. [default: 256]",
-            rich_help_panel=_SERVER,
+            help="Split every prompt with so many tokens to compute. [default: from 256 on, where it pays]",
+            rich_help_panel=_ROUTER,
         ),
+    ] = None,
+    split_fraction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="And so do prompts of which less than this is to compute. [default: 0.3]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    kv_flow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: a split prompt's KV goes to the decode worker only when all of it is computed. [default: on]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=VALUE,…", help="Of the workers, such as zone=eu-1,rack=7; see docs/router.md.", rich_help_panel=_MODEL),
+    ] = None,
+    kv_events: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: the router goes by what it sent to a worker, not by what the worker tells. [default: on]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    predicted_lifetime: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How long it does, for workers that tell nothing. [default: 2min]", rich_help_panel=_ROUTER),
+    ] = None,
+    index_capacity: Annotated[
+        str | None,
+        typer.Option(metavar="BLOCKS", help="What the router's prefix index holds at most. [default: 4000000]", rich_help_panel=_ROUTER),
     ] = None,
     drain_timeout: Annotated[
         str | None,
@@ -74,6 +157,20 @@ def serve(
     ] = None,
     start_timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="Longest start, downloads included. [default: 10min]", rich_help_panel=_SERVER)
+    ] = None,
+    max_queued_requests: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="Wait here while every worker is saturated; 0: none. [default: 4096]", rich_help_panel=_QUEUE),
+    ] = None,
+    max_queued_per_tenant: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Of these, of one tenant. [default: no limit of its own]", rich_help_panel=_QUEUE)
+    ] = None,
+    max_queue_wait: Annotated[
+        str | None, typer.Option(metavar="TIME", help="What cannot begin by then gets 429. [default: 60s]", rich_help_panel=_QUEUE)
+    ] = None,
+    tenant_weights: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=WEIGHT,…", help="Shares while requests wait. [default: 1 each]", rich_help_panel=_QUEUE),
     ] = None,
     engine: Annotated[
         str | None, typer.Option(help="torch, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
@@ -146,6 +243,22 @@ def status(
 
 
 @app.command()
+def role(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as status shows it.")],
+    role: Annotated[Role, typer.Argument(help="What it is for from now on.", show_choices=True)],
+    force: Annotated[bool, typer.Option("--force", help="Even if nobody is left who decodes.")] = False,
+    name: Name = None,
+) -> None:
+    """Give a running worker another role. Its model stays loaded, and its requests go on, here or elsewhere.
+
+    Example: polyphase role decode-1 prefill
+    """
+    from polyphase.cli.role import change_role
+
+    change_role(worker, role, name, is_forced=force)
+
+
+@app.command()
 def explain(
     request_id: Annotated[
         str | None, typer.Argument(metavar="ID", help="Header x-request-id, or the answer's id. [default: the latest request]")
@@ -175,6 +288,9 @@ def chat(
     chat_in_terminal(url, name, ChatSettings(model=model, temperature=temperature, max_tokens=max_tokens, system=system))
 
 
+app.add_typer(router_commands, name="router")
+
+
 @app.command()
 def doctor() -> None:
     """Say what is missing on this machine, and how to mend it."""
@@ -189,6 +305,4 @@ add_advisor_commands(app)
 @app.command()
 def version() -> None:
     """Print the version."""
-    from polyphase import __version__
-
-    typer.echo(__version__)
+    _print_version(True)

@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polyphase.cli.conversation import CONVERSATION, MAX_TOKENS, SPLIT_THRESHOLD_TOKENS, SYSTEM_PROMPT, TEMPERATURE, VISITORS
+from polyphase.cli.conversation import (
+    CONVERSATION,
+    MAX_TOKENS,
+    SPLIT_THRESHOLD_TOKENS,
+    SYSTEM_PROMPT,
+    TEMPERATURE,
+    VISITORS,
+    OwnConversation,
+)
 from polyphase.cli.narrator import curl_example
 from polyphase.cli.serve import run_in_foreground
 from polyphase.config import format_bytes, load_serve_settings
@@ -113,13 +121,14 @@ class Visitor:
 async def hold_conversation(console: Console, visitor: Visitor) -> list[Record]:
     """One visitor, several turns, replies streamed to the terminal."""
     console.print("\n[bold]A conversation[/] [dim]through OpenAI's SDK; each turn sends all of it again[/]")
+    console.print(f"[dim]Where {SPLIT_THRESHOLD_TOKENS} tokens or more are new, a prefill worker reads them.[/]")
     messages: list[Any] = [{"role": "system", "content": SYSTEM_PROMPT}]
     records = []
     for question in CONVERSATION:
         messages.append({"role": "user", "content": question})
         console.print(Text.assemble(("you    ", "bold green"), question), soft_wrap=True)
         console.print(Text("model  ", "bold cyan"), end="")
-        answer, record = await visitor.ask(messages, lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
+        answer, record = await visitor.ask(messages, lambda piece: console.print(_indented(piece), end="", markup=False, soft_wrap=True))
         console.print()
         console.print(Text(f"       {route_phrase(record)}", "dim"), soft_wrap=True)
         messages.append({"role": "assistant", "content": answer})
@@ -128,21 +137,30 @@ async def hold_conversation(console: Console, visitor: Visitor) -> list[Record]:
 
 
 async def ask_all_at_once(console: Console, visitor: Visitor) -> list[Record]:
-    """Several visitors at the same time; they share the system prompt, and no worker gets them all."""
-    console.print(f"\n[bold]{len(VISITORS)} others at once[/] [dim]with the same system prompt[/]")
+    """Several visitors at the same time, each with a conversation of their own after the system prompt that they share."""
+    console.print(f"\n[bold]{len(VISITORS)} others at once,[/] [dim]each in a conversation of their own, under the same system prompt[/]")
     async with asyncio.TaskGroup() as tasks:
-        asked = [
-            tasks.create_task(visitor.ask([{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]))
-            for question in VISITORS
-        ]
+        asked = [tasks.create_task(visitor.ask(_messages_of(talk))) for talk in VISITORS]
     records = []
-    for question, task in zip(VISITORS, asked, strict=True):
+    for talk, task in zip(VISITORS, asked, strict=True):
         answer, record = task.result()
-        console.print(Text.assemble(("you    ", "bold green"), question), soft_wrap=True)
-        console.print(Text.assemble(("model  ", "bold cyan"), answer.strip()), soft_wrap=True)
+        console.print(Text.assemble(("you    ", "bold green"), talk.question), soft_wrap=True)
+        console.print(Text.assemble(("model  ", "bold cyan"), _indented(answer.strip())), soft_wrap=True)
         console.print(Text(f"       {route_phrase(record)}", "dim"), soft_wrap=True)
         records.append(record)
     return records
+
+
+def _messages_of(talk: OwnConversation) -> list[Any]:
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    for question, answer in talk.earlier:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": talk.question}]
+
+
+def _indented(text: str) -> str:
+    """Further lines begin below the first one's text."""
+    return text.replace("\n", "\n       ")
 
 
 def route_phrase(record: Record) -> str:

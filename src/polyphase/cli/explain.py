@@ -2,6 +2,7 @@
 
 a paragraph      which worker did what, why it and not the next best, what came of it
 candidates       all workers that might have had it, with the figures behind their scores
+costs            what each part of the router's policy made of these figures
 timeline         accepted, queued, sent, first token, handed over, transferred, ended
 """
 
@@ -25,7 +26,8 @@ TIMEOUT_S = 5.0
 Page = dict[str, Any]  # of /debug/requests/{id}
 LEGEND = (
     "score: 1 is best; cached: tokens of the prompt that the worker held; to do: tokens to compute, or to move where that is said; "
-    "queued: prompt tokens ahead; KV: blocks in use; tokens and figures as the router knew them"
+    "queued: prompt tokens ahead; KV: blocks in use; figures as the router knew them; each cost is such a figure times the weight of its "
+    "part (polyphase router parts), and the score is the lowest sum over the worker's own"
 )
 
 
@@ -85,6 +87,8 @@ def explanation(page: Page) -> Group:
     for number, route in enumerate(routes, start=1):
         title = f"Candidates of attempt {number} of {len(routes)}" if len(routes) > 1 else "Candidates"
         parts += [Text(title, "bold"), candidate_table(route)]
+        if any(row.get("costs") for leg in route["legs"] for row in leg["candidates"]):
+            parts += [Text(), Text("What each would cost, in tokens of prefill", "bold"), cost_table(route)]
     if routes:
         parts += [Text(LEGEND, "dim"), Text()]
     parts += [Text("Timeline", "bold"), timeline_table(page)]
@@ -96,7 +100,7 @@ def explanation(page: Page) -> Group:
 
 def in_words(page: Page) -> str:
     """A few sentences: what was asked, where it went, why there, what it cost, how it ended."""
-    sentences = [_what_was_asked(page)]
+    sentences = [_what_was_asked(page), *_how_long_it_waited(page)]
     for number, route in enumerate(page["routes"]):
         if number:
             sentences.append(f"That was broken off ({_trimmed(route['cause'])}), so another worker went on with {route['tokens']} tokens.")
@@ -112,6 +116,19 @@ def in_words(page: Page) -> str:
 def _what_was_asked(page: Page) -> str:
     choices = f", {page['choices']} sequences of which the first is told of here" if page["choices"] > 1 else ""
     return f"Request {page['id']} asked the model {page['model']} to go on from {_count(page['prompt_tokens'], 'prompt token')}{choices}."
+
+
+def _how_long_it_waited(page: Page) -> list[str]:
+    """In the frontend's queue, if it did."""
+    queued = next((moment for moment in page["timeline"] if moment["event"] == "queued"), None)
+    if queued is None:
+        return []
+    why = _trimmed(queued["detail"])
+    wait_ms = page["admission_wait_ms"]
+    if wait_ms is None:
+        return [f"It waits in the frontend's queue ({why})."]
+    then = "until a worker had room" if page["routes"] else "in vain"
+    return [f"It waited {wait_ms / 1e3:.2f} s in the frontend's queue {then} ({why})."]
 
 
 def _where_and_why(route: Page) -> list[str]:
@@ -134,17 +151,32 @@ def _why_this_worker(leg: Page, *, is_split: bool) -> str:
     if len(rows) == 1:
         return f"{worker} was the only one that could be chosen{role}: it {_facts(chosen)}."
     best = next(row for row in rows if row is not chosen)
-    if best["score"] >= chosen["score"]:
+    if best["score"] > chosen["score"]:
+        score = f"with a score of {chosen['score']:.3f} where the best, {best['worker']}, had {best['score']:.3f}"
+        return f"{worker} was drawn by chance{role}, {score}: it {_facts(chosen)}."
+    if best["score"] == chosen["score"]:
         return f"{worker} was chosen{role}: it {_facts(chosen)}; {best['worker']} was just as good, and equals take turns."
     others = leg["candidate_count"] - 2
     rest = f"; {_count(others, 'other')} had no better score than that" if others else ""
-    return f"{worker} was chosen{role} because it {_facts(chosen)}; the next best, {best['worker']}, {_facts(best)}{rest}."
+    next_best = f"the next best, {best['worker']}, {_facts(best)}{_difference(chosen, best)}"
+    return f"{worker} was chosen{role} because it {_facts(chosen)}; {next_best}{rest}."
+
+
+def _difference(chosen: Page, other: Page) -> str:
+    """Which part of the policy spoke most against the other one, in sums of costs."""
+    ours, theirs = chosen.get("costs") or {}, other.get("costs") or {}
+    if not theirs:
+        return ""
+    part = max(theirs, key=lambda name: theirs[name] - ours.get(name, 0.0))
+    return f" (cost {sum(ours.values()):.0f} against {sum(theirs.values()):.0f} tokens of prefill, most of the difference by {part})"
 
 
 def _facts(row: Page) -> str:
     """The figures behind a score: `held 32 prompt tokens in its cache and had to compute 480, with nothing queued before it …`."""
     verb = "had" if row["is_chosen"] else "would have had"
     held = f"held {_count(row['cached_tokens'], 'prompt token')} in its cache" if row["cached_tokens"] else "held nothing of the prompt"
+    if row.get("lower_tier_tokens"):
+        held += f" and {row['lower_tier_tokens']} below it"
     move = row.get("tokens_to_move")
     work = f"{verb} to compute {row['tokens_to_compute']}" if move is None else f"{verb} to be sent {move}"
     queued = row["queued_tokens"] if row["queued_tokens"] is not None else row["booked_prefill_tokens"]
@@ -212,6 +244,29 @@ def candidate_table(route: Page) -> Table:
             )
         if hidden := leg["candidate_count"] - len(leg["candidates"]):
             table.add_row("", f"… and {hidden} more", leg["leg"], style="dim")
+    return table
+
+
+def cost_table(route: Page) -> Table:
+    """One row per candidate and leg, a column for each part of the policy that cost any of them something."""
+    rows = [row for leg in route["legs"] for row in leg["candidates"]]
+    names = list(dict.fromkeys(name for row in rows for name in row.get("costs") or {}))
+    shown = [name for name in names if any((row.get("costs") or {}).get(name) for row in rows)]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for heading in ("", "worker", "for"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("sum", *shown):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        costs = row.get("costs") or {}
+        table.add_row(
+            "→" if row["is_chosen"] else "",
+            row["worker"],
+            {"both": "all"}.get(row["leg"], row["leg"]),
+            f"{sum(costs.values()):,.0f}",
+            *(f"{costs[name]:,.0f}" if name in costs else "-" for name in shown),
+            style="bold" if row["is_chosen"] else "",
+        )
     return table
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 from polyphase.config import format_bytes
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.launch import DeploymentRecord, find_deployment
+from polyphase.router import shortcomings
 from polyphase.runtime import Registry, WorkerClient
 from polyphase.wire.cards import WorkerStatus
 from polyphase.wire.requests import Question
@@ -59,33 +60,83 @@ async def _watch(record: DeploymentRecord, console: Console) -> None:
 
 
 async def _look(record: DeploymentRecord, width: int) -> Group:
-    answers, warnings = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
-    return _view(record, answers, warnings, width)
+    answers, remarks = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
+    return _view(record, answers, remarks, width)
 
 
 async def ask_frontend(url: str) -> list[str]:
-    """What the router has to complain of; nothing if there is no frontend, because the workers can be seen without one."""
+    """What waits there, and what the router has to complain of; nothing if there is no frontend: workers can be seen without one."""
     try:
         async with httpx.AsyncClient(timeout=ANSWER_TIMEOUT_S, trust_env=False) as client:
             page = (await client.get(f"{url}/health")).json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         log.debug("the frontend at %s tells nothing: %s", url, error)
         return []
-    return _warnings(page)
+    return [*_index(page), *_queues(page), *_warnings(page), *_streams(page)]
+
+
+def _index(page: Any) -> list[str]:
+    index = page.get("index") if isinstance(page, dict) else None
+    if not index:
+        return []
+    count, capacity, forgotten = index["block_count"], index["capacity"], index["forgotten_block_count"]
+    loss = f"; {format_count(forgotten)} were forgotten for want of room" if forgotten else ""
+    size = format_bytes(index["heap_bytes"])
+    return [f"prefix index ({index['kind']}): {format_count(count)} blocks of {format_count(capacity)} at most, {size}{loss}"]
+
+
+def _streams(page: Any) -> list[str]:
+    """One line for each worker whose event stream has been broken, or is."""
+    lines = []
+    for worker_id, worker in _workers(page):
+        stream = worker.get("stream")
+        if not stream or (stream["is_synced"] and not stream["gaps"] and not stream["drifts"]):
+            continue
+        state = "" if stream["is_synced"] else "not up to date; "
+        lines.append(
+            f"{worker_id}: event stream: {state}{stream['gaps']} gaps ({stream['repairs']} closed), "
+            f"{stream['drifts']} times drifted, {stream['snapshots']} snapshots"
+        )
+    return lines
+
+
+def _queues(page: Any) -> list[str]:
+    """One line for each queue in which something waits."""
+    models = page.get("models") if isinstance(page, dict) else None
+    return [_queue_line(name, queue) for name, model in sorted((models or {}).items()) for queue in model.get("queues", [])]
+
+
+def _queue_line(model: str, queue: dict[str, Any]) -> str:
+    count = queue["requests"]
+    waiting = f"{count} request{'s wait' if count > 1 else ' waits'}"
+    whom = "prefill worker" if queue["waits_for_prefill_worker"] else "worker"
+    left = queue["drain_time_s"]
+    pace = "" if left is None else f"; sent on within {format_age(left)}"
+    oldest = format_age(queue["oldest_wait_s"])
+    tokens = format_count(queue["prompt_tokens"])
+    return f"queue of {model}: {waiting} for a {whom} with room ({tokens} tokens), the longest for {oldest}{pace}"
 
 
 def _warnings(page: Any) -> list[str]:
+    workers = _workers(page)
+    stalls = [f"{worker_id}: stands still; its requests go to others" for worker_id, worker in workers if worker.get("is_stalled")]
+    drifts = [
+        f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
+        for worker_id, worker in workers
+        if worker.get("drift")
+    ]
+    return stalls + drifts
+
+
+def _workers(page: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Of all models, in the order of their names."""
     models = page.get("models") if isinstance(page, dict) else None
     workers = {
         worker_id: worker
         for model in (models.values() if isinstance(models, dict) else ())
         for worker_id, worker in model.get("workers", {}).items()
     }
-    return [
-        f"{worker_id}: cache predictions drift ({worker['drift']['reason']}): {worker['drift']['message']}"
-        for worker_id, worker in sorted(workers.items())
-        if worker.get("drift")
-    ]
+    return sorted(workers.items())
 
 
 async def ask_workers(run_folder: Path) -> Answers:
@@ -111,11 +162,12 @@ async def _ask(client: WorkerClient, worker_id: str) -> WorkerStatus | None:
     return answer if isinstance(answer, WorkerStatus) else None
 
 
-def _view(record: DeploymentRecord, answers: Answers, warnings: list[str], width: int) -> Group:
+def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width: int) -> Group:
     up_s = time.time() - record.started_unix_s
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
-    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(warning, "yellow") for warning in warnings))
+    notes = shortcomings(answer.entry.role for answer in answers.values() if answer is not None and not answer.entry.is_draining)
+    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(line, "yellow") for line in notes + remarks))
 
 
 def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:

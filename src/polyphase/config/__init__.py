@@ -3,8 +3,8 @@
 Read by the composition roots only: the command line and the launcher. Everything below them is given plain frozen values.
 """
 
-from polyphase.config.load import load_serve_settings
+from polyphase.config.load import ENVIRONMENT_PREFIX, load_serve_settings
 from polyphase.config.settings import ServeSettings
 from polyphase.config.units import format_bytes, parse_duration_s, parse_size_bytes
 
-__all__ = ["ServeSettings", "format_bytes", "load_serve_settings", "parse_duration_s", "parse_size_bytes"]
+__all__ = ["ENVIRONMENT_PREFIX", "ServeSettings", "format_bytes", "load_serve_settings", "parse_duration_s", "parse_size_bytes"]

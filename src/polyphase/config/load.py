@@ -1,6 +1,8 @@
 """Settings from flags, environment and file, in this order: what stands nearer to the person at the keyboard wins.
 
 --kv-memory 2GiB   >   POLYPHASE_KV_MEMORY=2GiB   >   kv_memory = "2GiB" in the file of --config   >   default
+
+In the file, a table may group settings: `weights = …` under `[router]` is `router_weights`; `settings.SECTIONS` says which.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from polyphase.config.settings import ServeSettings
+from polyphase.config.settings import SECTIONS, ServeSettings
 from polyphase.core.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "POLYPHASE_"
@@ -36,8 +38,8 @@ def load_serve_settings(flags: Mapping[str, object], environment: Mapping[str, s
         sources.update(source)
 
     if file is not None:
-        content = _read_toml(file)
-        take(content, {field: f"{field} in {file}" for field in content})
+        content, names = _read_toml(file)
+        take(content, {field: f"{names[field]} in {file}" for field in content})
     variables = {field: ENVIRONMENT_PREFIX + field.upper() for field in ServeSettings.model_fields}
     from_environment = {field: environment[name] for field, name in variables.items() if environment.get(name)}
     take(from_environment, {field: variables[field] for field in from_environment})
@@ -51,22 +53,36 @@ def load_serve_settings(flags: Mapping[str, object], environment: Mapping[str, s
         raise ConfigurationError(_sentence(error.errors()[0], sources)) from None
 
 
-def _read_toml(file: Path) -> dict[str, object]:
+def _read_toml(file: Path) -> tuple[dict[str, object], dict[str, str]]:
+    """Values by field, and what the file calls each."""
     try:
         content = tomllib.loads(file.read_text())
     except OSError as error:
         raise ConfigurationError(f"cannot read the configuration file {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{file} is not valid TOML: {error}") from None
-    settings = {}
-    for key, value in content.items():
-        field = key.replace("-", "_")
-        if field not in ServeSettings.model_fields:
-            near = difflib.get_close_matches(field, ServeSettings.model_fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ServeSettings.model_fields)}"
-            raise ConfigurationError(f"{file} sets {key!r}, which is not a setting; {hint}")
-        settings[field] = value
-    return settings
+    fields = dict(zip(ServeSettings.model_fields, ServeSettings.model_fields, strict=True))
+    settings: dict[str, object] = {}
+    names: dict[str, str] = {}
+
+    def take(entries: Mapping[str, object], known: Mapping[str, str], prefix: str) -> None:
+        for key, value in entries.items():
+            field = known.get(key.replace("-", "_"))
+            if field is None:
+                near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+                raise ConfigurationError(f"{file} sets '{prefix}{key}', which is not a setting; {hint}")
+            if field in settings:
+                raise ConfigurationError(f"{file} sets both {names[field]} and {prefix}{key}, which are the same; leave one out")
+            settings[field], names[field] = value, f"{prefix}{key}"
+
+    for section, known in SECTIONS.items():
+        table = content.pop(section, {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{section} in {file} is {table!r}; write it as a table, [{section}]")
+        take(table, known, f"{section}.")
+    take(content, fields, "")
+    return settings, names
 
 
 def _sentence(error: ErrorDetails, sources: Mapping[str, str]) -> str:

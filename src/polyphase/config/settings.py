@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from polyphase.config.router import parse_names, parse_pairs, parse_weights, parts_of
 from polyphase.config.units import parse_duration_s, parse_size_bytes
-from polyphase.router.policies import POLICIES
+from polyphase.core.errors import ConfigurationError
+from polyphase.router import PolicySettings, policy_of
+from polyphase.router.tenants import parse_tenant_weights
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,19}")
 MIN_KV_BYTES = 1024**2
@@ -19,12 +23,6 @@ def _check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name a deployment; use up to 20 lower-case letters, digits, - and _, for example demo-2")
     return name
-
-
-def _check_policy(policy: str) -> str:
-    if policy not in POLICIES:
-        raise ValueError(f"there is no router policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    return policy
 
 
 def _check_engine(engine: str) -> str:
@@ -45,8 +43,35 @@ def _check_model(model: str) -> str:
     return model
 
 
+def _parse_labels(given: object) -> dict[str, str]:
+    pairs = parse_pairs(given, "labels", "zone=eu-1,rack=7") if isinstance(given, str) else given
+    if not isinstance(pairs, Mapping | list):
+        raise ValueError(f"{given!r} are no labels; write for example zone=eu-1,rack=7")
+    labels = {str(name): str(value) for name, value in dict(pairs).items()}
+    if any("=" in name or "," in name or "," in value for name, value in labels.items()):
+        raise ValueError(f"{given!r} are no labels; names hold no = and nothing a comma, for example zone=eu-1,rack=7")
+    return labels
+
+
 Size = Annotated[int, BeforeValidator(parse_size_bytes), AfterValidator(_check_kv_bytes)]
 Duration = Annotated[float, BeforeValidator(parse_duration_s)]
+Weights = Annotated[dict[str, float], BeforeValidator(parse_tenant_weights)]
+
+
+# In a file, [router] groups these; each may also stand outside by its own name.
+SECTIONS: Mapping[str, Mapping[str, str]] = {
+    "router": {
+        "policy": "policy",
+        "weights": "router_weights",
+        "filters": "router_filters",
+        "picker": "router_picker",
+        "temperature": "router_temperature",
+        "session_idle": "session_idle",
+        "split_threshold": "split_threshold",
+        "split_fraction": "split_fraction",
+        "kv_flow": "kv_flow",
+    }
+}
 
 
 class ServeSettings(BaseModel):
@@ -64,8 +89,27 @@ class ServeSettings(BaseModel):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    policy: Annotated[str, AfterValidator(_check_policy)] = "kv"
-    split_threshold: int = Field(256, ge=0)  # tokens to compute from which prefill and decode are split
+    policy: str = "kv"
+    router_weights: Annotated[dict[str, float], BeforeValidator(parse_weights)] = {}  # of parts, in place of the policy's own
+    router_filters: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = ()  # besides those of every policy
+    router_picker: str = "best"
+    router_temperature: float = Field(0.0, ge=0, le=100)
+    session_idle: Duration = 600.0  # seconds; the router remembers for so long where a session was
+    split_threshold: int | None = Field(None, ge=0)  # tokens to compute from which prefill and decode are split; None: where it pays
+    split_fraction: float = Field(0.3, ge=0, le=1)  # of the prompt; where less is to compute, it is not split
+    kv_flow: bool = True  # a split prompt's KV goes to the decode worker while the rest of it is computed
+    labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = {}  # of this machine's workers, for example zone → eu-1
+
+    # What the router remembers of the blocks that workers hold.
+    kv_events: bool = True  # False: not what workers tell, but what was sent there, for predicted_lifetime
+    predicted_lifetime: Duration = Field(120.0, gt=0)  # seconds
+    index_capacity: int | None = Field(None, ge=1)  # blocks; None: 4 million
+
+    # What waits at the frontend while every worker is saturated.
+    max_queued_requests: int = Field(4096, ge=0)  # 0: nothing waits there
+    max_queued_per_tenant: int | None = Field(None, ge=1)
+    max_queue_wait: Duration = Field(60.0, gt=0)  # seconds
+    tenant_weights: Weights = Field(default_factory=dict)  # tenants that are not named weigh 1
 
     engine: Annotated[str, AfterValidator(_check_engine)] = "torch"
     device: str = "auto"
@@ -83,6 +127,18 @@ class ServeSettings(BaseModel):
 
     start_timeout: Duration = 600.0  # seconds; a first download from the hub counts
     drain_timeout: Duration = 30.0  # seconds; running requests get this long to finish
+
+    @property
+    def router_policy(self) -> PolicySettings:
+        return PolicySettings(self.policy, self.router_weights, self.router_temperature, self.router_filters, self.router_picker)
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> Self:
+        try:
+            policy_of(self.router_policy, parts_of(self.router_policy))
+        except ConfigurationError as error:
+            raise ValueError(error.message) from None
+        return self
 
     @model_validator(mode="after")
     def _check_roles(self) -> Self:

@@ -11,13 +11,25 @@
     │   └── UnsupportedMediaType       415
     ├── Refused                      correct, but not now: rejected before anything was started (429, 503)
     │   ├── NoWorkers                  503  nothing serves this model
-    │   ├── Overloaded                 429  every worker's queue is full
-    │   └── Draining                   503  this process is going away
-    ├── Lost                         started, and then broken off (500, 503, 504)
+    │   ├── Overloaded                 429  no worker can take it in time, and it had better not wait
+    │   │   └── Busier                 429  the worker has more to do than it was chosen for; with its true load, choose again
+    │   ├── Draining                   503  this process is going away
+    │   ├── RoleChanged                503  the worker has another role than the sender knew; between processes only
+    │   └── PartFailed                 500  a router part of somebody else's broke its contract
+    ├── Lost                         accepted, and then broken off (429, 500, 503, 504)
+    │   ├── Evicted                    429  while it waited in the queue; Retry-After
     │   ├── WorkerLost                 503  the worker died or went silent
+    │   │   └── ConnectionLost         503  it may be well, but what was said meanwhile is lost
     │   ├── EngineFailed               500  the engine raised while it computed
     │   └── DeadlineExceeded           504
     ├── TransferError                KV blocks could not be moved, or may not be used
+    │   ├── TransferRefused            the two sides cannot work together: no common backend, token, version or layout
+    │   ├── PeerLost                   the other agent died, went away or cannot be reached
+    │   ├── TransferTimeout            not done by its deadline
+    │   ├── StaleDescriptor            what it describes is gone: an earlier life of the peer, or blocks given to other content
+    │   └── TransferMisuse             a bug of the caller
+    │       ├── HandleReleased           used after its release, or released twice
+    │       └── ForeignDescriptor        a descriptor that belongs to another agent, session or region, or names no block of it
     ├── KvError                      the block pool was used against its rules: a bug
     ├── ConfigurationError           a flag, file or folder is wrong; the command ends with exit code 1
     │   └── ModelLoadError
@@ -117,12 +129,28 @@ class Overloaded(Refused):
     error_type = "rate_limit_error"
 
 
+class Busier(Overloaded):
+    code = "busier"
+
+
 class Draining(Refused):
     code = "draining"
 
 
+class RoleChanged(Refused):
+    code = "role_changed"
+
+
+class PartFailed(Refused):
+    code = "router_part_failed"
+    http_status = 500
+    is_retryable = False
+    error_type = "server_error"
+    stage = "routing"
+
+
 class Lost(PolyphaseError):
-    """Broken off after it had started."""
+    """Broken off after it had been accepted."""
 
     code = "lost"
     http_status = 500
@@ -130,9 +158,26 @@ class Lost(PolyphaseError):
     stage = "serving"
 
 
+class Evicted(Lost):
+    """Turned out of the queue after it had been let in. `retry_after_s` becomes the Retry-After header."""
+
+    code = "evicted"
+    http_status = 429
+    error_type = "rate_limit_error"
+    stage = "admission"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, request_id: str | None = None) -> None:
+        super().__init__(message, request_id=request_id)
+        self.retry_after_s = retry_after_s
+
+
 class WorkerLost(Lost):
     code = "worker_lost"
     http_status = 503
+
+
+class ConnectionLost(WorkerLost):
+    code = "connection_lost"
 
 
 class EngineFailed(Lost):
@@ -149,6 +194,36 @@ class TransferError(PolyphaseError):
     code = "transfer_failed"
     is_retryable = True
     stage = "transfer"
+
+
+class TransferRefused(TransferError):
+    code = "transfer_refused"
+    is_retryable = False
+
+
+class PeerLost(TransferError):
+    code = "peer_lost"
+
+
+class TransferTimeout(TransferError):
+    code = "transfer_timeout"
+
+
+class StaleDescriptor(TransferError):
+    code = "stale_descriptor"
+
+
+class TransferMisuse(TransferError):
+    code = "transfer_misuse"
+    is_retryable = False
+
+
+class HandleReleased(TransferMisuse):
+    code = "handle_released"
+
+
+class ForeignDescriptor(TransferMisuse):
+    code = "foreign_descriptor"
 
 
 class KvError(PolyphaseError):

@@ -4,6 +4,9 @@
     block    | b0           | b1           |     hash of the block's own tokens
     sequence | s0 = b0      | s1 = h(s0,b1)|     hash of everything up to here
 
+What makes equal tokens differ is hashed too: the namespace (tenant, LoRA adapter) in the seed of every block, media in the blocks that
+their placeholder tokens lie in.
+
 Sequence hashes are 64 bits wide: good enough to guess where a prefix is cached, not to prove it. Whoever *reuses* KV compares content
 keys instead: a chain of BLAKE3 digests, in which a collision, accidental or made on purpose, is not to be had.
 """
@@ -40,12 +43,34 @@ def _token_bytes(token_ids: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
+@dataclass(frozen=True, slots=True)
+class MediaSpan:
+    """An image, a sound or the like: which tokens of a prompt stand for it, and a 64-bit hash of its content."""
+
+    start: int
+    token_count: int
+    content_hash: int
+
+
+def namespace_of(cache_salt: str | None = None, lora: str | None = None) -> str | None:
+    """The `salt` for prompts of this tenant and adapter. Without an adapter it is the tenant's own salt; with one, no salt can equal it."""
+    if not lora:
+        return cache_salt or None
+    return f"\0lora:{len(lora)}:{lora}:{cache_salt or ''}"
+
+
 def root_seed(salt: str | None) -> int:
     """Seed of the block hashes of one namespace. `salt` holds what makes equal tokens differ: tenant, LoRA adapter, media."""
     return HASH_SEED if not salt else xxhash.xxh3_64_intdigest(salt.encode(), HASH_SEED)
 
 
-def hash_tokens(token_ids: Sequence[int], block_size: int, salt: str | None = None, parent: SequenceHash | None = None) -> TokenHashes:
+def hash_tokens(
+    token_ids: Sequence[int],
+    block_size: int,
+    salt: str | None = None,
+    parent: SequenceHash | None = None,
+    media: Sequence[MediaSpan] = (),
+) -> TokenHashes:
     """Block hashes and sequence hashes in one call.
 
     Args:
@@ -53,14 +78,16 @@ def hash_tokens(token_ids: Sequence[int], block_size: int, salt: str | None = No
         block_size: tokens in a block.
         salt: namespace; equal tokens under different salts hash differently.
         parent: sequence hash of what precedes `token_ids`; None at the start.
+        media: counted from the beginning of `token_ids`, in any order. Source: Dynamo appends their sorted hashes to a block's tokens.
 
     Raises: OverflowError if a token id does not fit, ValueError if `block_size` is not positive.
     Cost: 16-token blocks, about 0.05 µs each with the extension, 1 µs without.
     """
     _check_block_size(block_size)
     if native.extension is not None:
-        return TokenHashes(*native.extension.hash_tokens(token_ids, block_size, root_seed(salt), parent))
-    blocks = python_block_hashes(token_ids, block_size, salt)
+        extras = _extras(media, block_size, len(token_ids) // block_size) if media else None
+        return TokenHashes(*native.extension.hash_tokens(token_ids, block_size, root_seed(salt), parent, extras))
+    blocks = python_block_hashes(token_ids, block_size, salt, media)
     return TokenHashes(blocks, _chain(blocks, parent))
 
 
@@ -87,18 +114,37 @@ def sequence_hashes(
     return python_sequence_hashes(token_ids, block_size, salt, parent)
 
 
-def python_block_hashes(token_ids: Sequence[int], block_size: int, salt: str | None = None) -> list[BlockHash]:
+def python_block_hashes(
+    token_ids: Sequence[int], block_size: int, salt: str | None = None, media: Sequence[MediaSpan] = ()
+) -> list[BlockHash]:
     """`block_hashes` as it is without the extension: the truth that the extension is tested against."""
     seed = root_seed(salt)
     data = memoryview(_token_bytes(token_ids))
     width = 4 * block_size
-    return [BlockHash(xxhash.xxh3_64_intdigest(data[start : start + width], seed)) for start in range(0, len(data) - width + 1, width)]
+    hashes = [BlockHash(xxhash.xxh3_64_intdigest(data[start : start + width], seed)) for start in range(0, len(data) - width + 1, width)]
+    of_block: dict[int, bytes] = {}
+    for block, content_hash in _extras(media, block_size, len(hashes)):
+        of_block[block] = of_block.get(block, b"") + struct.pack("<Q", content_hash)
+    for block, extra in of_block.items():
+        hashes[block] = BlockHash(xxhash.xxh3_64_intdigest(bytes(data[block * width : (block + 1) * width]) + extra, seed))
+    return hashes
 
 
 def python_sequence_hashes(
     token_ids: Sequence[int], block_size: int, salt: str | None = None, parent: SequenceHash | None = None
 ) -> list[SequenceHash]:
     return _chain(python_block_hashes(token_ids, block_size, salt), parent)
+
+
+def _extras(media: Sequence[MediaSpan], block_size: int, block_count: int) -> list[tuple[int, int]]:
+    """(block, content hash) for each block that a span lies in, in order. Raises: ValueError for a span that is none."""
+    extras = []
+    for span in media:
+        if span.start < 0 or span.token_count < 1 or not 0 <= span.content_hash < 1 << 64:
+            raise ValueError(f"{span} is no part of a prompt: it begins at 0 or later, has a token or more, and a hash of 64 bits")
+        first, last = span.start // block_size, (span.start + span.token_count - 1) // block_size
+        extras += [(block, span.content_hash) for block in range(first, min(last + 1, block_count))]
+    return sorted(extras)
 
 
 def _chain(blocks: Sequence[BlockHash], parent: SequenceHash | None) -> list[SequenceHash]:

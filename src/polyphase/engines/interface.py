@@ -7,14 +7,16 @@ engine's own, so that the loop is never blocked for longer than a bookkeeping st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvLayout, KvOffer
 from polyphase.wire.requests import SequenceOutput, Submit
+from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,49 @@ class StepReport:
 class BlockSource(Protocol):
     """Blocks of another worker, opened and ready to be read."""
 
-    def read_blocks(self, block_ids: list[int], generations: list[int], into: memoryview) -> None:
-        """Copy whole blocks, in the given order and back to back, into `into` (`len(block_ids) * block_bytes` bytes, writable).
+    def read_blocks(self, block_ids: Sequence[int], generations: Sequence[int], into: BlockMemory, places: Sequence[int]) -> bytes:
+        """Copy whole blocks into the blocks `places` of `into`.
 
-        Raises: TransferError if a block has another generation after the copy, or the memory cannot be read; what
-            was written to `into` must then not be used.
+        Returns: a `transfer.Verdict` for each block; what is not DONE must not be used.
+        Raises: TransferError if nothing could be read; what was written must then not be used.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Own blocks that may be written now: for blocks `first_block` and following of a prefix."""
+
+    first_block: int
+    block_ids: Sequence[int]
+
+
+class PrefixImport(Protocol):
+    """KV of one request to come, on its way into this engine's prefix cache. All calls on the engine's loop.
+
+    Owner: whoever opened it closes it; what has arrived stays cached. Each room is settled exactly once, after `close` too.
+    """
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """The prompt goes on with these tokens."""
+
+    def reserve(self, first_block: int, end_block: int) -> Room | None:
+        """Room for some of the first missing blocks, up to `end_block`; never waits.
+
+        None: all are there, or blocks before `first_block` are missing, or others need the memory more.
+        """
+
+    def settle(self, room: Room, good_count: int, duration_ms: float) -> None:
+        """The first `good_count` blocks of the room hold what belongs there, and nobody writes to any of them any more."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+@runtime_checkable
+class KvImporter(Protocol):
+    """Optional ability: blocks of other workers are taken in beside the steps, ahead of the request that wants them."""
+
+    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport: ...
 
 
 class Engine(Protocol):
@@ -55,10 +94,15 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None:
         """End a request, free its blocks and its lease. The next report carries its `cancelled` output; unknown ids are ignored."""
 
-    def load(self) -> Load: ...
+    def hand_over(self, request_id: str) -> None:
+        """End a request so that it goes on elsewhere.
 
-    def cached_hashes(self) -> list[int]:
-        """Sequence hashes of all cached blocks: the truth that the KV events describe, as of the last report."""
+        After the step under way a report carries its `handed_over` output, with an offer of all blocks that it has computed, if others can
+        read them; a request that still waits with somebody else's offer gives that back unread. One that was submitted with `hand_over`
+        and is being computed leaves by itself when its prompt is done; unknown ids are ignored.
+        """
+
+    def load(self) -> Load: ...
 
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Step until cancelled; `on_step` is called on the loop after each step, also for steps that only free or cancel.
@@ -71,14 +115,16 @@ class Engine(Protocol):
 
 
 class KvExporter(Protocol):
-    """Optional ability: another worker on this host can read this engine's blocks."""
+    """Optional ability: other workers can read this engine's blocks."""
 
-    def pool_fd(self) -> int:
-        """File descriptor of the shared memory; stays the engine's own."""
+    @property
+    def kv_memory(self) -> BlockMemory:
+        """Where the blocks lie, to be registered with a transfer agent; stays the engine's own."""
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor: ...
+    @property
+    def kv_layout(self) -> KvLayout: ...
 
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
         """Tell the engine what to write into the offers it makes; called once, before `run`."""
 
     def release_lease(self, lease_id: str) -> None:

@@ -23,6 +23,7 @@ def build_app(services: Services, worker_router: WorkerRouter) -> ASGIApp:
     """The whole HTTP surface of one frontend."""
     pages = Pages(services, worker_router)
     services.metrics.watch_workers(worker_router.workers)
+    services.metrics.watch_index(worker_router.index_fill, services.streams)
     routes = Router(
         [
             Route("/v1/chat/completions", GenerationEndpoint(CHAT, services), methods=["POST"]),

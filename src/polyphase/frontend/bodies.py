@@ -42,11 +42,14 @@ class ClientGone(Exception):
 
 
 def check_content_type(scope: Scope) -> None:
-    """Raises: UnsupportedMediaType unless the body is said to be JSON."""
+    """Raises: UnsupportedMediaType unless the body is said to be JSON, as it is."""
     declared = header(scope, b"content-type") or ""
     kind = declared.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise UnsupportedMediaType(f"the content type must be application/json, not {declared[:100]!r}")
+    encoding = (header(scope, b"content-encoding") or "identity").strip().lower()
+    if encoding != "identity":
+        raise UnsupportedMediaType(f"the body must not be compressed; its content encoding is {encoding[:100]!r}")
 
 
 def header(scope: Scope, name: bytes) -> str | None:

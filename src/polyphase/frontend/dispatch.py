@@ -1,4 +1,4 @@
-"""Moves sequences through workers: route, submit, hand over, migrate, end. Everything that changes a flight is here.
+"""Moves sequences through workers: route, submit, hand over, migrate, end.
 
                  ┌────────────── broken off: worker lost, or failed in a way that another may not ──────────────┐
                  ▼                                                                                              │
@@ -6,7 +6,12 @@
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
-A worker that is full refuses in its first answer, with its true load: another one is tried at once, and that is no migration.
+These are the transitions. What router and workers are told is in `sending`, and who waits, in the queue or ahead of it, in `waiting`;
+nothing else changes a flight.
+
+A worker that is full, busier than it was believed to be, drains, or has taken another role refuses in its first answer: another choice is
+made at once, and that is no migration. Nor is it one when a worker hands a sequence back because it was asked to (`ask_to_hand_over`):
+its blocks go along.
 
 It is a state machine without tasks: each call (outputs, a worker's loss, a timer, a cancel) moves flights on at once and awaits nothing, so
 that a slow client cannot hold up a hand-over. Whatever is booked or leased for a flight is given back when it is over.
@@ -16,29 +21,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import DeadlineExceeded, Lost, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, WorkerLost
+from polyphase.core.errors import ConnectionLost, DeadlineExceeded, Draining, PolyphaseError, Refused, RoleChanged, WorkerLost
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.failures import error_of
-from polyphase.frontend.flight import NEVER, NOBODY, Flight, Job, Stage
-from polyphase.frontend.inbox import Arrival, End, Inbox
+from polyphase.frontend.flight import Flight, Job, Stage
+from polyphase.frontend.inbox import Arrival, End, Inbox, how_it_ended
 from polyphase.frontend.metrics import Metrics
-from polyphase.frontend.predictions import Prediction, Predictions
+from polyphase.frontend.predictions import Predictions
 from polyphase.frontend.records import SequenceRecord
+from polyphase.frontend.sending import Send, Sending
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Route, Router, RouteRequest
+from polyphase.frontend.terms import Terms
+from polyphase.frontend.waiting import Waiting
+from polyphase.frontend.waiting_room import WaitingRoom
+from polyphase.router import Router, is_refusal
 from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import Cancel, FinishReason, ReleaseLease, SequenceOutput, StepOutputs, ToWorker, WireFailure
+from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, StepOutputs, WireFailure
 
 log = logging.getLogger(__name__)
-
-RETRY_INTERVAL_S = 0.1
-FULL_FOR_NS = 1_000_000_000  # a worker that refused is asked again after its next load report, or after this time
-Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 
 
 class Dispatcher:
@@ -46,121 +49,133 @@ class Dispatcher:
 
     def __init__(self, router: Router, send: Send, metrics: Metrics, settings: FrontendSettings, clock: Clock | None = None) -> None:
         self._router = router
-        self._send = send
-        self._metrics = metrics
+        self.metrics = metrics
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self.predictions = Predictions(router, metrics, self._clock)
+        self._sending = Sending(router, send, metrics, self.predictions, self._clock, has_kv_flow=settings.kv_flow)
+        self.waiting_room = WaitingRoom(router, metrics, settings.admission, settings.migration_patience_s)
+        self._waiting = Waiting(self._sending, self.waiting_room, metrics, self._clock, self._finish)
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
-        self._by_wire_id: dict[RequestId, Flight] = {}
-        self._epochs: dict[WorkerId, Epoch] = {}
-        self._full: dict[WorkerId, int] = {}  # workers that refused, until when that is believed
 
     @property
     def active_count(self) -> int:
         return len(self._flights)
 
+    def now_ns(self) -> int:
+        return self._clock.now_ns()
+
     # What the caller does
 
-    def start(self, job: Job, inbox: Inbox) -> Flight:
-        """Send a sequence to a worker; what becomes of it arrives in `inbox`, an `End` last.
+    def start(self, jobs: Sequence[Job], inbox: Inbox, terms: Terms | None = None) -> list[Flight]:
+        """Send the sequences of one request to workers, or let them wait; what becomes of them arrives in `inbox`, an `End` each.
 
         Raises: NoWorkers, Overloaded. Then nothing is booked, and nothing arrives.
-        Owner: the caller calls `cancel` when it wants no more; afterwards nothing arrives.
+        Owner: the caller calls `cancel` for each when it wants no more; afterwards nothing arrives.
         """
-        flight = Flight(job, inbox, SequenceRecord(self._clock.now_ns()), self._metrics.of(job.model))
-        flight.record.history.note(flight.record.started_ns, "accepted")
-        self._flights[job.sequence_id] = flight
+        now_ns = self._clock.now_ns()
+        terms = terms or Terms.usual(self._settings, now_ns)
+        flights = [
+            Flight(job, inbox, SequenceRecord(now_ns), self.metrics.of(job.model), terms.deadline_ns, terms.leave_by_ns) for job in jobs
+        ]
+        for flight in flights:
+            flight.record.history.note(now_ns, "accepted")
+            self._flights[flight.job.sequence_id] = flight
         try:
-            self._depart(flight)
+            self._waiting.admit(flights, terms, now_ns)
         except Refused as refusal:
-            self._close(flight, f"refused: {refusal.message}")
+            for flight in flights:
+                self._close(flight, f"refused: {refusal.message}")
             raise
         loop = asyncio.get_running_loop()
-        flight.deadline = loop.call_later(self._settings.request_timeout_s, self._expire, flight)
-        return flight
+        for flight in flights:
+            flight.deadline = loop.call_later(max(terms.deadline_ns - now_ns, 0) / 1e9, self._expire, flight)
+        return flights
 
     def cancel(self, flight: Flight) -> None:
         """Stop it wherever it is, and give back what it holds. Idempotent; after its end nothing happens."""
         if not flight.is_over:
-            self._tell_worker_to_stop(flight)
+            self._sending.call_off(flight)
             self._close(flight)
+            self._waiting.let_in()
 
     def fail_all(self, error: PolyphaseError) -> None:
         """End every flight with this error; for a frontend that must go now."""
         for flight in list(self._flights.values()):
-            self._tell_worker_to_stop(flight)
+            self._sending.call_off(flight)
             self._finish(flight, End(error=error))
+        self._waiting.let_in()
 
     # What happens elsewhere
 
     def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
-        self._epochs[worker_id] = epoch
-        self._full.pop(worker_id, None)
+        self._sending.joined(worker_id, epoch)
+        self._waiting.let_in()
 
     def worker_reported(self, worker_id: WorkerId) -> None:
         """Its load is known again: if it refused before, the router judges anew."""
-        self._full.pop(worker_id, None)
+        self._sending.refusals.forget(worker_id)
+        self._waiting.let_in()
 
     def worker_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """This life of the worker is over: what it had goes on elsewhere."""
-        if self._epochs.get(worker_id) == epoch:
-            del self._epochs[worker_id]
+        self._sending.left(worker_id, epoch)
         for flight in list(self._flights.values()):
+            if flight.cut_from == (worker_id, epoch):
+                flight.cut_from = None
+                flight.failure_count += 1
             if flight.worker_id == worker_id and flight.epoch == epoch:
                 self._break_off(flight, WorkerLost(f"worker {worker_id} was lost while it served the request"))
+        self._waiting.let_in()
+
+    def connection_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
+        """Nobody knows which words between here and this worker were lost: what it had begins anew, at whichever worker."""
+        for flight in self._at(worker_id, epoch):
+            self._break_off(flight, ConnectionLost(f"the connection to worker {worker_id} broke"))
+        self._waiting.let_in()
+
+    def ask_to_hand_over(self, worker_id: WorkerId, epoch: Epoch, stages: Collection[Stage]) -> int:
+        """Ask this worker for the sequences there that are in one of these stages; each goes on elsewhere once it is handed over.
+
+        Returns: how many were asked for now; none is asked for twice.
+        """
+        asked_count = 0
+        for flight in self._at(worker_id, epoch):
+            if flight.stage in stages and not flight.is_leaving and self._sending.ask_back(flight):
+                asked_count += 1
+        return asked_count
+
+    def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
+        """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < self._settings.migration_limit]
+        for flight in leaving:
+            self._sending.call_off(flight)  # it may come round
+            self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
+        self._waiting.let_in()
+        return len(leaving)
+
+    def _at(self, worker_id: WorkerId, epoch: Epoch) -> list[Flight]:
+        return [
+            flight
+            for flight in self._flights.values()
+            if flight.worker_id == worker_id and flight.epoch == epoch and flight.stage in (Stage.PREFILL, Stage.SERVING)
+        ]
 
     def on_outputs(self, outputs: StepOutputs) -> None:
         now_ns = self._clock.now_ns()
         for output in outputs.outputs:
-            flight = self._by_wire_id.get(RequestId(output.request_id))
-            if flight is not None and flight.worker_id == outputs.worker_id and flight.epoch == outputs.epoch:
+            flight = self._sending.flight_of(output.request_id, outputs.worker_id, outputs.epoch)
+            if flight is not None:
                 self._on_output(flight, output, now_ns)
+        self._waiting.let_in()
 
     # Transitions
 
-    def _depart(self, flight: Flight) -> None:
-        """Route and submit; tries one worker after the other until one takes the message. Raises: NoWorkers, Overloaded."""
-        job = flight.job
-        hashes = flight.hashes()
-        while True:
-            started = time.perf_counter()
-            request = RouteRequest(
-                request_id=job.sequence_id,
-                model=job.model,
-                sequence_hashes=hashes,
-                prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
-                max_output_tokens=flight.remaining_tokens,
-                excluded=frozenset(worker for worker, epoch in flight.tried if self._epochs.get(worker) == epoch),
-            )
-            route = self._route_around_full_ones(request)
-            self._metrics.decision_s.observe(time.perf_counter() - started)
-            flight.route = route
-            self._rename(flight)
-            offer = self._usable_offer(flight)
-            # Where blocks wait to be taken, no second prefill is wanted.
-            splits = route.prefill is not None and offer is None
-            place = route.prefill if splits and route.prefill else route.decode
-            if route.prefill is not None and not splits:
-                self._router.mark_prefill_done(job.sequence_id)
-            flight.worker_id, flight.epoch = place.worker_id, place.epoch
-            now_ns = self._clock.now_ns()
-            flight.note_route(route, now_ns, is_split=splits)
-            flight.predictions = self._predictions_of(flight, route, now_ns)
-            try:
-                self._send(place.worker_id, flight.submit(hand_over=splits, offer=offer))
-            except WorkerLost as error:
-                log.warning("%s: %s", flight.wire_id, error.message)
-                flight.note_break(now_ns, error.message)
-                flight.tried.add((place.worker_id, place.epoch))
-                continue
-            flight.record.history.note(now_ns, "sent", place.worker_id, "to compute the prompt" if splits else "to serve it")
-            flight.stage = Stage.PREFILL if splits else Stage.SERVING
-            self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
-            return
-
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
+        if output.part is not None:
+            self._sending.pass_on(flight, output.part)
         if output.stats is not None:
+            self._note_pace(flight, output.stats, now_ns)
             flight.note_stats(output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
             if prediction is not None:
@@ -168,7 +183,7 @@ class Dispatcher:
         failed = output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
         if flight.stage is Stage.SERVING and not failed:
             flight.offer = None  # its reader has it, and releases it by itself
-        if output.failure is not None and output.failure.code == Overloaded.code and output.failure.is_retryable:
+        if output.failure is not None and output.failure.is_retryable and is_refusal(output.failure.code):
             self._turn_away(flight, output.failure, now_ns)
             return
         end: End | None = None
@@ -184,11 +199,25 @@ class Dispatcher:
         if output.token_ids or end is not None:
             self._take_tokens(flight, output, now_ns, end)
         if end is not None:
-            self._close(flight, _how(end))
+            self._close(flight, how_it_ended(end))
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
-            self._hand_over(flight, output.offer, now_ns)
+            if flight.stage is Stage.PREFILL and output.token_ids:
+                self._hand_over(flight, output.offer, now_ns)
+            else:
+                self._move(flight, output.offer, now_ns)
+
+    def _note_pace(self, flight: Flight, stats: PhaseStats, now_ns: int) -> None:
+        """What the first token at this worker says of its pace, and of the way of its blocks."""
+        took_ms = (now_ns - flight.sent_ns) / 1e6 - stats.queue_ms
+        moved = stats.transferred_token_count
+        if not moved:
+            known = len(flight.job.prompt_ids) + len(flight.emitted)
+            self._router.paces.note_prefill(flight.worker_id, known - stats.cached_token_count, took_ms)
+        elif flight.offer is not None:
+            source = WorkerId(flight.offer.worker_id)
+            self._router.paces.note_transfer(source, flight.worker_id, moved, stats.transfer_ms, took_ms - stats.transfer_ms)
 
     def _take_tokens(self, flight: Flight, output: SequenceOutput, now_ns: int, end: End | None) -> None:
         count = len(output.token_ids)
@@ -201,6 +230,7 @@ class Dispatcher:
             if gap_ms is not None:
                 flight.metrics.itl_s.observe(gap_ms / 1e3)
             flight.emitted += output.token_ids
+            flight.avoided.clear()
             flight.waits_until_ns = 0
         flight.inbox.put(Arrival(flight.job.index, output.token_ids, output.logprobs or [], end))
 
@@ -210,161 +240,101 @@ class Dispatcher:
         assert flight.route is not None
         self._router.mark_prefill_done(flight.job.sequence_id)
         place = flight.route.decode
-        if self._epochs.get(place.worker_id) == place.epoch:
-            flight.worker_id, flight.epoch, flight.stage = place.worker_id, place.epoch, Stage.SERVING
+        if not self._sending.lives(place.worker_id, place.epoch):
+            flight.worker_id, flight.epoch = place.worker_id, place.epoch
+            self._break_off(flight, WorkerLost(f"worker {place.worker_id} was lost before it could take the request over"))
+        elif not self._sending.is_as_chosen(flight, place.worker_id):
+            self._move(flight, offer, now_ns)
+        else:
             try:
-                self._send(place.worker_id, flight.submit(offer=offer))
+                self._sending.hand_over(flight, offer, now_ns)
             except WorkerLost as error:
                 self._break_off(flight, error)
-                return
-            flight.record.history.note(now_ns, "handed over", place.worker_id)
-            return
-        flight.worker_id, flight.epoch = place.worker_id, place.epoch
-        self._break_off(flight, WorkerLost(f"worker {place.worker_id} was lost before it could take the request over"))
+
+    def _move(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+        """Its worker has handed it back, unfinished and unharmed: on to another one, which may take what was computed."""
+        what = f"with {offer.token_count} tokens of KV" if offer is not None else "with nothing computed"
+        log.info("%s: leaves worker %s after %d tokens, %s", flight.wire_id, flight.worker_id, len(flight.emitted), what)
+        flight.record.history.note(now_ns, "moved", flight.worker_id, what)
+        flight.cause = self._why_moved(flight)
+        flight.record.moves += 1
+        flight.metrics.moves.inc()
+        flight.offer = offer
+        flight.stage = Stage.WAITING
+        flight.leave_by_ns = None
+        flight.waits_until_ns = now_ns + int(self._settings.move_patience_s * 1e9)
+        self._waiting.depart_again(flight, WorkerLost(f"worker {flight.worker_id} had to hand the request over"))
+
+    def _why_moved(self, flight: Flight) -> str:
+        facts = self._router.facts_of(flight.worker_id)
+        if facts is not None and facts.role is not flight.roles.get(flight.worker_id):
+            return f"worker {flight.worker_id} is a {facts.role} worker now"
+        return f"worker {flight.worker_id} drains" if facts is None or facts.is_draining else f"worker {flight.worker_id} handed it back"
 
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
-        flight.tried.add((flight.worker_id, flight.epoch))
+        if isinstance(cause, ConnectionLost):
+            flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
+        else:
+            flight.tried.add((flight.worker_id, flight.epoch))
         flight.note_break(self._clock.now_ns(), cause.message)
         if flight.remaining_tokens <= 0:  # all is there but the word that it ended
             self._finish(flight, End(FinishReason.LENGTH))
             return
-        if flight.record.migrations >= self._settings.migration_limit:
-            log.warning("%s: given up after %d migrations: %s", flight.wire_id, self._settings.migration_limit, cause.message)
+        if isinstance(cause, ConnectionLost):  # no fault of the request's, unless it turns out that the worker died
+            flight.cut_from = (flight.worker_id, flight.epoch)
+        elif flight.failure_count >= self._settings.migration_limit:
+            log.warning("%s: given up, %d workers failed it: %s", flight.wire_id, self._settings.migration_limit, cause.message)
             self._finish(flight, End(error=cause))
             return
+        else:
+            flight.failure_count += 1
         log.info("%s: goes on elsewhere after %d tokens: %s", flight.wire_id, len(flight.emitted), cause.message)
         flight.record.migrations += 1
         flight.metrics.migrations.inc()
         flight.stage = Stage.WAITING
+        flight.leave_by_ns = None
         flight.waits_until_ns = self._clock.now_ns() + int(self._settings.migration_patience_s * 1e9)
-        self._depart_again(flight, cause)
+        self._waiting.depart_again(flight, cause)
 
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
-        """The worker's queue is full: nobody's fault, and no migration. With its true load, another choice is made at once."""
+        """The worker cannot take it now: no fault, and no migration. With what the refusal says, another choice is made at once."""
         worker_id = flight.worker_id
         flight.record.history.note(now_ns, "refused", worker_id, failure.message)
-        self._metrics.refusals.labels(worker_id).inc()
-        self._full[worker_id] = now_ns + FULL_FOR_NS
+        self.metrics.refusals.labels(worker_id).inc()
+        self._sending.refusals.note(worker_id, failure.code, now_ns)
+        if failure.code == Draining.code:
+            flight.tried.add((worker_id, flight.epoch))
+        elif failure.code == RoleChanged.code:
+            flight.avoided.add(worker_id)  # until the registry's news is here, which is a matter of milliseconds
         if failure.load is not None:
             self._router.report_load(worker_id, flight.epoch, failure.load)
         flight.stage = Stage.WAITING
         if not flight.waits_until_ns:
             flight.waits_until_ns = now_ns + int(self._settings.migration_patience_s * 1e9)
-        self._depart_again(flight, error_of(failure))
-
-    def _route_around_full_ones(self, request: RouteRequest) -> Route:
-        """Raises: NoWorkers, Overloaded."""
-        if not self._full:
-            return self._router.route(request)
-        now_ns = self._clock.now_ns()
-        full = {worker_id for worker_id, until_ns in self._full.items() if until_ns > now_ns}
-        try:
-            return self._router.route(replace(request, excluded=request.excluded | full))
-        except NoWorkers:
-            if full <= request.excluded:
-                raise
-        names = ", ".join(sorted(full - request.excluded))
-        raise Overloaded(f"no worker has room; refused by {names} a moment ago", retry_after_s=2, request_id=request.request_id)
-
-    def _depart_again(self, flight: Flight, cause: PolyphaseError) -> None:
-        """As `_depart`, but a refusal is waited out for a while: the client has been promised an answer."""
-        flight.retry = None
-        try:
-            self._depart(flight)
-        except Refused as refusal:
-            flight.worker_id, flight.epoch = NOBODY, NEVER
-            # A worker that was lost may come back, and a full one may get room; one that failed would only fail again.
-            is_hopeless = isinstance(refusal, NoWorkers) and not isinstance(cause, WorkerLost)
-            if is_hopeless or self._clock.now_ns() >= flight.waits_until_ns:
-                # A worker's own refusal (its queue is full) is the better answer while nothing was sent to the client.
-                error = cause if isinstance(cause, Refused | RequestError) else _lost(cause, refusal)
-                self._finish(flight, End(error=error))
-                return
-            flight.retry = asyncio.get_running_loop().call_later(RETRY_INTERVAL_S, self._depart_again, flight, cause)
+        self._waiting.depart_again(flight, error_of(failure))
 
     def _expire(self, flight: Flight) -> None:
-        self._tell_worker_to_stop(flight)
-        seconds = self._settings.request_timeout_s
-        self._finish(flight, End(error=DeadlineExceeded(f"the request was not finished within {seconds:g} s")))
+        now_ns = self._clock.now_ns()
+        if not self._waiting.expire(flight, now_ns):
+            self._sending.call_off(flight)
+            seconds = (flight.deadline_ns - flight.record.started_ns) / 1e9
+            self._finish(flight, End(error=DeadlineExceeded(f"the request was not finished within {seconds:g} s")))
+        self._waiting.let_in()
 
     def _finish(self, flight: Flight, end: End) -> None:
         flight.inbox.put(Arrival(flight.job.index, end=end))
-        self._close(flight, _how(end))
+        self._close(flight, how_it_ended(end))
 
     def _close(self, flight: Flight, how: str = "cancelled") -> None:
         """It is over: booking, blocks that nobody took, names and timers go."""
+        now_ns = self._clock.now_ns()
         flight.stage = Stage.OVER
-        self._release_offer(flight)
-        flight.record.ended_ns = self._clock.now_ns()
-        flight.record.history.note(flight.record.ended_ns, "ended", detail=how)
-        self._router.release(flight.job.sequence_id)
+        self._waiting.leave(flight, now_ns)
+        self._sending.let_go(flight)
         self._flights.pop(flight.job.sequence_id, None)
-        self._by_wire_id.pop(flight.wire_id, None)
-        for timer in (flight.deadline, flight.retry):
-            if timer is not None:
-                timer.cancel()
-        flight.deadline = flight.retry = None
-
-    # Odds and ends
-
-    def _predictions_of(self, flight: Flight, route: Route, now_ns: int) -> dict[WorkerId, Prediction]:
-        """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
-        job = flight.job
-        return {
-            place.worker_id: Prediction(
-                worker_id=place.worker_id,
-                epoch=place.epoch,
-                routed_ns=now_ns,
-                hashes=job.hashes,
-                prompt_tokens=len(job.prompt_ids),
-                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
-                removed_before=self.predictions.removed_block_count(place.worker_id),
-                is_salted=job.cache_salt is not None,
-            )
-            for place in (route.prefill, route.decode)
-            if place is not None
-        }
-
-    def _rename(self, flight: Flight) -> None:
-        self._by_wire_id.pop(flight.wire_id, None)
-        flight.attempts += 1
-        suffix = f".{flight.attempts}" if flight.attempts > 1 else ""
-        flight.wire_id = RequestId(f"{flight.job.sequence_id}{suffix}")
-        self._by_wire_id[flight.wire_id] = flight
-
-    def _usable_offer(self, flight: Flight) -> KvOffer | None:
-        """The offer that is still open, if its owner lives and keeps it. Another's is given back."""
-        offer = flight.offer
-        if offer is None:
-            return None
-        if self._epochs.get(WorkerId(offer.worker_id)) == offer.epoch and self._clock.now_ns() < offer.expires_at_ns:
-            return offer
-        flight.offer = None
-        return None
-
-    def _tell_worker_to_stop(self, flight: Flight) -> None:
-        if flight.stage in (Stage.PREFILL, Stage.SERVING):
-            self._try_send(flight.worker_id, Cancel(flight.wire_id))
-
-    def _release_offer(self, flight: Flight) -> None:
-        """Nobody will read these blocks. (If somebody is at it just now, their generation tells it that they changed.)"""
-        offer, flight.offer = flight.offer, None
-        if offer is not None:
-            self._try_send(offer.worker_id, ReleaseLease(offer.lease_id))
-
-    def _try_send(self, worker_id: str, message: ToWorker) -> None:
-        try:
-            self._send(worker_id, message)
-        except WorkerLost as error:
-            log.debug("not sent: %s", error.message)
-
-
-def _how(end: End) -> str:
-    return f"error: {end.error.message}" if end.error is not None else str(end.finish_reason)
-
-
-def _lost(cause: PolyphaseError, refusal: Refused) -> PolyphaseError:
-    kind = type(cause) if isinstance(cause, Lost) else WorkerLost
-    what = "is full" if isinstance(refusal, Overloaded) else "is left to go on with it"
-    return kind(f"{cause.message}, and no other worker {what}: {refusal.message}")
+        flight.record.ended_ns = now_ns
+        flight.record.history.note(now_ns, "ended", detail=how)
+        if flight.deadline is not None:
+            flight.deadline.cancel()
+            flight.deadline = None

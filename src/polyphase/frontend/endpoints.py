@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from polyphase.frontend.bodies import ClientGone, check_content_type, discard_bo
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.door import Door
 from polyphase.frontend.generation import Generation, Order
+from polyphase.frontend.hints import RoutingHints
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models, ServedModel
 from polyphase.frontend.names import RequestNames
@@ -27,7 +28,9 @@ from polyphase.frontend.problems import InternalError, error_events, error_objec
 from polyphase.frontend.prompts import Prompt
 from polyphase.frontend.records import Records, RequestRecord, prefill_worker
 from polyphase.frontend.settings import FrontendSettings
+from polyphase.frontend.terms import Terms, terms_of
 from polyphase.frontend.validation import Wishes
+from polyphase.runtime import StreamView
 from polyphase.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class Services:
     metrics: Metrics
     settings: FrontendSettings
     door: Door = field(default_factory=Door)
+    streams: Callable[[], Mapping[str, StreamView]] = dict  # by worker id: how the event streams of those that are there do
 
 
 class GenerationEndpoint(Generic[RequestT]):
@@ -83,6 +87,7 @@ class GenerationEndpoint(Generic[RequestT]):
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received_ns = self._services.dispatcher.now_ns()
         check_content_type(scope)
         try:
             body = await read_body(scope, receive, self._services.settings)
@@ -90,7 +95,9 @@ class GenerationEndpoint(Generic[RequestT]):
             await _refuse_body(error, receive, send)
             return
         names: RequestNames = scope["state"]["names"]
-        order = await self._order(parse_body(body, self._surface.request), names)
+        request = parse_body(body, self._surface.request)
+        terms = terms_of(scope, request.user, self._services.settings, received_ns)
+        order = await self._order(request, names, terms, RoutingHints.of(scope, request))
         record = self._open_record(order, names)
         answer = AnswerFields(record.answer_id, order.model.name, record.created_unix_s)
         form = self._surface.format(answer, order.wishes, order.prompts, order.model.tokenizer)
@@ -102,11 +109,11 @@ class GenerationEndpoint(Generic[RequestT]):
                 else:
                     await self._answer(generation, form, send)
 
-    async def _order(self, request: RequestT, names: RequestNames) -> Order:
+    async def _order(self, request: RequestT, names: RequestNames, terms: Terms, hints: RoutingHints) -> Order:
         model = self._services.models.get(request.model)
         wishes = self._surface.wishes(request, model)
         prompts = await self._surface.prompts(request, wishes, model, self._services.settings)
-        return Order(names.internal, model, wishes, prompts)
+        return Order(names.internal, model, wishes, prompts, terms, hints)
 
     def _open_record(self, order: Order, names: RequestNames) -> RequestRecord:
         record = RequestRecord(

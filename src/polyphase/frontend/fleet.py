@@ -1,28 +1,30 @@
 """Who is there: turns the registry's news and the workers' event streams into what the router and the dispatcher know.
 
 registry ─► Joined ─ connect ─ ask for the card ─ same model as the others? ─► models, router, event stream
-            Updated (role, draining) ───────────────────────────────────────► router
+            Updated (role, draining) ───────────────────────────────────────► router, then what should move is moved
             Left ───────────────────────────────────────────────────────────► router, models; a moment later the dispatcher
+connection cut ─► a moment later: connect anew ─────────────────────────────► dispatcher
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, cast
 
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.core.ids import Epoch, SequenceHash, WorkerId
 from polyphase.frontend.dispatch import Dispatcher
+from polyphase.frontend.fleet_watch import FleetWatch
 from polyphase.frontend.models import Models, ServedModel, identity_of, without_tokenizer
 from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Router, WorkerFacts
-from polyphase.runtime import EventSubscriber, Joined, Left, RegistryChange, Updated, WorkerClient
+from polyphase.runtime import AskedHistory, EventSubscriber, Joined, Left, RegistryChange, StreamView, Updated, WorkerClient
 from polyphase.wire.cards import ModelCard, WorkerEntry
-from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.requests import Question, Snapshot, StepOutputs, ToWorker
+from polyphase.wire.events import Digests, KvEvent, Load, Tier
+from polyphase.wire.requests import Question, StepOutputs, ToWorker
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +44,33 @@ class Fleet:
         self._router = router
         self._models = models
         self._settings = settings
-        self._client = WorkerClient(self._on_outputs, name="frontend")
-        self._subscriber = EventSubscriber(self, self._fetch_snapshot)
+        self._client = WorkerClient(self._on_outputs, name="frontend", on_cut=self._on_cut)
+        self._subscriber = EventSubscriber(self, AskedHistory(self._client))
         self._entries: dict[str, WorkerEntry] = {}
         self._cards: dict[str, ModelCard] = {}  # of those that were admitted
         self._leaving: dict[str, tuple[Epoch, asyncio.TimerHandle]] = {}
         self._dispatcher: Dispatcher | None = None
+        self._watch: FleetWatch | None = None
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Raises: WorkerLost."""
         self._client.send(worker_id, message)
+        if self._watch is not None:
+            self._watch.note_sent(worker_id, message)
+
+    def streams(self) -> dict[str, StreamView]:
+        return self._subscriber.streams()
 
     async def run(self, dispatcher: Dispatcher) -> None:
         """Follow the registry until cancelled; then all connections are closed."""
         self._dispatcher = dispatcher
+        self._watch = FleetWatch(self._router, dispatcher, self._settings)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._client.run(), name="request-channel")
                 tasks.create_task(self._subscriber.run(), name="event-stream")
                 tasks.create_task(self._check_predictions(dispatcher), name="predictions")
+                tasks.create_task(self._watch.run(), name="fleet-watch")
                 async for change in self._registry.watch():
                     self._on_change(change, tasks)
         finally:
@@ -78,8 +88,12 @@ class Fleet:
             case Updated(entry):
                 self._entries[entry.worker_id] = entry
                 card = self._cards.get(entry.worker_id)
-                if card is not None:
-                    self._router.upsert_worker(_facts(entry, card))
+                before = self._router.facts_of(WorkerId(entry.worker_id))
+                if card is not None and before is not None:
+                    after = _facts(entry, card)
+                    self._router.upsert_worker(after)
+                    assert self._watch is not None
+                    self._watch.changed(before, after)
             case Left(worker_id, epoch):
                 entry_or_none = self._entries.get(worker_id)
                 if entry_or_none is not None and entry_or_none.epoch == epoch:
@@ -113,7 +127,10 @@ class Fleet:
         self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch))
         facts = _facts(self._entries[worker_id], card)
         self._router.upsert_worker(facts)
-        self._dispatcher.predictions.worker_joined(facts)
+        if self._router.follows_events(facts):
+            self._dispatcher.predictions.worker_joined(facts)
+        assert self._watch is not None
+        self._watch.joined(facts)
         self._subscriber.connect(entry)
         log.info("worker %s joined: %s, role %s", worker_id, entry.model, entry.role.value)
 
@@ -144,6 +161,8 @@ class Fleet:
         self._models.remove_worker(worker_id)
         assert self._dispatcher is not None
         self._dispatcher.predictions.worker_left(WorkerId(worker_id))
+        if self._watch is not None:
+            self._watch.left(WorkerId(worker_id))
         self._subscriber.disconnect(worker_id)
         timer = asyncio.get_running_loop().call_later(LAST_WORDS_S, self._forget, worker_id)
         self._leaving[worker_id] = (epoch, timer)
@@ -158,25 +177,48 @@ class Fleet:
         assert self._dispatcher is not None
         self._dispatcher.worker_lost(WorkerId(worker_id), epoch)
 
+    def _on_cut(self, worker_id: str) -> None:
+        """It died, which the registry is about to tell; or only the connection broke."""
+        entry = self._entries.get(worker_id)
+        if entry is not None:
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._reconnect, entry)
+
+    def _reconnect(self, entry: WorkerEntry) -> None:
+        """As another peer, so that the worker aborts what it still does for the earlier one: nobody knows what of it has arrived."""
+        if not self._is_current(entry) or entry.worker_id not in self._cards or self._dispatcher is None:
+            return
+        log.warning("the connection to worker %s broke; what it has goes on elsewhere, or there once more", entry.worker_id)
+        try:
+            self._client.connect(entry.worker_id, entry.request_endpoint)
+        except WorkerLost as error:
+            log.warning("%s", error.message)
+        self._dispatcher.connection_lost(WorkerId(entry.worker_id), Epoch(entry.epoch))
+
     def _on_outputs(self, outputs: StepOutputs) -> None:
         assert self._dispatcher is not None
+        if self._watch is not None:
+            self._watch.note_outputs(outputs)
         self._dispatcher.on_outputs(outputs)
-
-    async def _fetch_snapshot(self, worker_id: str) -> Snapshot:
-        answer = await self._client.ask(worker_id, Question.SNAPSHOT)
-        if isinstance(answer, Snapshot):
-            return answer
-        raise WorkerLost(f"worker {worker_id} answered the question for a snapshot with {type(answer).__name__}")
 
     async def _check_predictions(self, dispatcher: Dispatcher) -> None:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
-            dispatcher.predictions.check(self._subscriber.repair_count)
+            dispatcher.predictions.check(self._repair_count)
+
+    def _repair_count(self, worker_id: str) -> int:
+        counts = self._subscriber.counts(worker_id)
+        return counts.gaps + counts.drifts
 
     # runtime.EventSink
 
-    def on_snapshot(self, worker_id: str, epoch: int, hashes: list[int]) -> None:
-        self._router.replace_blocks(WorkerId(worker_id), Epoch(epoch), map(SequenceHash, hashes))
+    def on_reset(self, worker_id: str, epoch: int) -> None:
+        self._router.replace_blocks(WorkerId(worker_id), Epoch(epoch), ())
+
+    def on_held(self, worker_id: str, epoch: int, tier: Tier, hashes: Sequence[int]) -> None:
+        self._router.add_blocks(WorkerId(worker_id), Epoch(epoch), cast("Sequence[SequenceHash]", hashes), tier)
+
+    def digests(self, worker_id: str, epoch: int) -> Digests | None:
+        return self._router.digests(WorkerId(worker_id), Epoch(epoch))
 
     def on_events(self, worker_id: str, epoch: int, events: list[KvEvent]) -> None:
         self._router.apply(WorkerId(worker_id), Epoch(epoch), events)
@@ -187,6 +229,8 @@ class Fleet:
         self._router.report_load(WorkerId(worker_id), Epoch(epoch), load)
         assert self._dispatcher is not None
         self._dispatcher.predictions.note_load(WorkerId(worker_id), load)
+        if self._watch is not None:
+            self._watch.note_load(WorkerId(worker_id), load)
         self._dispatcher.worker_reported(WorkerId(worker_id))
 
 
@@ -201,5 +245,7 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_batch_tokens=card.max_batch_tokens,
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
+        publishes_events=card.publishes_events,
         is_draining=entry.is_draining,
+        labels=entry.labels,
     )

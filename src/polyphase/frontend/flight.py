@@ -2,25 +2,32 @@
 
         token_ids   | prompt | emitted so far |     what any worker needs to go on
 
-The dispatcher is the only one that changes a flight.
+Only the dispatcher changes a flight, with `sending` and `waiting`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.history import Attempt
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import ModelMetrics
 from polyphase.frontend.predictions import Prediction
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
-from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import PhaseStats, SamplingParams, StopConditions, Submit
+from polyphase.wire.cards import Role
+from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.requests import PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
+
+if TYPE_CHECKING:
+    from polyphase.frontend.waiting_room import Party
 
 NO_ID, NOBODY, NEVER = RequestId(""), WorkerId(""), Epoch(0)
 
@@ -39,12 +46,13 @@ class Job:
     stop: StopConditions
     cache_salt: str | None = None
     priority: int = 0
+    hints: RoutingHints = NO_HINTS
 
 
 class Stage(enum.Enum):
     PREFILL = "prefill"  # at a prefill worker, which will hand it over
     SERVING = "serving"  # at the worker that finishes it
-    WAITING = "waiting"  # broken off; no worker had room yet
+    WAITING = "waiting"  # no worker had room for it yet, or once more
     OVER = "over"
 
 
@@ -54,6 +62,8 @@ class Flight:
     inbox: Inbox
     record: SequenceRecord
     metrics: ModelMetrics
+    deadline_ns: int  # nobody awaits it later
+    leave_by_ns: int | None  # it must be with a worker by then; None: an answer was promised, and it waits until its deadline
     stage: Stage = Stage.WAITING
     emitted: list[int] = field(default_factory=list)
     wire_id: RequestId = NO_ID  # of the current attempt: late news of an earlier one cannot be taken for its own
@@ -63,11 +73,17 @@ class Flight:
     offer: KvOffer | None = None  # blocks for it that nobody is known to have taken yet
     attempts: int = 0
     tried: set[tuple[WorkerId, Epoch]] = field(default_factory=set)  # lives of workers that failed it
-    waits_until_ns: int = 0
+    avoided: set[WorkerId] = field(default_factory=set)  # whose role has just changed, so that the router's view of them is old
+    is_leaving: bool = False  # the worker was asked to hand it over
+    roles: dict[WorkerId, Role] = field(default_factory=dict)  # of the workers of the route, as known when it was chosen
+    waits_until_ns: int = 0  # for a worker to join, when none is left
     deadline: asyncio.TimerHandle | None = None
-    retry: asyncio.TimerHandle | None = None
+    party: Party | None = None  # while it waits in the queue
     predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
     cause: str | None = None  # why the latest attempt was broken off
+    sent_ns: int = 0  # to the worker that has it now
+    failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
+    cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
 
     @property
     def is_over(self) -> bool:
@@ -89,7 +105,15 @@ class Flight:
         parent = job.hashes[-1] if job.hashes else None
         return job.hashes + sequence_hashes(self.token_ids()[done:], job.block_size, job.cache_salt, parent)
 
-    def submit(self, *, hand_over: bool = False, offer: KvOffer | None = None) -> Submit:
+    def submit(
+        self,
+        now_ns: int,
+        *,
+        hand_over: bool = False,
+        with_parts: bool = False,
+        offer: KvOffer | None = None,
+        believed_prefill_tokens: int | None = None,
+    ) -> Submit:
         job = self.job
         return Submit(
             request_id=self.wire_id,
@@ -100,8 +124,35 @@ class Flight:
             cache_salt=job.cache_salt,
             priority=job.priority,
             hand_over=hand_over,
+            with_parts=with_parts,
             offer=offer,
+            for_role=self.roles.get(self.worker_id),
+            believed_prefill_tokens=believed_prefill_tokens,
+            remaining_ms=max((self.deadline_ns - now_ns) // 1_000_000, 1),
         )
+
+    def pull_ahead(self, part: KvPart) -> PullAhead:
+        size = self.job.block_size
+        token_ids = self.token_ids()[part.first_block * size : (part.first_block + len(part.block_ids)) * size]
+        return PullAhead(self.wire_id, token_ids, part, self.job.cache_salt)
+
+    def predict(self, route: Route, now_ns: int, removed_block_count: Callable[[WorkerId], int]) -> None:
+        """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
+        job = self.job
+        self.predictions = {
+            place.worker_id: Prediction(
+                worker_id=place.worker_id,
+                epoch=place.epoch,
+                routed_ns=now_ns,
+                hashes=job.hashes,
+                prompt_tokens=len(job.prompt_ids),
+                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
+                removed_before=removed_block_count(place.worker_id),
+                is_salted=job.cache_salt is not None,
+            )
+            for place in (route.prefill, route.decode)
+            if place is not None
+        }
 
     # For people who ask why
 

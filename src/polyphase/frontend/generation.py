@@ -16,11 +16,13 @@ from polyphase.frontend.assembly import Assembler, Piece
 from polyphase.frontend.bodies import ClientGone
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.flight import Flight, Job
+from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.inbox import Arrival, End, Inbox
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import ServedModel
 from polyphase.frontend.prompts import Prompt
 from polyphase.frontend.records import RequestRecord
+from polyphase.frontend.terms import Terms
 from polyphase.frontend.validation import Wishes
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class Order:
     model: ServedModel
     wishes: Wishes
     prompts: list[Prompt]
+    terms: Terms
+    hints: RoutingHints = NO_HINTS
 
 
 class Generation:
@@ -65,26 +69,32 @@ class Generation:
         return self._open_count == 0
 
     def start(self) -> None:
-        """Send every sequence on its way. Raises: NoWorkers, Overloaded; those already sent are cancelled when the block is left."""
+        """Send every sequence on its way, or let them wait. Raises: NoWorkers, Overloaded; then there is nothing to be cancelled."""
         order = self._order
-        is_single = self._open_count == 1
-        for index in range(self._open_count):
-            prompt = order.prompts[index // order.wishes.choice_count]
-            job = Job(
-                sequence_id=order.internal_id if is_single else RequestId(f"{order.internal_id}-{index}"),
-                index=index,
-                model=order.model.name,
-                block_size=order.model.card.block_size,
-                prompt_ids=prompt.token_ids,
-                hashes=prompt.hashes,
-                sampling=order.wishes.sampling_for(index),
-                stop=prompt.stop,
-                cache_salt=order.wishes.cache_salt,
-                priority=order.wishes.priority,
-            )
-            self._assemblers[index] = Assembler(order.model, prompt.token_ids, order.wishes)
-            flight = self._flights[index] = self._dispatcher.start(job, self._inbox)
+        jobs = [self._job(index) for index in range(self._open_count)]
+        for job in jobs:
+            self._assemblers[job.index] = Assembler(order.model, job.prompt_ids, order.wishes)
+        for flight in self._dispatcher.start(jobs, self._inbox, order.terms):
+            self._flights[flight.job.index] = flight
             self.record.sequences.append(flight.record)
+
+    def _job(self, index: int) -> Job:
+        order = self._order
+        prompt = order.prompts[index // order.wishes.choice_count]
+        is_single = self._open_count == 1
+        return Job(
+            sequence_id=order.internal_id if is_single else RequestId(f"{order.internal_id}-{index}"),
+            index=index,
+            model=order.model.name,
+            block_size=order.model.card.block_size,
+            prompt_ids=prompt.token_ids,
+            hashes=prompt.hashes,
+            sampling=order.wishes.sampling_for(index),
+            stop=prompt.stop,
+            cache_salt=order.wishes.cache_salt,
+            priority=order.wishes.priority,
+            hints=order.hints,
+        )
 
     async def next_pieces(self) -> list[Piece]:
         """What has come since the last call, one piece per choice; waits until something has.

@@ -24,7 +24,8 @@ class Moment:
     """`event` is one of a few words, `detail` a phrase for a person."""
 
     at_ns: int
-    event: str  # accepted | queued | refused | sent | first token | handed over | transferred | broken off | ended
+    # accepted | queued | admitted | refused | sent | first token | handed over | transferred | moved | broken off | ended
+    event: str
     worker: str | None = None
     detail: str | None = None
 
@@ -58,7 +59,7 @@ class Attempt:
         return self.route.prefill if self.is_split and self.route.prefill else self.route.decode
 
     def predicted_cached_tokens(self, placement: Placement) -> int:
-        return min(placement.overlap_block_count * self.block_size, self.token_count)
+        return placement.overlap_block_count * self.block_size
 
     def as_json(self, started_ns: int) -> dict[str, Any]:
         return {
@@ -119,6 +120,7 @@ def candidates_json(placement: Placement, token_count: int, block_size: int) -> 
             "worker": candidate.worker_id,
             "is_chosen": candidate.worker_id == placement.worker_id,
             "score": round(candidate.score, 4),
+            "costs": {name: round(cost, 1) for name, cost in candidate.costs},
             "overlap_blocks": candidate.overlap_block_count,
             **_tokens(candidate, placement.leg, token_count, block_size),
             "queued_tokens": candidate.queued_prefill_tokens,
@@ -132,7 +134,9 @@ def candidates_json(placement: Placement, token_count: int, block_size: int) -> 
 
 
 def _tokens(candidate: Candidate, leg: Leg, token_count: int, block_size: int) -> dict[str, int]:
-    cached = min(candidate.overlap_block_count * block_size, token_count)
-    # The last token is always computed: its output is wanted even if all is cached.
-    missing = max(token_count - cached, min(token_count, 1))
-    return {"cached_tokens": cached, "tokens_to_move" if leg is Leg.DECODE else "tokens_to_compute": missing}
+    """Cached on the device, resting in lower tiers, and what remains to be computed or, on a decode leg, moved."""
+    cached = candidate.overlap_block_count * block_size
+    if leg is Leg.DECODE:
+        return {"cached_tokens": cached, "tokens_to_move": token_count - cached}
+    held = cached if candidate.held_block_count is None else candidate.held_block_count * block_size
+    return {"cached_tokens": cached, "lower_tier_tokens": held - cached, "tokens_to_compute": token_count - held}

@@ -22,6 +22,11 @@ class End:
     error: PolyphaseError | None = None
 
 
+def how_it_ended(end: End) -> str:
+    """For the request's history."""
+    return f"error: {end.error.message}" if end.error is not None else str(end.finish_reason)
+
+
 @dataclass(slots=True)
 class Arrival:
     """New tokens of one sequence, and its end if it has come. `index` is the choice. Owner of the lists: this."""

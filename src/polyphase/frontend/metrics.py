@@ -5,13 +5,15 @@ Labels are the names of served models and of workers only: nothing a client writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from polyphase.router import WorkerView
+from polyphase.frontend.index_metrics import IndexCollector
+from polyphase.router import IndexFill, WorkerView
+from polyphase.runtime import StreamView
 
 PREFIX = "polyphase_frontend"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,7 +35,9 @@ class ModelMetrics:
         self.input_tokens = metrics.input_tokens.labels(model)
         self.output_tokens = metrics.output_tokens.labels(model)
         self.cached_tokens = metrics.cached_tokens.labels(model)
+        self.queue_wait_s = metrics.queue_wait_s.labels(model)
         self.migrations = metrics.migrations.labels(model)
+        self.moves = metrics.moves.labels(model)
         self.cancellations = metrics.cancellations.labels(model)
 
 
@@ -59,11 +63,25 @@ class Metrics:
         self.output_tokens = histogram("output_sequence_tokens", "Tokens generated for a request", _TOKENS)
         self.cached_tokens = histogram("cached_tokens", "Prompt tokens found in a prefix cache", _TOKENS)
         self.migrations = counter("model_migration", "Sequences taken up by another worker")
+        self.moves = counter("model_move", "Sequences handed over while they ran, because their worker drains or has another role")
         self.cancellations = counter("model_cancellation", "Requests whose client went away")
         self.rejections = counter("model_rejection", "Requests refused before anything was started, by error code", ("code",))
+        self.queued_requests = Gauge(
+            f"{PREFIX}_queued_requests", "Requests that wait here because every worker is saturated", by_model, registry=self.registry
+        )
+        self.queue_wait_s = histogram("queue_wait_seconds", "Of requests that had to wait here, until they were sent", _DURATION_S)
+        by_reason = ("model", "reason")
+        self.rejections_of_queue = counter("admission_rejections", "Requests that were not let wait, by reason", by_reason)
+        self.evictions = counter("admission_evictions", "Requests turned out of the queue, by reason", by_reason)
         self.routes = Counter("polyphase_router_routes", "Decisions of the router", ("model", "kind"), registry=self.registry)
         self.refusals = Counter(
             "polyphase_router_worker_refusals", "Requests that a worker sent back: its queue was full", ("worker",), registry=self.registry
+        )
+        self.role_changes = Counter(
+            "polyphase_router_role_changes", "Times that a living worker took another role", ("worker", "role"), registry=self.registry
+        )
+        self.stalls = Counter(
+            "polyphase_router_worker_stalls", "Times that a worker stood still though it was alive", ("worker",), registry=self.registry
         )
         predicted, reported = "polyphase_router_predicted_cached_tokens", "polyphase_router_reported_cached_tokens"
         self.predicted_cached_tokens = Counter(
@@ -94,6 +112,10 @@ class Metrics:
     def watch_workers(self, views: Callable[[], list[WorkerView]]) -> None:
         """Show what is booked on each worker and what it reports, as of each scrape."""
         self.registry.register(_WorkerCollector(views))
+
+    def watch_index(self, fill: Callable[[], IndexFill], streams: Callable[[], Mapping[str, StreamView]]) -> None:
+        """Show how full the prefix index is, and how the event streams do that it is filled from, as of each scrape."""
+        self.registry.register(IndexCollector(fill, streams))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

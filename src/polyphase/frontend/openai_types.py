@@ -45,13 +45,15 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     priority: int | None = None
     add_special_tokens: bool | None = None
 
-    # Accepted without effect: they concern billing, storage or safety at OpenAI, and clients send them habitually.
+    # What belongs together; see hints.py.
     user: str | None = None
+    prompt_cache_key: str | None = None
+
+    # Accepted without effect: they concern billing, storage or safety at OpenAI, and clients send them habitually.
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None  # the router sees by itself what is cached where
     prompt_cache_retention: str | None = None
 
 

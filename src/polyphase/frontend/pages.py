@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +13,9 @@ from polyphase.frontend.answers import encode
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import ServedModel
-from polyphase.router import Drift, Router, WorkerView
+from polyphase.frontend.waiting_room import LaneView
+from polyphase.router import Drift, Router, WorkerView, shortcomings
+from polyphase.runtime import StreamView
 
 LATEST_COUNT = 50
 
@@ -37,14 +40,25 @@ class Pages:
         """200 if a request would find a worker; 503 with the same page if not."""
         models: dict[str, dict[str, Any]] = {}
         can_serve = False
-        for view in self._router.workers():
+        streams = self._services.streams()
+        views = self._router.workers()
+        for view in views:
             workers = models.setdefault(view.facts.model, {"workers": {}})["workers"]
             drift = self._services.dispatcher.predictions.drifts.get(view.facts.worker_id)
-            workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift)}
-            can_serve = can_serve or not view.facts.is_draining
+            workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift), "stream": _stream(streams.get(view.facts.worker_id))}
+            can_serve = can_serve or _takes_requests(view)
+        for name, model in models.items():
+            model["notes"] = shortcomings(v.facts.role for v in views if v.facts.model == name and _takes_requests(v))
+        for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
+            models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))
         is_draining = self._services.door.is_closed
         status = "draining" if is_draining else "healthy" if can_serve else "unhealthy"
-        page = {"status": status, "active_requests": self._services.dispatcher.active_count, "models": models}
+        page = {
+            "status": status,
+            "active_requests": self._services.dispatcher.active_count,
+            "models": models,
+            "index": asdict(self._router.index_fill()),
+        }
         return _json(page, 200 if can_serve and not is_draining else 503)
 
     async def live(self, request: Request) -> Response:
@@ -85,6 +99,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         "role": facts.role.value,
         "epoch": facts.epoch,
         "is_draining": facts.is_draining,
+        "is_stalled": facts.is_stalled,
         "running": load.running_count if load else 0,
         "waiting": load.waiting_count if load else 0,
         "block_count": facts.block_count,
@@ -99,8 +114,26 @@ def _worker(view: WorkerView) -> dict[str, Any]:
     return page
 
 
+def _takes_requests(view: WorkerView) -> bool:
+    return not (view.facts.is_draining or view.facts.is_stalled)
+
+
+def _lane(lane: LaneView) -> dict[str, Any]:
+    return {
+        "waits_for_prefill_worker": lane.waits_for_prefill,
+        "requests": lane.requests,
+        "prompt_tokens": lane.tokens,
+        "oldest_wait_s": round(lane.oldest_wait_s, 3),
+        "drain_time_s": None if lane.drain_time_s is None else round(lane.drain_time_s, 3),
+    }
+
+
 def _drift(drift: Drift | None) -> dict[str, Any] | None:
     return None if drift is None else {"reason": drift.reason.value, "message": drift.message}
+
+
+def _stream(stream: StreamView | None) -> dict[str, Any] | None:
+    return None if stream is None else {"is_synced": stream.is_synced, **asdict(stream.counts)}
 
 
 def _json(page: Any, status: int = 200) -> Response:

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message
 
-from polyphase.core.errors import PolyphaseError, Refused
+from polyphase.core.errors import Evicted, PolyphaseError, Refused
 from polyphase.frontend.answers import DONE, encode
 
 
@@ -24,7 +24,7 @@ def error_object(error: PolyphaseError) -> dict[str, Any]:
 
 
 def error_headers(error: PolyphaseError) -> dict[str, str]:
-    return {"retry-after": str(error.retry_after_s)} if isinstance(error, Refused) else {}
+    return {"retry-after": str(error.retry_after_s)} if isinstance(error, Refused | Evicted) else {}
 
 
 def error_response(error: PolyphaseError, headers: dict[str, str] | None = None) -> Response:

@@ -22,6 +22,8 @@ class SequenceRecord:
 
     started_ns: int
     history: History = field(default_factory=History)
+    queued_ns: int = 0  # when it began to wait here for a worker with room; 0 if it did not
+    admitted_ns: int = 0  # when that was over
     stats: PhaseStats | None = None  # of the leg that computed the prompt
     transferred_tokens: int = 0
     kv_bytes_moved: int = 0
@@ -30,7 +32,8 @@ class SequenceRecord:
     first_token_ns: int = 0
     last_token_ns: int = 0
     gaps_ms: list[float] = field(default_factory=list)  # time between tokens, at this frontend
-    migrations: int = 0
+    migrations: int = 0  # after a worker was lost, failed or stood still
+    moves: int = 0  # handed over by a worker that drains or has another role
     ended_ns: int = 0
 
     @property
@@ -53,6 +56,14 @@ class SequenceRecord:
     @property
     def cached_tokens(self) -> int:
         return self.stats.cached_token_count if self.stats else 0
+
+    @property
+    def admission_wait_ms(self) -> float | None:
+        """Here, before it was first sent to a worker; None while it waits. A request that never waited has 0."""
+        if not self.queued_ns:
+            return 0.0
+        until_ns = self.admitted_ns or self.ended_ns
+        return (until_ns - self.queued_ns) / 1e6 if until_ns else None
 
     @property
     def ttft_ms(self) -> float | None:
@@ -116,11 +127,13 @@ class RequestRecord:
             "transferred_tokens": sum(sequence.transferred_tokens for sequence in self.sequences),
             "kv_bytes_moved": sum(sequence.kv_bytes_moved for sequence in self.sequences),
             "transfer_ms": _rounded(sum(sequence.transfer_ms for sequence in self.sequences)),
+            "admission_wait_ms": _rounded(first.admission_wait_ms) if first else None,
             "queue_ms": _rounded(first.stats.queue_ms) if first and first.stats else None,
             "completion_tokens": sum(sequence.completion_tokens for sequence in self.sequences),
             "ttft_ms": _rounded(first.ttft_ms) if first else None,
             "itl_ms_mean": _rounded(sum(gaps) / len(gaps)) if gaps else None,
             "itl_ms_p99": _rounded(gaps[math.ceil(0.99 * len(gaps)) - 1]) if gaps else None,
+            "moves": sum(sequence.moves for sequence in self.sequences),
             "migrations": sum(sequence.migrations for sequence in self.sequences),
             "choices": len(self.sequences),
             "finish_reason": self.finish_reason,

@@ -14,8 +14,10 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from polyphase.core.errors import ConfigurationError, Draining
+from polyphase.core.errors import ConfigurationError, Draining, InvalidRequest
+from polyphase.frontend.answers import encode
 from polyphase.frontend.endpoints import Services
+from polyphase.frontend.problems import error_object
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +27,21 @@ KEEP_ALIVE_S = 75
 SAME_WISH_S = 1.0
 
 
-class NoDelayProtocol(HttpToolsProtocol):
-    """Switches Nagle's algorithm off: with delayed acknowledgements it holds short answers back for 40 ms."""
+class FrontendProtocol(HttpToolsProtocol):
+    """Switches Nagle's algorithm off: with delayed acknowledgements it holds short answers back for 40 ms. Errors are OpenAI's, always."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         peer = transport.get_extra_info("socket")
         if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is not HTTP, or breaks its rules; the application never sees it."""
+        body = encode(error_object(InvalidRequest(msg)))
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -70,7 +79,7 @@ class HttpServer:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http=NoDelayProtocol,
+                http=FrontendProtocol,
                 ws="none",
                 lifespan="off",
                 access_log=False,

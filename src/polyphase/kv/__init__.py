@@ -5,9 +5,20 @@ plane never touches the memory that the blocks stand for: whoever does asks here
 """
 
 from polyphase.kv.cache import PrefixCache, SequenceBlocks
-from polyphase.kv.chain import PrefixChain
+from polyphase.kv.chain import BlockNames, GivenNames, PrefixChain
 from polyphase.kv.journal import EventJournal
 from polyphase.kv.leases import LeaseTable
+from polyphase.kv.ledger import Ledger
 from polyphase.kv.pool import BlockPool
 
-__all__ = ["BlockPool", "EventJournal", "LeaseTable", "PrefixCache", "PrefixChain", "SequenceBlocks"]
+__all__ = [
+    "BlockNames",
+    "BlockPool",
+    "EventJournal",
+    "GivenNames",
+    "LeaseTable",
+    "Ledger",
+    "PrefixCache",
+    "PrefixChain",
+    "SequenceBlocks",
+]

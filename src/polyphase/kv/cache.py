@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from polyphase.core.ids import BlockId
-from polyphase.kv.chain import PrefixChain
+from polyphase.kv.chain import BlockNames, PrefixChain
 from polyphase.kv.pool import BlockPool
 
 
@@ -22,7 +22,7 @@ class SequenceBlocks:
 
     __slots__ = ("block_ids", "chain", "named_count")
 
-    def __init__(self, chain: PrefixChain) -> None:
+    def __init__(self, chain: BlockNames) -> None:
         self.chain = chain
         self.block_ids: array[int] = array("q")
         self.named_count = 0  # leading blocks that need no name any more
@@ -57,6 +57,17 @@ class PrefixCache:
         keys = blocks.chain.keys
         limit = min(len(keys), (token_count - 1) // self.block_size)
         return token_count - self.block_size * bisect_left(range(limit), True, key=lambda place: not self.pool.holds(keys[place]))
+
+    def shared_beyond(self, blocks: SequenceBlocks, cached_count: int, other: SequenceBlocks, other_token_count: int) -> int:
+        """Full blocks that both sequences begin with, the first `cached_count` tokens left out, where the other one is not named yet.
+
+        Cost: O(log blocks): equal keys at one place mean equal prefixes.
+        """
+        keys, other_keys, first = blocks.chain.keys, other.chain.keys, cached_count // self.block_size
+        limit = min(len(keys), len(other_keys), other_token_count // self.block_size)
+        if first < other.named_count or first >= limit or keys[first] != other_keys[first]:
+            return 0
+        return bisect_left(range(first, limit), True, key=lambda place: keys[place] != other_keys[place])
 
     def admit(self, blocks: SequenceBlocks, token_count: int, spare_count: int) -> int | None:
         """Take blocks for all `token_count` known tokens, cached ones first.
@@ -94,8 +105,8 @@ class PrefixCache:
             return
         chain = blocks.chain
         chain.extend(token_ids)
-        for index in range(blocks.named_count, full_count):
-            self.pool.name(BlockId(blocks.block_ids[index]), chain.keys[index], chain.hashes[index])
+        fresh = slice(blocks.named_count, full_count)
+        self.pool.name_all(blocks.block_ids[fresh], chain.keys[fresh], chain.hashes[fresh])
         blocks.named_count = full_count
 
     def detach(self, blocks: SequenceBlocks) -> list[BlockId]:

@@ -1,11 +1,41 @@
-"""Names of the full blocks of one growing sequence of tokens: content keys for re-use, sequence hashes for the events."""
+"""Names of the full blocks of one growing sequence of tokens: content keys for re-use, sequence hashes for the events.
+
+They follow from the tokens; a simulation that has no tokens gives them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from polyphase.core.hashing import next_content_key, root_key, sequence_hashes
 from polyphase.core.ids import ContentKey, SequenceHash
+
+
+class BlockNames(Protocol):
+    """In the order of the blocks; there may be more of them than full blocks."""
+
+    @property
+    def keys(self) -> Sequence[ContentKey]: ...
+
+    @property
+    def hashes(self) -> Sequence[SequenceHash]: ...
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Afterwards every full block of `token_ids`, the whole sequence, has its names."""
+
+
+class GivenNames:
+    """Of all blocks that a sequence will ever fill, known before its tokens are. Owner: the lists may be shared, nobody changes them."""
+
+    __slots__ = ("hashes", "keys")
+
+    def __init__(self, keys: Sequence[ContentKey], hashes: Sequence[SequenceHash]) -> None:
+        self.keys = keys
+        self.hashes = hashes
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """All names are there."""
 
 
 class PrefixChain:

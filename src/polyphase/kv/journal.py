@@ -6,55 +6,58 @@ with its last, so that a listener who believes the events never misses a prefix 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from polyphase.core.ids import SequenceHash
 from polyphase.wire.events import BlocksRemoved, BlocksStored, KvEvent
 
 
 class EventJournal:
-    """Collects changes until they are taken; remembers what a listener who has taken all of them believes."""
+    """Collects changes until they are taken."""
 
     def __init__(self) -> None:
         self._holders: dict[SequenceHash, int] = {}
         self._pending: list[tuple[bool, list[int]]] = []  # (stored?, hashes): runs of one kind
-        self._announced: set[int] = set()
 
-    def stored(self, sequence_hash: SequenceHash) -> None:
-        holders = self._holders.get(sequence_hash, 0)
-        self._holders[sequence_hash] = holders + 1
-        if holders == 0:
-            self._note(True, sequence_hash)
+    def stored(self, hashes: Iterable[SequenceHash]) -> None:
+        """Blocks with these hashes have been named."""
+        all_holders, fresh = self._holders, list[int]()
+        for sequence_hash in hashes:
+            holders = all_holders.get(sequence_hash, 0)
+            all_holders[sequence_hash] = holders + 1
+            if holders == 0:
+                fresh.append(sequence_hash)
+        self._note(True, fresh)
 
-    def removed(self, sequence_hash: SequenceHash) -> None:
-        holders = self._holders[sequence_hash]
-        if holders > 1:
-            self._holders[sequence_hash] = holders - 1
-        else:
-            del self._holders[sequence_hash]
-            self._note(False, sequence_hash)
+    def removed(self, hashes: Iterable[SequenceHash]) -> None:
+        """Blocks with these hashes have lost their names."""
+        all_holders, gone = self._holders, list[int]()
+        for sequence_hash in hashes:
+            holders = all_holders.pop(sequence_hash)
+            if holders > 1:
+                all_holders[sequence_hash] = holders - 1
+            else:
+                gone.append(sequence_hash)
+        self._note(False, gone)
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
 
     def take(self) -> list[KvEvent]:
         """The events since the last call, oldest first."""
-        events: list[KvEvent] = []
-        for is_stored, hashes in self._pending:
-            if is_stored:
-                self._announced.update(hashes)
-                events.append(BlocksStored(hashes))
-            else:
-                self._announced.difference_update(hashes)
-                events.append(BlocksRemoved(hashes))
+        events: list[KvEvent] = [BlocksStored(hashes) if is_stored else BlocksRemoved(hashes) for is_stored, hashes in self._pending]
         self._pending = []
         return events
-
-    def announced(self) -> list[int]:
-        """All hashes that the events taken so far say are cached."""
-        return list(self._announced)
 
     def held(self) -> set[SequenceHash]:
         """All hashes that are cached now, the pending events included."""
         return set(self._holders)
 
-    def _note(self, is_stored: bool, sequence_hash: SequenceHash) -> None:
+    def _note(self, is_stored: bool, hashes: list[int]) -> None:
+        if not hashes:
+            return
         if self._pending and self._pending[-1][0] is is_stored:
-            self._pending[-1][1].append(sequence_hash)
+            self._pending[-1][1].extend(hashes)
         else:
-            self._pending.append((is_stored, [sequence_hash]))
+            self._pending.append((is_stored, hashes))

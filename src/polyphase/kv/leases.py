@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from polyphase.core.errors import KvError
@@ -35,6 +36,10 @@ class LeaseTable:
     def block_count(self) -> int:
         """Blocks under lease; one that is leased twice counts once."""
         return len(self._block_uses)
+
+    def pinned(self) -> Iterable[BlockId]:
+        """Blocks under lease, each once."""
+        return self._block_uses.keys()
 
     @property
     def next_expiry_ns(self) -> int | None:

@@ -57,14 +57,17 @@ class BlockPool:
         if count > self.available_count:
             raise KvError(f"{count} blocks asked of a pool with {self.available_count} available of {self.block_count}")
         taken: list[BlockId] = []
-        for _ in range(count):
-            if self._free:
-                block_id = self._free.pop()
-            else:
-                block_id, _ = self._idle.popitem(last=False)
-                self._unname(block_id)
-            self._references[block_id] = 1
-            taken.append(block_id)
+        if count and self._free:
+            taken = self._free[-count:]
+            del self._free[-count:]
+            taken.reverse()
+        if len(taken) < count:
+            evicted = [self._idle.popitem(last=False)[0] for _ in range(count - len(taken))]
+            self._unname(evicted)
+            taken += evicted
+        references = self._references
+        for block_id in taken:
+            references[block_id] = 1
         return taken
 
     def retain(self, block_ids: Iterable[BlockId]) -> None:
@@ -84,36 +87,43 @@ class BlockPool:
 
         Raises: KvError if a block has no reference.
         """
+        all_references, names, idle, free = self._references, self._names, self._idle, self._free
         for block_id in reversed(block_ids):
-            references = self._references[block_id]
+            references = all_references[block_id]
             if references == 0:
                 raise KvError(f"block {block_id} is released more often than it was taken")
-            self._references[block_id] = references - 1
+            all_references[block_id] = references - 1
             if references == 1:
-                if block_id in self._names:
-                    self._idle[block_id] = None
+                if block_id in names:
+                    idle[block_id] = None
                 else:
-                    self._free.append(block_id)
+                    free.append(block_id)
 
     def name(self, block_id: BlockId, key: ContentKey, sequence_hash: SequenceHash) -> bool:
         """Make a fully computed block findable under `key`. Returns False if another block already has that name."""
-        if self._references[block_id] == 0:
-            raise KvError(f"block {block_id} is named although nobody refers to it")
-        if block_id in self._names:
-            raise KvError(f"block {block_id} is named a second time")
-        if key in self._by_key:
-            return False
-        self._by_key[key] = block_id
-        self._names[block_id] = (key, sequence_hash)
-        self.journal.stored(sequence_hash)
-        return True
+        return self.name_all([block_id], [key], [sequence_hash]) == 1
+
+    def name_all(self, block_ids: Sequence[int], keys: Sequence[ContentKey], hashes: Sequence[SequenceHash]) -> int:
+        """As `name`, for the blocks of a prefix from its first to its last; returns how many got their names."""
+        names, by_key, references = self._names, self._by_key, self._references
+        named: list[SequenceHash] = []
+        for place, key, sequence_hash in zip(block_ids, keys, hashes, strict=True):
+            block_id = BlockId(place)
+            if references[block_id] == 0:
+                raise KvError(f"block {block_id} is named although nobody refers to it")
+            if block_id in names:
+                raise KvError(f"block {block_id} is named a second time")
+            if key not in by_key:
+                by_key[key] = block_id
+                names[block_id] = (key, sequence_hash)
+                named.append(sequence_hash)
+        self.journal.stored(named)
+        return len(named)
 
     def disown(self, block_ids: Iterable[BlockId]) -> list[BlockId]:
         """Take the names from those blocks that only the caller refers to, because what they hold is not to be trusted; returns these."""
         sole = [block_id for block_id in block_ids if self._references[block_id] == 1]
-        for block_id in sole:
-            if block_id in self._names:
-                self._unname(block_id)
+        self._unname([block_id for block_id in sole if block_id in self._names])
         return sole
 
     def match(self, keys: Iterable[ContentKey]) -> list[BlockId]:
@@ -151,7 +161,10 @@ class BlockPool:
         if broken:
             raise KvError("block pool is inconsistent; not true any more: " + "; ".join(broken))
 
-    def _unname(self, block_id: BlockId) -> None:
-        key, sequence_hash = self._names.pop(block_id)
-        del self._by_key[key]
-        self.journal.removed(sequence_hash)
+    def _unname(self, block_ids: Iterable[BlockId]) -> None:
+        gone: list[SequenceHash] = []
+        for block_id in block_ids:
+            key, sequence_hash = self._names.pop(block_id)
+            del self._by_key[key]
+            gone.append(sequence_hash)
+        self.journal.removed(gone)

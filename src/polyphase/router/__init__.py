@@ -4,49 +4,77 @@ In come worker facts, KV events, load reports and route requests; out go routes 
 socket or task: the frontend feeds it and acts on what it says.
 """
 
+from polyphase.router.admission import AdmissionQueue, AdmissionSettings, EvictReason, Queued, Rejected, RejectReason
 from polyphase.router.bookings import Booked, Bookings
+from polyphase.router.coverage import shortcomings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
+from polyphase.router.fair_share import Ticket
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
-from polyphase.router.policies import POLICIES
+from polyphase.router.parts import BUILT_IN, Parts
+from polyphase.router.policies import FILTERS, POLICIES, policy_of
+from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
     Candidate,
+    IndexFill,
+    IndexSettings,
     Leg,
     Overlaps,
     Placement,
+    PolicySettings,
     PrefixIndex,
     Route,
     RouteRequest,
     RouterSettings,
+    SessionRule,
     SplitRule,
     WorkerFacts,
     WorkerView,
 )
 
 __all__ = [
+    "BUILT_IN",
+    "FILTERS",
     "POLICIES",
+    "AdmissionQueue",
+    "AdmissionSettings",
     "Booked",
     "Bookings",
     "Candidate",
     "Drift",
     "DriftReason",
     "DriftWatch",
+    "EvictReason",
+    "IndexFill",
+    "IndexSettings",
     "Leg",
     "NaivePrefixIndex",
     "Overlaps",
+    "Parts",
     "Placement",
+    "PolicySettings",
     "PredictedPrefixIndex",
     "PrefixIndex",
+    "Queued",
+    "Refusals",
+    "RejectReason",
+    "Rejected",
     "Route",
     "RouteRequest",
     "Router",
     "RouterSettings",
     "Sample",
+    "SessionRule",
     "SplitRule",
     "StreamFacts",
+    "Ticket",
     "WorkerFacts",
     "WorkerView",
+    "believed_tokens",
     "default_index",
+    "is_refusal",
     "native_index",
+    "policy_of",
+    "shortcomings",
 ]

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from polyphase.core.ids import RequestId, WorkerId
 
 
-@dataclass(frozen=True, slots=True)
-class LegBooking:
+class LegBooking(msgspec.Struct, frozen=True):
     """What one leg of a request will take at one worker. The prefill leg of a split request ends with its prefill."""
 
     worker_id: WorkerId
@@ -154,9 +155,10 @@ class Bookings:
         ledger = self._ledgers.get(worker_id)
         return ledger.all if ledger else Booked()
 
-    def unreported_of(self, worker_id: WorkerId) -> Booked:
+    def sums_of(self, worker_id: WorkerId) -> tuple[Booked, Booked]:
+        """All that is booked there, and the unreported share of it."""
         ledger = self._ledgers.get(worker_id)
-        return ledger.unreported if ledger else Booked()
+        return (ledger.all, ledger.unreported) if ledger else (Booked(), Booked())
 
     def total(self) -> Booked:
         """Over all workers; zero when no request is under way. A split request counts once per leg."""

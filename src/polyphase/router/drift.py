@@ -55,9 +55,7 @@ class Sample:
     is_salted: bool = False
 
     def verdict(self, block_size: int) -> Verdict:
-        # An engine leaves at least one token to compute, and so does not use a last block that ends with the prompt.
-        usable = max(self.prompt_tokens - 1, 0) // block_size * block_size
-        predicted, reported = min(self.predicted, usable), min(self.reported, usable)
+        predicted, reported = self.predicted, self.reported
         if max(predicted, reported) == 0:
             return Verdict.SILENT
         if reported <= predicted - block_size:

@@ -1,69 +1,139 @@
-"""Which workers may take which leg of a request.
+"""Which workers may take which leg of a request, each reason one `contracts.Filter`, in this order:
 
-    role      whole request   decode leg   prefill leg
-    both      yes             yes          no: it would decode there as well as anywhere
-    decode    yes             yes          no
-    prefill   only if alone   no           yes, if it can hand over
-
-Draining workers and those that a request was already tried on in vain take nothing.
+draining   leaves, and takes nothing new
+stalled    is there and makes no progress
+excluded   was tried for this request in vain
+labels     does not carry a label that the request requires
+role         role      whole request   decode leg   prefill leg
+             both      yes             yes          no: it would decode there as well as anywhere
+             decode    yes             yes          no
+             prefill   only if alone   no           yes, if it can hand over and somebody else decodes
+full       runs and queues as many requests of this router as it may
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from polyphase.core.errors import NoWorkers, Overloaded
-from polyphase.router.types import RouteRequest, WorkerFacts
+from polyphase.core.errors import NoWorkers, Overloaded, Refused
+from polyphase.router.lineup import Lineup
+from polyphase.router.types import Leg, RouteRequest
 from polyphase.wire.cards import Role
 
 
-def available(request: RouteRequest, workers: Collection[WorkerFacts]) -> list[WorkerFacts]:
-    """Workers that may take something of this request, in the order of their names.
+class Draining:
+    """leave, and take nothing new"""
 
-    Raises: NoWorkers, saying why there are none.
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        views = workers.standings.views
+        return [row for row in rows if not views[row].facts.is_draining]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} is draining; retry when another has joined",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
+class Stalled:
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        views = workers.standings.views
+        return [row for row in rows if not views[row].facts.is_stalled]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} stands still; retry when one makes progress again",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
+class Excluded:
+    """were tried for this request in vain"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if not request.excluded:
+            return rows
+        return [row for row in rows if workers.worker_ids[row] not in request.excluded]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} was tried for this request and failed", request_id=request.request_id
+        )
+
+
+class RequiredLabels:
+    """do not carry a label that the request requires"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if not request.required_labels:
+            return rows
+        differing = workers.standings.differing_labels(request.required_labels)
+        return [row for row in rows if not differing[row]]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        wanted = ", ".join(f"{name}={value}" for name, value in sorted(request.required_labels.items()))
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} lacks a required label; wanted: {wanted}",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
+class FitsRole:
+    """are not for this leg
+
+    Prefill workers serve whole requests when nobody else is there: better a mixed worker than a refused request.
     """
-    serving = [facts for facts in workers if facts.model == request.model]
-    if not serving:
-        raise NoWorkers(
-            f"no worker serves the model {request.model!r} at the moment; retry when one has joined",
-            retry_after_s=5,
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        views = workers.standings.views
+        others = [row for row in rows if views[row].facts.role is not Role.PREFILL]
+        if leg is not Leg.PREFILL:
+            return others or rows
+        if not others:
+            return []
+        return [row for row in rows if views[row].facts.role is Role.PREFILL and views[row].facts.can_hand_over]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(f"no worker of the model {request.model!r} has a fitting role", retry_after_s=5, request_id=request.request_id)
+
+
+class Full:
+    """run and queue as many requests of this router as they may"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        full = workers.standings.full_rows
+        return [row for row in rows if row not in full] if full else rows
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return Overloaded(
+            f"{every(worker_count)} of the model {request.model!r} runs and queues as many requests as it may; retry later",
+            retry_after_s=2,
             request_id=request.request_id,
         )
-    staying = [facts for facts in serving if not facts.is_draining]
-    if not staying:
-        raise NoWorkers(
-            f"{_every(len(serving))} of the model {request.model!r} is draining; retry when another has joined",
-            retry_after_s=5,
-            request_id=request.request_id,
-        )
-    untried = [facts for facts in staying if facts.worker_id not in request.excluded]
-    if not untried:
-        raise NoWorkers(
-            f"{_every(len(staying))} of the model {request.model!r} was tried for this request and failed",
-            request_id=request.request_id,
-        )
-    return sorted(untried, key=lambda facts: facts.worker_id)
 
 
-def able_to_serve_whole(workers: Sequence[WorkerFacts]) -> list[WorkerFacts]:
-    """Prefill workers step in when nobody else is there: better a mixed worker than a refused request."""
-    return [facts for facts in workers if facts.role is not Role.PREFILL] or list(workers)
-
-
-def able_to_prefill(workers: Sequence[WorkerFacts]) -> list[WorkerFacts]:
-    """Empty unless somebody else is there to decode."""
-    if all(facts.role is Role.PREFILL for facts in workers):
-        return []
-    return [facts for facts in workers if facts.role is Role.PREFILL and facts.can_hand_over]
-
-
-def refuse_full(request: RouteRequest, worker_count: int, max_waiting_requests: int) -> Overloaded:
-    return Overloaded(
-        f"{_every(worker_count)} of the model {request.model!r} has {max_waiting_requests} requests waiting; retry later",
-        retry_after_s=2,
+def no_worker_serves(request: RouteRequest) -> Refused:
+    return NoWorkers(
+        f"no worker serves the model {request.model!r} at the moment; retry when one has joined",
+        retry_after_s=5,
         request_id=request.request_id,
     )
 
 
-def _every(count: int) -> str:
+def every(count: int) -> str:
     return "the only worker" if count == 1 else f"each of the {count} workers"

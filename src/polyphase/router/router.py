@@ -2,38 +2,50 @@
 
     1. who would serve it whole?        filter → score → pick among decode workers
     2. is there much to compute there?  if not, or if nobody can prefill for others: that is the route
-    3. otherwise split                  a decode worker that only has to take the blocks, a prefill worker that computes them
+    3. otherwise split                  a prefill worker that computes the blocks, a decode worker that only has to take them
 
 One owner, no awaiting: the frontend's event loop calls it, and each call leaves it consistent.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
-from polyphase.router import filters
 from polyphase.router.bookings import Bookings, LegBooking
-from polyphase.router.cost import block_count_needed, uncached_tokens
-from polyphase.router.indexes import PredictedPrefixIndex, default_index
-from polyphase.router.lineup import Candidates, Lineup, Standings
-from polyphase.router.policies import policy_named
+from polyphase.router.candidates import Candidates
+from polyphase.router.contracts import Filter
+from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
+from polyphase.router.filters import no_worker_serves
+from polyphase.router.indexes import DEFAULT_BELIEF_CAPACITY, DEFAULT_CAPACITY, PredictedPrefixIndex, default_index
+from polyphase.router.lineup import Lineup, Standings
+from polyphase.router.pace import Paces
+from polyphase.router.parts import BUILT_IN, Parts
+from polyphase.router.policies import policy_of
 from polyphase.router.predictions import ExpectedPrefixes
+from polyphase.router.sessions import Sessions
+from polyphase.router.split import Side, reason_of, why_not_split, worth_of_split
 from polyphase.router.types import (
+    BOTH,
+    DECODE,
+    PREFILL,
+    IndexFill,
     Leg,
+    Overlaps,
     Placement,
     PrefixIndex,
     Route,
     RouteRequest,
     RouterSettings,
-    SplitRule,
     WorkerFacts,
     WorkerView,
 )
-from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load
+from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, Digests, KvEvent, Load, Tier, TierDigest
+
+ALL_TIERS = tuple(Tier)
+_LOWEST = Tier.OBJECT
 
 
 @dataclass(slots=True)
@@ -42,36 +54,47 @@ class _Known:
 
     facts: WorkerFacts
     load: Load | None = None
+    last_turn: int | None = None  # at which it was chosen
 
 
-@dataclass(frozen=True, slots=True)
-class _Eligible:
-    """Who may serve a request, and who may prefill for it."""
+@dataclass(slots=True)
+class _Found:
+    """What is known of a prompt: who holds how much of it, and who is going to."""
 
-    servers: Standings
-    helpers: Standings
+    hashes: Sequence[SequenceHash]
+    overlaps: Overlaps
+    expected: Mapping[WorkerId, int]
 
 
 @dataclass(slots=True)
 class _Choice:
-    """A worker for a leg, before anything is booked."""
+    """A worker for a leg, before anything is booked. `uncached_tokens`: those of the prompt that it holds in no tier."""
 
-    worker: WorkerView
     placement: Placement
+    facts: WorkerFacts
+    row: int
+    turn: int
+    uncached_tokens: int
 
 
 class Router:
-    """Raises: ConfigurationError if there is no such policy."""
+    """`parts`: those that the policy may name. Raises: ConfigurationError if the policy or one of its parts does not exist."""
 
-    def __init__(self, settings: RouterSettings, index: PrefixIndex | None = None) -> None:
+    def __init__(self, settings: RouterSettings, index: PrefixIndex | None = None, parts: Parts = BUILT_IN) -> None:
         self.bookings = Bookings()
         self._settings = settings
-        self._policy = policy_named(settings.policy)
-        self.index: PrefixIndex = default_index() if index is None else index
+        self._policy = policy_of(settings.policy, parts)
+        self.index: PrefixIndex = default_index(settings.index.capacity or DEFAULT_CAPACITY) if index is None else index
+        # Beliefs about workers that tell nothing lie in the same index as what the others tell.
+        self._beliefs = PredictedPrefixIndex(
+            min(self.index.capacity, DEFAULT_BELIEF_CAPACITY), settings.index.predicted_lifetime_ns, self.index
+        )
         self._known: dict[WorkerId, _Known] = {}
-        self._eligible: dict[str, _Eligible] = {}  # by model, for requests that exclude nobody; made when first wanted
+        self._standings: dict[str, Standings] = {}  # by model; made when first wanted
         self._expected = ExpectedPrefixes()
-        self._turns: Counter[tuple[str, bool]] = Counter()  # decisions so far, by model and whether for prefill
+        self.paces = Paces()
+        self._sessions = Sessions(settings.sessions)
+        self._turn = settings.first_turn
 
     # What is known of the workers
 
@@ -84,34 +107,57 @@ class Router:
         if known is not None and facts.epoch < known.facts.epoch:
             return
         if known is not None and facts.epoch == known.facts.epoch:
-            known.facts = facts
+            known.facts = replace(facts, is_stalled=known.facts.is_stalled)
         else:
             self.remove_worker(facts.worker_id)
             self._known[facts.worker_id] = _Known(facts)
-        self._eligible.clear()
+        self._standings.clear()
+
+    def set_stalled(self, worker_id: WorkerId, is_stalled: bool) -> None:
+        """It gets no requests while it stands still. Unknown workers are ignored."""
+        known = self._known.get(worker_id)
+        if known is not None:
+            known.facts = replace(known.facts, is_stalled=is_stalled)
+            self._standings.clear()
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its blocks and bookings go with it. Unknown workers are ignored."""
         known = self._known.pop(worker_id, None)
         if known is None:
             return
-        self.index.clear(worker_id)
+        self._beliefs.clear(worker_id)  # and all else that is in the index
         self.bookings.drop_worker(worker_id)
-        self._eligible.clear()
+        self._standings.clear()
         self._expected.drop_worker(worker_id)
-        if not self.serves(known.facts.model):
-            for is_prefill in (False, True):
-                self._turns.pop((known.facts.model, is_prefill), None)
+        self.paces.drop_worker(worker_id)
 
     def replace_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash]) -> None:
         """The worker holds exactly these."""
-        if self._is_current(worker_id, epoch):
+        if self._is_followed(worker_id, epoch):
             self.index.clear(worker_id)
             self.index.store(worker_id, hashes)
 
+    def add_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
+        """The worker holds these besides what is known."""
+        if self._is_followed(worker_id, epoch):
+            self.index.store(worker_id, hashes, tier)
+
+    def digests(self, worker_id: WorkerId, epoch: Epoch) -> Digests | None:
+        """Of all that this worker told of its blocks, as far as it got here; None if it is not known, or not followed so closely."""
+        if not self._is_followed(worker_id, epoch):
+            return None
+        digests: Digests = {}
+        for tier in ALL_TIERS:
+            digest = self.index.digest(worker_id, tier)
+            if digest is None:
+                return None
+            if digest[0]:
+                digests[tier] = TierDigest(*digest)
+        return digests
+
     def apply(self, worker_id: WorkerId, epoch: Epoch, events: list[KvEvent]) -> None:
         """Blocks come and go, in each tier by itself."""
-        if not self._is_current(worker_id, epoch):
+        if not self._is_followed(worker_id, epoch):
             return
         for event in events:
             match event:
@@ -131,6 +177,14 @@ class Router:
         """All known workers in the order of their names, for people to look at; no request, so no overlap."""
         return [self._view(worker_id) for worker_id in sorted(self._known)]
 
+    def facts(self) -> list[WorkerFacts]:
+        """Of all known workers, in no order."""
+        return [known.facts for known in self._known.values()]
+
+    def facts_of(self, worker_id: WorkerId) -> WorkerFacts | None:
+        known = self._known.get(worker_id)
+        return None if known is None else known.facts
+
     def serves(self, model: str) -> bool:
         """Whether a living worker has this model, be it draining or full."""
         return any(known.facts.model == model for known in self._known.values())
@@ -141,6 +195,11 @@ class Router:
 
     def indexed_block_count(self, worker_id: WorkerId) -> int:
         return self.index.block_count(worker_id)
+
+    def index_fill(self) -> IndexFill:
+        index = self.index
+        forgotten = index.forgotten + self._beliefs.forgotten
+        return IndexFill(index.kind, index.size, index.capacity, forgotten, self._beliefs.size, index.heap_bytes)
 
     # Requests
 
@@ -153,30 +212,61 @@ class Router:
         Owner: the caller calls `release` at the request's end, however it ends.
         """
         self.release(request.request_id)
-        eligible = self._eligible_for(request)
-        roomy = eligible.servers.with_room()
-        if not roomy:
-            raise filters.refuse_full(request, len(eligible.servers), self._settings.max_waiting_requests)
-        overlaps = self._expected.deepen(request.sequence_hashes, self.index.match(request.sequence_hashes))
-        servers = Lineup(roomy, overlaps)
-        can_prefill = eligible.helpers.with_room()
+        standings = self._standings_of(request)
+        # A last block that ends with the prompt is of no use: the last token is computed in any case.
+        usable = usable_block_count(request.prompt_token_count, standings.block_size)
+        hashes = request.sequence_hashes if usable >= len(request.sequence_hashes) else request.sequence_hashes[:usable]
+        self._beliefs.expire(request.now_ns)
+        overlaps = self.index.match(hashes)
+        found = _Found(hashes, overlaps, self._expected.beyond(hashes, overlaps))
 
-        whole = self._choose(request, Leg.BOTH, servers)
-        reason_against = why_not_split(self._settings.split, request, whole.worker, has_prefill_workers=bool(can_prefill))
-        if reason_against is not None:
-            self._advance(request.model, is_prefill=False)
-            self._book(request, whole)
-            rule, reason = reason_against
+        servers = self._lineup(request, BOTH, standings, found)
+        self._filter(request, BOTH, servers, is_required=True)
+        whole = self._choose(request, BOTH, servers)
+        helpers = self._helpers(request, standings, found)
+        if helpers is None:
+            self._book(request, found, whole)
+            reason = "whole: no prefill worker is available beside the decode workers"
+            return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker")
+        against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens)
+        if against is not None:
+            self._book(request, found, whole)
+            rule, reason = against
             return Route(request.request_id, whole.placement, None, reason, rule)
 
-        decode = self._choose(request, Leg.DECODE, servers)
-        prefill = self._choose(request, Leg.PREFILL, Lineup(can_prefill, overlaps))
-        self._advance(request.model, is_prefill=False)
-        self._advance(request.model, is_prefill=True)
-        self._book(request, decode, prefill)
-        to_compute = uncached_tokens(request, prefill.worker)
-        reason = f"split: {to_compute} of {request.prompt_token_count} prompt tokens to compute away from decoding requests"
+        prefill = self._choose(request, PREFILL, helpers)
+        takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
+        self._filter(request, DECODE, takers, is_required=True)
+        decode = self._choose(request, DECODE, takers)
+        alone, helper = (Side(standings.views[choice.row], choice.uncached_tokens) for choice in (whole, prefill))
+        worth = None
+        if self._settings.split.is_weighed:
+            to_move = max(request.prompt_token_count - decode.placement.overlap_block_count * standings.block_size, 0)
+            worth = worth_of_split(alone, helper, standings.views[decode.row], to_move, self.paces)
+        reason = reason_of(worth, alone, helper, request.prompt_token_count)
+        if worth is not None and not worth.does_pay:
+            self._book(request, found, whole)
+            return Route(request.request_id, whole.placement, None, reason, "does-not-pay")
+        self._book(request, found, decode, prefill)
         return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
+
+    def has_headroom(self, request: RouteRequest) -> bool:
+        """Whether a worker would begin with it soon; if not, it had better wait where it can still be sent elsewhere. Books nothing.
+
+        Raises: NoWorkers. Cost: O(workers whose bookings or load changed).
+        """
+        standings = self._standings_of(request)
+        if not standings.has_headroom(self._able(request, BOTH, standings, is_required=True)):
+            return False
+        helpers = self._able(request, PREFILL, standings, is_required=False)
+        return standings.has_headroom(helpers) or not self._needs_one_of(helpers, request)
+
+    def waits_for_prefill(self, request: RouteRequest) -> bool:
+        """Whether it needs a prefill worker besides: those that do and those that do not wait for different workers. Raises: NoWorkers."""
+        return self._needs_one_of(self._able(request, PREFILL, self._standings_of(request), is_required=False), request)
+
+    def _needs_one_of(self, helpers: Sequence[int], request: RouteRequest) -> bool:
+        return bool(helpers) and request.prompt_token_count >= self._settings.split.min_uncached_tokens
 
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
@@ -186,55 +276,92 @@ class Router:
         self.bookings.release(request_id)
         self._expected.settle(request_id)
 
-    def _eligible_for(self, request: RouteRequest) -> _Eligible:
+    def _standings_of(self, request: RouteRequest) -> Standings:
         """Raises: NoWorkers."""
         for worker_id in self.bookings.take_changed():
-            if worker_id in self._known:
-                view = self._view(worker_id)
-                eligible = self._eligible.get(view.facts.model)
-                if eligible is not None:
-                    eligible.servers.note(view)
-                    eligible.helpers.note(view)
-        if request.excluded:
-            return self._filter(request)
-        if request.model not in self._eligible:
-            self._eligible[request.model] = self._filter(request)
-        return self._eligible[request.model]
+            known = self._known.get(worker_id)
+            if known is not None and known.facts.model in self._standings:
+                self._standings[known.facts.model].note(self._view(worker_id))
+        standings = self._standings.get(request.model)
+        if standings is None:
+            names = sorted(name for name, known in self._known.items() if known.facts.model == request.model)
+            if not names:
+                raise no_worker_serves(request)
+            standings = Standings(map(self._view, names), self._settings.max_waiting_requests, self._settings.first_turn)
+            for row, name in enumerate(names):
+                last_turn = self._known[name].last_turn
+                if last_turn is not None:
+                    standings.last_turns[row] = last_turn
+            self._standings[request.model] = standings
+        return standings
 
-    def _filter(self, request: RouteRequest) -> _Eligible:
-        free = filters.available(request, [known.facts for known in self._known.values()])
+    def _lineup(self, request: RouteRequest, leg: Leg, standings: Standings, found: _Found, partner: WorkerFacts | None = None) -> Lineup:
+        home = None if request.session is None else self._sessions.home(request.model, request.session, leg, request.now_ns)
+        return Lineup(standings, found.overlaps, found.expected, home, partner)
 
-        def standings(workers: Iterable[WorkerFacts]) -> Standings:
-            return Standings((self._view(facts.worker_id) for facts in workers), self._settings.max_waiting_requests)
+    def _helpers(self, request: RouteRequest, standings: Standings, found: _Found) -> Lineup | None:
+        """Who could compute the prompt for another worker, if anybody."""
+        if not self._able(request, PREFILL, standings, is_required=False):
+            return None
+        helpers = self._lineup(request, PREFILL, standings, found)
+        return helpers if self._filter(request, PREFILL, helpers, is_required=False) else None
 
-        return _Eligible(standings(filters.able_to_serve_whole(free)), standings(filters.able_to_prefill(free)))
+    def _filter(self, request: RouteRequest, leg: Leg, workers: Lineup, *, is_required: bool) -> bool:
+        """Sets `workers.rows`. Returns: whether any are left. Raises: why there are none, if some are required."""
+        rows = self._able(request, leg, workers.standings, is_required=is_required, workers=workers)
+        rows = _kept(self._policy.passing_filters, request, leg, workers, rows, is_required)
+        workers.rows = None if len(rows) == len(workers.standings.views) else rows
+        return bool(rows)
+
+    def _able(
+        self, request: RouteRequest, leg: Leg, standings: Standings, *, is_required: bool, workers: Lineup | None = None
+    ) -> Sequence[int]:
+        """Rows that the lasting filters leave: who may take the leg, now or later. Raises: why there are none, if some are required."""
+        is_ordinary = not (request.excluded or request.required_labels)
+        rows = standings.lasting_rows.get(leg) if is_ordinary else None
+        if rows is None:
+            workers = workers or Lineup(standings, self.index.match(()))
+            rows = _kept(self._policy.lasting_filters, request, leg, workers, range(len(workers)), is_required)
+            if is_ordinary:
+                standings.lasting_rows[leg] = rows
+        return rows
 
     def _choose(self, request: RouteRequest, leg: Leg, workers: Lineup) -> _Choice:
-        scores = self._policy.score(request, leg, workers)
-        picked = self._policy.picker.pick(scores, workers, self._settings.first_turn + self._turns[request.model, leg is Leg.PREFILL])
-        worker = workers[picked]
-        candidates = Candidates(workers, scores, picked)
-        return _Choice(worker, Placement(leg, worker.facts.worker_id, worker.facts.epoch, worker.overlap_block_count, candidates))
+        weighing = self._policy.weigh(request, leg, workers)
+        turn = self._turn
+        self._turn += 1
+        row = self._policy.picker.pick(weighing.scores, workers, turn)
+        view = workers.standings.views[row]
+        facts = view.facts
+        depth = workers.depth(row)
+        held = workers.depth(row, _LOWEST) if workers.uses_lower_tiers else depth
+        uncached = request.prompt_token_count - held * facts.block_size
+        queued = queued_prefill_tokens(view) if self._policy.scorers else None
+        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row), queued)
+        return _Choice(placement, facts, row, turn, max(uncached, 0))
 
-    def _book(self, request: RouteRequest, decode: _Choice, prefill: _Choice | None = None) -> None:
+    def _book(self, request: RouteRequest, found: _Found, decode: _Choice, prefill: _Choice | None = None) -> None:
         legs = []
-        for choice in (decode, prefill):
-            if choice is None:
-                continue
-            facts, leg = choice.worker.facts, choice.placement.leg
-            prefill_tokens = 0 if leg is Leg.DECODE else uncached_tokens(request, choice.worker)
+        standings = self._standings[request.model]
+        for choice in (decode,) if prefill is None else (decode, prefill):
+            facts, leg = choice.facts, choice.placement.leg
+            prefill_tokens = 0 if leg is DECODE else choice.uncached_tokens
             blocks = block_count_needed(request, facts.block_size, leg)
-            legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is Leg.PREFILL))
-            if isinstance(self.index, PredictedPrefixIndex):
-                self.index.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
+            legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is PREFILL))
+            standings.last_turns[choice.row] = self._known[facts.worker_id].last_turn = choice.turn
+            if not self.follows_events(facts):
+                self._beliefs.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
         self.bookings.book(request.request_id, legs)
-        self._expected.expect(request.request_id, (prefill or decode).worker.facts.worker_id, request.sequence_hashes)
+        prompt = (prefill or decode).facts
+        self._expected.expect(request.request_id, prompt.worker_id, request.sequence_hashes, found.overlaps.depth(prompt.worker_id))
+        if request.session is not None:
+            decode_home, prompt_home = (decode.facts.worker_id, decode.facts.epoch), (prompt.worker_id, prompt.epoch)
+            self._sessions.note(request.model, request.session, decode_home, prompt_home, request.now_ns)
 
     def _view(self, worker_id: WorkerId) -> WorkerView:
         """Without a request, so without overlap."""
         known = self._known[worker_id]
-        booked = self.bookings.of(worker_id)
-        unreported = self.bookings.unreported_of(worker_id)
+        booked, unreported = self.bookings.sums_of(worker_id)
         return WorkerView(
             known.facts,
             known.load,
@@ -244,25 +371,27 @@ class Router:
             booked.request_count,
             unreported.prefill_tokens,
             unreported.block_count,
+            unreported.request_count,
         )
 
-    def _advance(self, model: str, *, is_prefill: bool) -> None:
-        # Turns are counted per model and leg: with one count for all, two requests in strict alternation would each meet only
-        # every other worker.
-        self._turns[model, is_prefill] += 1
+    def follows_events(self, facts: WorkerFacts) -> bool:
+        """Whether what the worker tells of its blocks is believed; if not, what is routed there is, for a while."""
+        return facts.publishes_events and self._settings.index.follows_events
+
+    def _is_followed(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        return self._is_current(worker_id, epoch) and self.follows_events(self._known[worker_id].facts)
 
     def _is_current(self, worker_id: WorkerId, epoch: Epoch) -> bool:
         known = self._known.get(worker_id)
         return known is not None and known.facts.epoch == epoch
 
 
-def why_not_split(rule: SplitRule, request: RouteRequest, worker: WorkerView, *, has_prefill_workers: bool) -> tuple[str, str] | None:
-    """Why `worker`, the best one for the whole request, does all of it, in short and in words; None if prefill belongs elsewhere."""
-    if not has_prefill_workers:
-        return "no-prefill-worker", "whole: no prefill worker is available beside the decode workers"
-    to_compute, prompt = uncached_tokens(request, worker), request.prompt_token_count
-    if to_compute < rule.min_uncached_tokens:
-        return "short-prompt", f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"
-    if to_compute < rule.min_uncached_fraction * prompt:
-        return "cached", f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {worker.facts.worker_id}"
-    return None
+def _kept(
+    filters: Iterable[Filter], request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int], is_required: bool
+) -> Sequence[int]:
+    """Those of `rows` that all filters keep. Raises: what the filter says that left none, if some are required."""
+    for one in filters:
+        count, rows = len(rows), one.keep(request, leg, workers, rows) if rows else rows
+        if not rows and is_required:
+            raise one.refusal(request, count)
+    return rows

@@ -1,25 +1,34 @@
-"""What the router is told, what it answers, and the contract of its index. The contracts of its scoring parts are in `lineup`.
+"""What the router is told, what it answers, and the contract of its index. The contracts of its scoring parts are in `contracts`.
 
 RouteRequest ─► filter ─► score ─► pick ─► Route (booked)
                 eligible   [0,1]    one
                 workers    each     worker
+
+What a decision makes anew are msgspec structs: they are made in a quarter of the time that a frozen dataclass takes.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
+import msgspec
+
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.router.columns import Column
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load, Tier
+
+Labels = Mapping[str, str]  # for example zone → eu-1, rack → 7
+NO_LABELS: Labels = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What does not change in one life of a worker, but for its role and whether it drains."""
+    """What does not change in one life of a worker, but for its role, and whether it drains or stands still."""
 
     worker_id: WorkerId
     epoch: Epoch
@@ -31,6 +40,9 @@ class WorkerFacts:
     max_running: int
     can_hand_over: bool
     is_draining: bool = False
+    is_stalled: bool = False
+    publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
+    labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +55,22 @@ class RouteRequest:
     prompt_token_count: int
     max_output_tokens: int
     excluded: frozenset[WorkerId] = frozenset()  # tried in vain
-    now_ns: int = 0  # for an index that predicts; any clock that goes forward
+    now_ns: int = 0  # for what is forgotten in time; any clock that goes forward
+    session: int | None = None  # hash of what the client says belongs together; `frontend.sessions`
+    preferred_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 
 class Leg(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
+
+    __hash__ = str.__hash__  # the enum's own is Python code; equal members are equal texts
+
+
+# For what runs at each decision: to look a member up in its enum takes as long as a call, in Python 3.11.
+PREFILL, DECODE, BOTH = Leg.PREFILL, Leg.DECODE, Leg.BOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +85,11 @@ class Candidate:
     booked_request_count: int
     queued_prefill_tokens: int | None = None  # ahead of the request, those of other frontends included
     used_block_count: int | None = None
+    held_block_count: int | None = None  # leading blocks in any tier; `overlap_block_count` are those on the device
+    costs: tuple[tuple[str, float], ...] = ()  # by scorer, in tokens of prefill; the score comes of their sum
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """One leg of a route: the worker chosen, and all candidates, best first (put in order when they are first looked at)."""
 
     leg: Leg
@@ -75,17 +97,17 @@ class Placement:
     epoch: Epoch
     overlap_block_count: int
     candidates: Sequence[Candidate]
+    queued_prefill_tokens: int | None = None  # ahead of the request there, as far as the router knew; None: it did not matter
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Where a request goes. Without a `prefill` leg, `decode` does everything. `reason` is a phrase for a person."""
 
     request_id: RequestId
     decode: Placement
     prefill: Placement | None
     reason: str
-    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | no-prefill-worker
+    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker
 
 
 class Overlaps(Protocol):
@@ -103,8 +125,12 @@ class Overlaps(Protocol):
 
     def tokens_beyond(
         self, worker_ids: Sequence[WorkerId], block_size: int, token_count: int, at_least: int = 0, tier: Tier = Tier.DEVICE
-    ) -> list[int]:
-        """Of a prompt of `token_count` tokens, those behind the blocks that each worker holds; not fewer than `at_least`."""
+    ) -> Column:
+        """Of a prompt of `token_count` tokens, those behind the blocks that each worker holds; not fewer than `at_least`. A new column."""
+
+    @property
+    def level_count(self) -> int:
+        """1 if tiers below the device hold nothing of anybody, so that all tiers agree."""
 
     def as_dict(self, tier: Tier = Tier.DEVICE) -> dict[WorkerId, int]:
         """Without the workers that hold none."""
@@ -128,6 +154,14 @@ class PrefixIndex(Protocol):
     def forgotten(self) -> int:
         """Blocks lost for want of room, ever."""
 
+    @property
+    def kind(self) -> str:
+        """What it is made of: native, naive."""
+
+    @property
+    def heap_bytes(self) -> int:
+        """Memory it takes, about. Cost: up to a millisecond."""
+
     def store(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], tier: Tier = Tier.DEVICE) -> None:
         """In any order; quickest in the order of the prompt."""
 
@@ -137,14 +171,20 @@ class PrefixIndex(Protocol):
     def clear(self, worker_id: WorkerId) -> None:
         """Forget all that this worker holds, in all tiers."""
 
-    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps: ...
+    def match(self, hashes: Sequence[SequenceHash]) -> Overlaps:
+        """`hashes` are those of a prompt or of its end, in order: each stands for all before it, so they may be searched, not walked."""
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int: ...
 
+    def digest(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> tuple[int, int] | None:
+        """Count and sum (`core.digest`) of the blocks this worker is said to hold, those among them that were forgotten for want of room.
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """All that a scorer may look at for one eligible worker."""
+        None: this index does not follow what workers say. A removed block that is not held is taken for a forgotten one, if there are any.
+        """
+
+
+class WorkerView(msgspec.Struct, frozen=True):
+    """One worker as it stands."""
 
     facts: WorkerFacts
     load: Load | None  # as last reported; None before the first report
@@ -154,6 +194,7 @@ class WorkerView:
     booked_request_count: int
     unreported_prefill_tokens: int = 0  # of the booked ones, those that came after `load` was reported
     unreported_block_count: int = 0
+    unreported_request_count: int = 0
 
     def with_overlap(self, overlap_block_count: int) -> WorkerView:
         """The same worker, for a request that has so many blocks there."""
@@ -169,6 +210,7 @@ class WorkerView:
             self.booked_request_count,
             self.unreported_prefill_tokens,
             self.unreported_block_count,
+            self.unreported_request_count,
         )
 
 
@@ -178,11 +220,54 @@ class SplitRule:
 
     min_uncached_tokens: int = 256  # prompts with fewer tokens to compute stay on the decode worker
     min_uncached_fraction: float = 0.3  # and so do those that are mostly cached there
+    is_weighed: bool = False  # beyond that, only what pays by the paces measured is split; while they are unknown, everything
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """A named policy, and what is changed of it. `parts` and `policies` know the names."""
+
+    name: str = "kv"  # kv | least-loaded | round-robin
+    weights: Mapping[str, float] = field(default_factory=dict, hash=False)  # of scorers, in place of the policy's own; 0 switches one off
+    temperature: float = 0.0  # 0: always the best; 1: half the score, half as often
+    filters: tuple[str, ...] = ()  # besides those of every policy
+    picker: str = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRule:
+    """How long and of how many sessions the router remembers where they were."""
+
+    capacity: int = 100_000  # about 0.3 kB each
+    idle_ns: int = 600 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFill:
+    """How full the index is, for people."""
+
+    kind: str  # native, naive
+    block_count: int
+    capacity: int  # blocks
+    forgotten_block_count: int  # for want of room, ever
+    believed_block_count: int  # of these blocks, those of workers that tell nothing, counted for each
+    heap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSettings:
+    """What is remembered of the blocks that workers hold."""
+
+    capacity: int | None = None  # blocks, over all workers; None: what the index has by default
+    follows_events: bool = True  # False: no worker's are believed, what was routed there is
+    predicted_lifetime_ns: int = 120 * 10**9  # how long that is. Source: Dynamo's approximate mode
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    policy: str = "kv"  # kv | least-loaded | round-robin
+    policy: PolicySettings = field(default_factory=PolicySettings)
     split: SplitRule = field(default_factory=SplitRule)
-    first_turn: int = 0  # ties are broken in turns; several routers that begin at different ones do not pick the same worker at once
+    first_turn: int = 0  # equals are chosen in another order by routers that begin elsewhere, so that not all pick the same one at once
     max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests are refused
+    sessions: SessionRule = field(default_factory=SessionRule)
+    index: IndexSettings = field(default_factory=IndexSettings)

@@ -5,23 +5,32 @@ here knows what a request means, and nothing is retried behind the caller's back
 """
 
 from polyphase.runtime.channel import PeerId, WorkerClient, WorkerServer
-from polyphase.runtime.fence import EventSink
+from polyphase.runtime.fence import EventSink, StreamCounts, StreamView
 from polyphase.runtime.paths import WorkerPaths
 from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
-from polyphase.runtime.stream import EventPublisher, EventSubscriber
+from polyphase.runtime.role_switch import Moving, Settled, Switched, switch_role
+from polyphase.runtime.stream import AskedHistory, EventPublisher, EventSubscriber, History
 
 __all__ = [
+    "AskedHistory",
     "EventPublisher",
     "EventSink",
     "EventSubscriber",
+    "History",
     "Joined",
     "Lease",
     "Left",
+    "Moving",
     "PeerId",
     "Registry",
     "RegistryChange",
+    "Settled",
+    "StreamCounts",
+    "StreamView",
+    "Switched",
     "Updated",
     "WorkerClient",
     "WorkerPaths",
     "WorkerServer",
+    "switch_role",
 ]

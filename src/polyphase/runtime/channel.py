@@ -3,6 +3,9 @@
 Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by `send` returning false: its
 requests are then aborted. A worker whose queue at a peer is full raises `WorkerLost` there. Nothing is sent again; messages that do not
 decode are logged, counted and dropped.
+
+A connection that breaks may have swallowed messages in both directions. ZeroMQ would mend it and say nothing; so each is watched, and
+`on_cut` tells its owner, who connects anew, as another peer. ZeroMQ's own attempt comes too late to be used by then.
 """
 
 from __future__ import annotations
@@ -19,19 +22,21 @@ from typing import NewType
 import msgspec
 import zmq
 
-from polyphase.core.errors import ConfigurationError, WorkerLost
+from polyphase.core.errors import ConfigurationError, ConnectionLost, WorkerLost
 from polyphase.runtime.pump import SocketPump
-from polyphase.wire.cards import ModelCard, WorkerStatus
-from polyphase.wire.requests import Answer, FromWorker, Query, Question, Snapshot, StepOutputs, ToWorker
+from polyphase.wire.cards import ModelCard, Role, WorkerStatus
+from polyphase.wire.events import MissedBatches, SnapshotPage
+from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, StepOutputs, SwitchRole, ToWorker
 
 log = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", bytes)
-AnswerBody = Snapshot | ModelCard | WorkerStatus
+AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
 
 MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
 MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
 CLOSING_LINGER_MS = 500
+RECONNECT_MS = 2000
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -86,7 +91,8 @@ class WorkerServer:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             return False
-        self._pump.after_send()
+        finally:
+            self._pump.after_send()  # also after a failure, which may have swallowed the news of input
         return True
 
     def close(self) -> None:
@@ -100,7 +106,26 @@ class WorkerServer:
 class _Connection:
     socket: zmq.Socket[bytes]
     pump: SocketPump[bytes]
+    monitor: zmq.Socket[bytes]  # tells of the connection's end
+    monitor_pump: SocketPump[list[bytes]]
     questions: dict[int, asyncio.Future[AnswerBody]] = field(default_factory=dict)
+
+    def attach(self) -> None:
+        self.pump.attach()
+        self.monitor_pump.attach()
+
+    def detach(self) -> None:
+        self.pump.detach()
+        self.monitor_pump.detach()
+
+    def close(self, error: WorkerLost) -> None:
+        self.detach()
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close(linger=0)
+        for question in self.questions.values():
+            if not question.done():
+                question.set_exception(error)
 
 
 class WorkerClient:
@@ -110,9 +135,13 @@ class WorkerClient:
     had asked for. Whoever watches the registry calls `connect` and `disconnect`.
     """
 
-    def __init__(self, on_outputs: Callable[[StepOutputs], None], name: str = "peer") -> None:
-        """`on_outputs` is called on the loop with each worker's outputs, in order. `name` shows in the workers' logs."""
+    def __init__(self, on_outputs: Callable[[StepOutputs], None], name: str = "peer", on_cut: Callable[[str], None] | None = None) -> None:
+        """`on_outputs` is called on the loop with each worker's outputs, in order. `name` shows in the workers' logs.
+
+        `on_cut` is called with the id of a worker whose connection broke. What had arrived before is still delivered, later.
+        """
         self._on_outputs = on_outputs
+        self._on_cut = on_cut
         self._name = name
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
         self._connections: dict[str, _Connection] = {}
@@ -126,25 +155,34 @@ class WorkerClient:
         socket = _socket(zmq.Context.instance(), zmq.DEALER)
         try:
             socket.setsockopt(zmq.ROUTING_ID, f"{self._name}-{secrets.token_hex(6)}".encode())
+            socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+            monitor: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             socket.connect(endpoint)
         except zmq.ZMQError as error:
             socket.close(linger=0)
             raise WorkerLost(f"worker {worker_id} cannot be reached at {endpoint}: {error}") from error
-        connection = _Connection(socket, SocketPump(socket, partial(socket.recv, zmq.NOBLOCK), partial(self._receive, worker_id)))
+        connection = _Connection(
+            socket,
+            SocketPump(socket, partial(socket.recv, zmq.NOBLOCK), partial(self._receive, worker_id)),
+            monitor,
+            SocketPump(monitor, partial(monitor.recv_multipart, zmq.NOBLOCK), lambda _: self._note_cut(worker_id)),
+        )
         self._connections[worker_id] = connection
         if self._is_running:
-            connection.pump.attach()
+            connection.attach()
 
     def disconnect(self, worker_id: str) -> None:
         """Questions that wait for an answer end in `WorkerLost`. Unknown ids are ignored."""
         connection = self._connections.pop(worker_id, None)
-        if connection is None:
-            return
-        connection.pump.detach()
-        connection.socket.close(linger=0)
-        for question in connection.questions.values():
+        if connection is not None:
+            connection.close(WorkerLost(f"worker {worker_id} went away before it answered"))
+
+    def _note_cut(self, worker_id: str) -> None:
+        for question in self._connections[worker_id].questions.values():
             if not question.done():
-                question.set_exception(WorkerLost(f"worker {worker_id} went away before it answered"))
+                question.set_exception(ConnectionLost(f"the connection to worker {worker_id} broke before it answered"))
+        if self._on_cut is not None:
+            self._on_cut(worker_id)
 
     def is_connected(self, worker_id: str) -> bool:
         """Whether `connect` was called and `disconnect` not; the worker may be dead without anybody knowing yet."""
@@ -162,16 +200,34 @@ class WorkerClient:
             connection.socket.send(_encoder.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             raise WorkerLost(f"worker {worker_id} does not take messages: {MAX_QUEUED_MESSAGES} are waiting") from None
-        connection.pump.after_send()
+        finally:
+            connection.pump.after_send()  # also after a failure, which may have swallowed the news of input
 
-    async def ask(self, worker_id: str, question: Question, timeout_s: float = 5) -> AnswerBody:
-        """Ask a worker.
+    async def ask(
+        self, worker_id: str, question: Question, timeout_s: float = 5, *, cursor: str | None = None, after: int = 0
+    ) -> AnswerBody:
+        """Ask a worker. `cursor` and `after` say which page of a snapshot, or which batches.
 
         Raises: WorkerLost if it is not connected, goes away, or does not answer in time.
         Cancel: a late answer is dropped.
         """
         query_id = next(self._query_ids)
-        self.send(worker_id, Query(query_id, question))
+        return await self._ask(worker_id, Query(query_id, question, cursor, after), f"the question for its {question.value}", timeout_s)
+
+    async def switch_role(self, worker_id: str, role: Role, timeout_s: float = 5) -> WorkerStatus:
+        """Give a worker another role; when this returns, it has it.
+
+        Raises: ConfigurationError with the worker's reason if it will not; WorkerLost as `ask`.
+        Cancel: the worker may have switched or not.
+        """
+        body = await self._ask(worker_id, SwitchRole(next(self._query_ids), role), "the request to switch its role", timeout_s)
+        if isinstance(body, WorkerStatus):
+            return body
+        raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
+
+    async def _ask(self, worker_id: str, message: Query | SwitchRole, what: str, timeout_s: float) -> AnswerBody:
+        query_id = message.query_id
+        self.send(worker_id, message)
         questions = self._connections[worker_id].questions
         answer: asyncio.Future[AnswerBody] = asyncio.get_running_loop().create_future()
         questions[query_id] = answer
@@ -179,7 +235,7 @@ class WorkerClient:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            raise WorkerLost(f"worker {worker_id} did not answer the question for its {question.value} within {timeout_s} s") from None
+            raise WorkerLost(f"worker {worker_id} did not answer {what} within {timeout_s} s") from None
         finally:
             del questions[query_id]
 
@@ -202,13 +258,13 @@ class WorkerClient:
         """Receive until cancelled."""
         self._is_running = True
         for connection in self._connections.values():
-            connection.pump.attach()
+            connection.attach()
         try:
             await asyncio.Event().wait()
         finally:
             self._is_running = False
             for connection in self._connections.values():
-                connection.pump.detach()
+                connection.detach()
 
     def close(self) -> None:
         """Disconnect from all workers. Idempotent."""

@@ -2,6 +2,7 @@
 
 RUN/                          0700, one per deployment on this machine
   workers/<worker id>.json    registry (registry.py)
+  workers/<worker id>.role    the role that it was given last, if any
   sockets/<worker id>.req     request channel, ZeroMQ ROUTER
   sockets/<worker id>.ev      event stream, ZeroMQ PUB
   sockets/<worker id>.kv      hands out the block pool

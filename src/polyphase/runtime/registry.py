@@ -24,7 +24,7 @@ import msgspec
 from polyphase.core.errors import ConfigurationError
 from polyphase.runtime.folder_watch import folder_changes
 from polyphase.runtime.paths import check_private_folder, check_worker_id, ensure_private_folder
-from polyphase.wire.cards import WorkerEntry
+from polyphase.wire.cards import Role, WorkerEntry
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,20 @@ class Lease:
         self._fd = fd
 
     update = publish
+
+    def remember_role(self, role: Role) -> None:
+        """For the next life of this worker in this run folder: a role that was given to it survives a crash. Raises: OSError."""
+        path = self._path.with_suffix(".role")
+        temporary = path.with_suffix(".role.new")
+        temporary.write_text(role.value)
+        temporary.rename(path)
+
+    def remembered_role(self) -> Role | None:
+        """None if it was never given another one."""
+        try:
+            return Role(self._path.with_suffix(".role").read_text())
+        except (OSError, ValueError):
+            return None
 
     async def renew(self) -> None:
         """Keep the entry alive until cancelled; runs as a task of the owner, so that an owner whose loop stands still counts as dead."""

@@ -119,13 +119,17 @@ class Deployment:
 
     def health(self) -> dict[str, Any]:
         """Body of /health, also when it says unhealthy."""
-        body: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=10).json()
+        body: dict[str, Any] = self._get("/health").json()
         return body
 
     def record(self, request_id: str) -> dict[str, Any]:
         """The frontend's record of one request."""
-        body: dict[str, Any] = httpx.get(f"{self.url}/debug/requests/{request_id}", timeout=10).raise_for_status().json()
+        body: dict[str, Any] = self._get(f"/debug/requests/{request_id}").raise_for_status().json()
         return body
+
+    def _get(self, path: str) -> httpx.Response:
+        # Plain HTTP on this machine: without proxies, and without reading certificates, which takes 30 ms each time.
+        return httpx.get(f"{self.url}{path}", timeout=30, verify=False, trust_env=False)
 
     def wait_for(self, condition: Callable[[], Any], what: str, timeout_s: float = 30) -> Any:
         """Poll until `condition` gives something true, and return that. Raises: DeploymentFailed."""

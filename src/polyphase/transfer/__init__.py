@@ -1,13 +1,34 @@
 """KV blocks move between the memories of processes.
 
-In come a pool's size, or an offer's descriptor; out come memory to keep blocks in, and copies of another worker's blocks. Each read
-either brings exactly the blocks that were offered or raises `TransferError`. This plane never decides what to move, knows no model,
-and never writes into another process's memory.
+In come registered memory and lists of blocks, a peer's card or an offer; out come copies of another agent's blocks, with a verdict on
+each: exactly what was offered, or not to be used. This plane never decides what to move, knows no model, and never writes into another
+process's memory.
 """
 
-from polyphase.transfer.handover import PoolServer, open_pool
-from polyphase.transfer.opened import OpenedPool
+from polyphase.transfer.agent import Agent
+from polyphase.transfer.blocks import BlockMemory, HostMemory, LocalBlocks, RemoteBlocks
+from polyphase.transfer.inbox import Notification
+from polyphase.transfer.lending import LeaseEnd
 from polyphase.transfer.pool import SharedPool
-from polyphase.transfer.pools import OpenedPools
+from polyphase.transfer.region import Region
+from polyphase.transfer.session import Session
+from polyphase.transfer.source import PeerBlocks
+from polyphase.transfer.transfer import Transfer
+from polyphase.transfer.verdicts import Outcome, Verdict
 
-__all__ = ["OpenedPool", "OpenedPools", "PoolServer", "SharedPool", "open_pool"]
+__all__ = [
+    "Agent",
+    "BlockMemory",
+    "HostMemory",
+    "LeaseEnd",
+    "LocalBlocks",
+    "Notification",
+    "Outcome",
+    "PeerBlocks",
+    "Region",
+    "RemoteBlocks",
+    "Session",
+    "SharedPool",
+    "Transfer",
+    "Verdict",
+]

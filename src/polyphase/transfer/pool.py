@@ -13,16 +13,17 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 
-from polyphase.core.errors import ConfigurationError, KvError, TransferError
+from polyphase.core.errors import ConfigurationError
 from polyphase.transfer.layout import PoolLayout
 from polyphase.transfer.memory import allocate_pages, available_memory_bytes, create_anonymous_file, seal
-from polyphase.wire.kv import KvLayout, PoolDescriptor
 
 FIRST_GENERATION = 1
 
 
 class SharedPool:
     """`block_count` blocks of `block_bytes` bytes, in pages that exist already. One thread at a time may call `renew`."""
+
+    kind = "host"
 
     def __init__(self, layout: PoolLayout, fd: int, mapping: mmap.mmap) -> None:
         self.pool_id = layout.pool_id
@@ -33,7 +34,7 @@ class SharedPool:
         self._whole = memoryview(mapping)
         start = layout.blocks_offset
         self.blocks = self._whole[start : start + self.block_count * self.block_bytes]
-        self._generations = self._whole[layout.generations_offset : layout.generations_offset + 8 * self.block_count].cast("Q")
+        self.generation_words = self._whole[layout.generations_offset : layout.generations_offset + 8 * self.block_count].cast("Q")
         self._is_closed = False
 
     @classmethod
@@ -72,12 +73,12 @@ class SharedPool:
         seal(fd)
         pool = cls(layout, fd, mapping)
         for block_id in range(block_count):
-            pool._generations[block_id] = FIRST_GENERATION
+            pool.generation_words[block_id] = FIRST_GENERATION
         return pool
 
     def generations(self, block_ids: Sequence[int]) -> list[int]:
         """Present generation of each block: what an offer of these blocks must carry."""
-        generations = self._generations
+        generations = self.generation_words
         return [generations[block_id] for block_id in block_ids]
 
     def renew(self, block_ids: Sequence[int]) -> None:
@@ -85,22 +86,16 @@ class SharedPool:
 
         To be called before the first byte of a block changes, by the thread that changes it or with a lock in between.
         """
-        generations = self._generations
+        generations = self.generation_words
         for block_id in block_ids:
             generations[block_id] += 1
-
-    def descriptor(self, socket_path: str, layout: KvLayout) -> PoolDescriptor:
-        """What readers need to find and check this pool; the descriptor itself is handed over at `socket_path`."""
-        if layout.block_bytes != self.block_bytes:
-            raise KvError(f"the pool's blocks have {self.block_bytes} bytes, but the layout says {layout.block_bytes}")
-        return PoolDescriptor(pool_id=self.pool_id, socket_path=socket_path, block_count=self.block_count, layout=layout)
 
     def close(self) -> None:
         """Give the memory back. Views of `blocks` that others still hold (tensors) keep it alive until they go. Idempotent."""
         if self._is_closed:
             return
         self._is_closed = True
-        for view in (self.blocks, self._generations, self._whole):
+        for view in (self.blocks, self.generation_words, self._whole):
             with contextlib.suppress(BufferError):
                 view.release()
         with contextlib.suppress(BufferError):
@@ -112,13 +107,6 @@ class SharedPool:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def check_block_ids(block_ids: Sequence[int], block_count: int) -> None:
-    """Raises: TransferError if an id lies outside the pool."""
-    if block_ids and not (min(block_ids) >= 0 and max(block_ids) < block_count):
-        bad = next(block_id for block_id in block_ids if not 0 <= block_id < block_count)
-        raise TransferError(f"block {bad} does not exist: the pool has blocks 0 to {block_count - 1}")
 
 
 def _does_not_fit(wanted: int, reason: str) -> str:

@@ -6,11 +6,12 @@ seed, one outcome: there is no clock and no task here, only a heap of what happe
 """
 
 from polyphase.twin.fleet import Fleet, FleetSettings, simulate
-from polyphase.twin.load import Conversation, Turn, burst_load, chat_load, mooncake_load
+from polyphase.twin.load import ChatShape, Conversation, Turn, burst_load, chat_load, mooncake_load
 from polyphase.twin.measures import Measures, RequestRecord, measure
 from polyphase.twin.timeline import Timeline
 
 __all__ = [
+    "ChatShape",
     "Conversation",
     "Fleet",
     "FleetSettings",

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 
-import msgspec
 import xxhash
 
 from polyphase.core.ids import RequestId, WorkerId
 from polyphase.engines.mock import MockSettings
 from polyphase.engines.mock.assembly import assemble_mock
-from polyphase.engines.mock.machine import MockMachine
-from polyphase.router import Router, RouterSettings
-from polyphase.twin.frontend import RoutingCode, SimulatedFrontend
+from polyphase.engines.mock.machine import MockMachine, say_nothing
+from polyphase.router import PolicySettings, Router, RouterSettings
+from polyphase.twin.frontend import Patience, RoutingCode, SimulatedFrontend
 from polyphase.twin.load import Conversation
 from polyphase.twin.measures import Measures, RequestRecord, measure
 from polyphase.twin.timeline import Timeline
 from polyphase.twin.worker import Delays, SimulatedWorker
-
-_VOCAB_SIZE = 2**32  # token ids are made up and never shown
+from polyphase.worker.room import QueueLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,9 @@ class FleetSettings:
     worker_count: int = 16
     frontend_count: int = 1
     delays: Delays = field(default_factory=Delays)
+    queue_limits: QueueLimits | None = None  # beyond which workers refuse; None: they take whatever comes
+    patience: Patience = field(default_factory=Patience)  # of frontends with refused requests
+    longest_stretch: int = 4096  # engine steps played as one while nothing can happen in them; 1: each by itself, same outcome
 
 
 MakeRouting = Callable[[Timeline], RoutingCode]
@@ -37,7 +38,7 @@ MakeRouting = Callable[[Timeline], RoutingCode]
 def router_of(policy: str) -> MakeRouting:
     """The real router with one of its policies, and no bound on how much may wait: queueing is to be seen, not refused."""
     turns = count()
-    return lambda timeline: Router(RouterSettings(policy=policy, max_waiting_requests=1_000_000, first_turn=7 * next(turns)))
+    return lambda timeline: Router(RouterSettings(PolicySettings(policy), max_waiting_requests=1_000_000, first_turn=7 * next(turns)))
 
 
 class Fleet:
@@ -47,11 +48,20 @@ class Fleet:
         self.timeline = Timeline()
         self.records: list[RequestRecord] = []
         parts = assemble_mock(settings.engine, is_shared=False)  # holds no memory, so that all workers can share it
-        parts = replace(parts, card=msgspec.structs.replace(parts.card, vocab_size=_VOCAB_SIZE))
         names = [WorkerId(f"worker-{number}") for number in range(settings.worker_count)]
-        self.workers = {name: SimulatedWorker(name, MockMachine(parts, self.timeline), self.timeline, settings.delays) for name in names}
-        self._frontends = [
-            SimulatedFrontend(make_routing(self.timeline), self.workers, self.timeline, settings.delays)
+        self.workers = {
+            name: SimulatedWorker(
+                name,
+                MockMachine(parts, self.timeline, say_nothing),
+                self.timeline,
+                settings.delays,
+                settings.queue_limits,
+                settings.longest_stretch,
+            )
+            for name in names
+        }
+        self.frontends = [
+            SimulatedFrontend(make_routing(self.timeline), self.workers, self.timeline, settings.delays, settings.patience)
             for _ in range(settings.frontend_count)
         ]
         self._open_count = sum(len(conversation.turns) for conversation in load)
@@ -73,7 +83,7 @@ class Fleet:
 
     def _ask(self, conversation: Conversation, number: int) -> None:
         request_id = RequestId(f"r{len(self.records)}")
-        frontend = self._frontends[xxhash.xxh3_64_intdigest(request_id.encode()) % len(self._frontends)]  # as a load balancer would
+        frontend = self.frontends[xxhash.xxh3_64_intdigest(request_id.encode()) % len(self.frontends)]  # as a load balancer would
 
         def go_on() -> None:
             self._open_count -= 1

@@ -1,31 +1,44 @@
-"""What a simulated fleet is asked: conversations of one or more turns, from a trace or made up from a seed."""
+"""What a simulated fleet is asked: conversations of one or more turns, from a trace or made up from a seed.
+
+A request is known by how many tokens it has and how its blocks are named, those of its answer included; the tokens are not kept.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.core.hashing import sequence_hashes
-from polyphase.core.ids import SequenceHash
+from polyphase.core.ids import ContentKey, SequenceHash
+from polyphase.kv import GivenNames
 
 MOONCAKE_BLOCK_SIZE = 512  # tokens that one of the trace's `hash_ids` stands for
-_FIRST_TOKEN = 1000
+_OWN_IDS = 2**31  # from here on, ids that no trace has: each request's own
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request. `tokens` makes its prompt when it is needed: thousands of long prompts at once would take gigabytes."""
+    """One request."""
 
-    tokens: Callable[[], list[int]]
-    token_count: int
-    sequence_hashes: Sequence[SequenceHash]
-    max_tokens: int
+    token_count: int  # of the prompt
+    sequence_hashes: Sequence[SequenceHash]  # of the prompt's full blocks
+    names: GivenNames  # of these, and of the blocks that the answer fills
+    max_tokens: int  # the length of the answer
     think_ns: int = 0  # between the end of the turn before and this one
+
+    @classmethod
+    def of_hashes(cls, hashes: Sequence[SequenceHash], token_count: int, output_count: int, block_size: int, think_ns: int = 0) -> Turn:
+        """`hashes` are of prompt and answer."""
+        # A sequence hash does for a content key where nobody forges collisions.
+        names = GivenNames(cast("Sequence[ContentKey]", hashes), hashes)
+        return cls(token_count, hashes[: token_count // block_size], names, output_count, think_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +62,24 @@ def mooncake_load(path: Path, request_count: int, speedup: float = 1.0) -> list[
         for number, line in enumerate(islice(lines, request_count), start=1):
             try:
                 row = json.loads(line)
-                turn = _turn_of_ids([int(i) for i in row["hash_ids"]], int(row["input_length"]), int(row["output_length"]))
+                turn = _turn_of_ids(row["hash_ids"], int(row["input_length"]), max(1, int(row["output_length"])), number)
                 load.append(Conversation(int(row["timestamp"] * 1e6 / speedup), (turn,)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise ConfigurationError(
                     f"line {number} of {path} is not of Mooncake's form: timestamp, input_length, output_length, hash_ids ({error!r})"
                 ) from error
     return load
 
 
-def _turn_of_ids(hash_ids: Sequence[int], token_count: int, output_count: int) -> Turn:
-    """A block's tokens are its id over and over: equal ids, equal tokens."""
-
-    def tokens() -> list[int]:
-        made: list[int] = []
-        for hash_id in hash_ids:
-            made += [hash_id + _FIRST_TOKEN] * MOONCAKE_BLOCK_SIZE
-        return made[:token_count] if len(made) >= token_count else made + [1] * (token_count - len(made))
-
-    return Turn(tokens, token_count, sequence_hashes(tokens(), MOONCAKE_BLOCK_SIZE), max(1, output_count))
+def _turn_of_ids(hash_ids: Sequence[int], token_count: int, output_count: int, number: int) -> Turn:
+    """Equal ids, equal tokens; what comes behind the prompt's last full block is this request's alone."""
+    full_count = token_count // MOONCAKE_BLOCK_SIZE
+    own_count = (token_count + output_count) // MOONCAKE_BLOCK_SIZE - full_count
+    if len(hash_ids) < full_count:
+        raise ValueError(f"{len(hash_ids)} hash_ids for {full_count} full blocks")
+    # As if a block were one token long: hashes are names, and it does not matter of what.
+    hashes = sequence_hashes([*hash_ids[:full_count], *[_OWN_IDS + number] * own_count], 1)
+    return Turn.of_hashes(hashes, token_count, output_count, MOONCAKE_BLOCK_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +108,13 @@ def chat_load(
     load = []
     for _ in range(conversation_count):
         start_s += draw.expovariate(starts_per_s)
-        history = list(system)
+        history = _History(system, block_size)
         turns = []
         for number in range(1 + min(4 * shape.turn_count, int(draw.expovariate(1 / max(shape.turn_count - 0.5, 0.1))))):
-            history = history + _fresh_tokens(draw, _around(draw, shape.message_tokens))
+            history.add(_fresh_tokens(draw, _around(draw, shape.message_tokens)))
             count = _around(draw, shape.answer_tokens)
             think_ns = int(draw.expovariate(1 / shape.think_s) * 1e9) if number else 0
-            turns.append(_turn_of_tokens(history, count, block_size, think_ns))
-            history = history + answer(history, count)
+            turns.append(history.turn(answer(history.tokens, count), think_ns))
         load.append(Conversation(int(start_s * 1e9), turns))
     return load
 
@@ -118,19 +129,36 @@ def burst_load(
     for burst in range(burst_count):
         hot = _fresh_tokens(draw, shape.system_tokens)
         for number in range(requests_per_burst):
-            head = hot if draw.random() < 0.5 else _fresh_tokens(draw, shape.system_tokens // 2)
-            prompt = head + _fresh_tokens(draw, _around(draw, shape.message_tokens))
-            turn = _turn_of_tokens(prompt, _around(draw, shape.answer_tokens), block_size, 0)
+            history = _History(hot if draw.random() < 0.5 else _fresh_tokens(draw, shape.system_tokens // 2), block_size)
+            history.add(_fresh_tokens(draw, _around(draw, shape.message_tokens)))
+            turn = history.turn(_fresh_tokens(draw, _around(draw, shape.answer_tokens)))
             load.append(Conversation(int((burst * burst_every_s + number * 0.05 / requests_per_burst) * 1e9), (turn,)))
     return load
 
 
-def _turn_of_tokens(tokens: list[int], output_count: int, block_size: int, think_ns: int) -> Turn:
-    return Turn(lambda: tokens, len(tokens), sequence_hashes(tokens, block_size), output_count, think_ns)
+class _History:
+    """A conversation so far: its tokens, and the hashes of its full blocks."""
+
+    def __init__(self, tokens: Iterable[int], block_size: int) -> None:
+        self.tokens = list(tokens)
+        self._block_size = block_size
+        self._hashes: list[SequenceHash] = []
+
+    def add(self, tokens: Iterable[int]) -> None:
+        self.tokens += tokens
+
+    def turn(self, answer: Iterable[int], think_ns: int = 0) -> Turn:
+        """The request that asks for `answer`, which is part of the history then."""
+        prompt_count = len(self.tokens)
+        self.add(answer)
+        fresh = self.tokens[len(self._hashes) * self._block_size :]
+        self._hashes += sequence_hashes(fresh, self._block_size, parent=self._hashes[-1] if self._hashes else None)
+        output_count = len(self.tokens) - prompt_count
+        return Turn.of_hashes(tuple(self._hashes), prompt_count, output_count, self._block_size, think_ns)
 
 
-def _fresh_tokens(draw: random.Random, count: int) -> list[int]:
-    return [draw.randrange(_FIRST_TOKEN, 100_000) for _ in range(count)]
+def _fresh_tokens(draw: random.Random, count: int) -> array[int]:
+    return array("I", draw.randbytes(4 * count))
 
 
 def _around(draw: random.Random, mean: int) -> int:

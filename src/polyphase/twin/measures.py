@@ -22,6 +22,7 @@ class RequestRecord:
     first_token_ns: int | None = None
     ended_ns: int | None = None
     refused: str | None = None
+    refusal_count: int = 0  # by workers, after which another one was tried
 
     @property
     def ttft_s(self) -> float | None:

@@ -27,6 +27,7 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     request_endpoint: str  # ZeroMQ ROUTER
     event_endpoint: str  # ZeroMQ PUB
     is_draining: bool = False
+    labels: dict[str, str] = {}  # where it stands or what it is, for example zone → eu-1; msgspec copies the default
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
@@ -46,6 +47,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     max_batch_tokens: int  # token budget of one step
     max_running: int  # sequences in one step
     can_hand_over: bool  # its blocks can be read by another worker
+    publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
     block_bytes: int
     default_temperature: float | None = None  # from the model's generation_config.json
     default_top_p: float | None = None
@@ -59,3 +61,4 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     load: Load
     uptime_s: float
     rss_bytes: int
+    misplaced_count: int = 0  # requests that run here and are not what the role is for: after a change of role, until they have moved

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import msgspec
 
+from polyphase.wire.layout import KvLayout
+from polyphase.wire.transfer import AgentCard, RegionCard
 
-class KvLayout(msgspec.Struct, frozen=True):
-    """Shape of one KV block in memory; a block is contiguous over all layers:
-
-        block = [layer_count, 2 (keys, values), block_size, kv_head_count, head_dim] of dtype
-
-    Two workers may copy blocks byte by byte if their layouts are equal; `fingerprint` also holds the model, so that
-    blocks of another model with the same shape do not pass.
-    """
-
-    dtype: str  # "float32", "bfloat16", "float16"
-    layer_count: int
-    kv_head_count: int
-    head_dim: int
-    block_size: int  # tokens
-    block_bytes: int
-    fingerprint: str
-
-
-class PoolDescriptor(msgspec.Struct, frozen=True):
-    """A worker's block pool in shared memory. The file descriptor is handed over at `socket_path` (Unix socket, SCM_RIGHTS)."""
-
-    pool_id: str  # random, new in each life of a worker
-    socket_path: str
-    block_count: int
-    layout: KvLayout
+__all__ = ["KvLayout", "KvOffer", "KvPart"]
 
 
 class KvOffer(msgspec.Struct, frozen=True):
     """What a prefill worker hands over: blocks that hold the KV of the first `token_count` tokens.
 
-    The blocks stay pinned until the reader releases `lease_id` at `endpoint` or the lease runs out at `expires_at_ns`
-    (CLOCK_MONOTONIC of the host). Each block's generation changes when the block is given to somebody else: a reader that
-    finds another generation after its copy has read something else and must not use it.
+    The blocks stay pinned until the reader gives the lease back to the agent, dies, or the lease runs out at `expires_at_ns`
+    (CLOCK_MONOTONIC of the agent's host). Each block's generation changes when the block is given to somebody else: a block that has
+    another generation after it was copied must not be used.
     """
 
     worker_id: str
@@ -45,7 +23,31 @@ class KvOffer(msgspec.Struct, frozen=True):
     endpoint: str  # request channel of the worker that holds the blocks
     lease_id: str
     expires_at_ns: int
-    pool: PoolDescriptor
+    agent: AgentCard  # its transfer agent, with the region of the blocks
+    region_id: str
     block_ids: list[int]
     generations: list[int]
     token_count: int
+
+    @property
+    def region(self) -> RegionCard | None:
+        return self.agent.region(self.region_id)
+
+    @property
+    def layout(self) -> KvLayout | None:
+        region = self.region
+        return None if region is None else region.layout
+
+
+class KvPart(msgspec.Struct, frozen=True):
+    """Full blocks of a prompt that is still being computed, number `first_block` and following.
+
+    There is no lease on them: they are the running request's own, and if it ends early they may be given to others. Their generation tells
+    a reader so, who then has nothing. The offer at the end of the prompt names all blocks again, and keeps them.
+    """
+
+    first_block: int
+    block_ids: list[int]
+    generations: list[int]
+    agent: AgentCard
+    region_id: str

@@ -1,8 +1,8 @@
 """The request channel between a frontend (or a peer worker, or the command line) and a worker.
 
-To the worker go `Submit`, `Cancel`, `ReleaseLease` and `Query`; back come `StepOutputs` (one message per engine step and peer, with
-the new tokens of all that peer's requests) and `Answer`s to queries. Every submitted request ends in exactly one `SequenceOutput`
-whose `finish_reason` is not None.
+To the worker go `Submit`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole` and `Query`; back come `StepOutputs` (one message
+per engine step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id. Every submitted request
+ends in exactly one `SequenceOutput` whose `finish_reason` is not None.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import enum
 
 import msgspec
 
-from polyphase.wire.cards import ModelCard, WorkerStatus
-from polyphase.wire.events import Load
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.cards import ModelCard, Role, WorkerStatus
+from polyphase.wire.events import Load, MissedBatches, SnapshotPage
+from polyphase.wire.kv import KvOffer, KvPart
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -54,6 +54,10 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     A fresh request has nothing behind the prompt; a migrated or handed-over one has. `hand_over` asks for prefill only: the
     worker computes everything, samples one token, and answers with an offer of the blocks (finish reason `handed_over`), unless that
     token ended the request. `offer` brings such blocks: the worker pulls them, or computes them itself if that fails.
+
+    `for_role` is the role that the sender believes the worker to have. A worker that has changed its role since refuses what the new one
+    does not take (`role_changed`), so that a sender's old view costs another try and nothing else. A sender that knows the role, and
+    still sends what the role is not for, has nobody else: that is served.
     """
 
     request_id: str
@@ -64,11 +68,37 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     cache_salt: str | None = None
     priority: int = 0  # lower is served first
     hand_over: bool = False
+    with_parts: bool = False  # with `hand_over`: tell of the prompt's blocks while the rest of it is computed
     offer: KvOffer | None = None
+    for_role: Role | None = None  # None: whatever the role is
+    believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
+    remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
+
+
+class PullAhead(msgspec.Struct, frozen=True, tag="pull_ahead", omit_defaults=True):
+    """Blocks of a request that will be handed over to this worker: take in what is new. Not answered; may be ignored.
+
+    `token_ids` are those of the part's blocks. Parts come in order; the request's `Submit`, with the same id, comes last, if it comes.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    part: KvPart
+    cache_salt: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Stop a request and free what it holds, its lease included. Answered by a `SequenceOutput` with `cancelled` if it was alive."""
+
+    request_id: str
+
+
+class HandOver(msgspec.Struct, frozen=True, tag="hand_over"):
+    """End a request here, after the step under way, so that it goes on elsewhere.
+
+    Answered by its `handed_over` output, with an offer of all that is computed (or of what it brought along and nobody has read yet).
+    A request whose prompt leg has begun leaves by itself when the prompt is computed; unknown ids have ended: neither is answered.
+    """
 
     request_id: str
 
@@ -81,32 +111,45 @@ class ReleaseLease(msgspec.Struct, frozen=True, tag="release"):
 
 class Question(enum.StrEnum):
     CARD = "card"
-    SNAPSHOT = "snapshot"
+    SNAPSHOT = "snapshot"  # a page of what the worker holds
+    BATCHES = "batches"  # of the event stream, that were missed
     STATUS = "status"
 
 
-class Query(msgspec.Struct, frozen=True, tag="query"):
+class Query(msgspec.Struct, frozen=True, tag="query", omit_defaults=True):
     query_id: int
     question: Question
+    cursor: str | None = None  # of a snapshot: the page, as the page before named it; None: the first
+    after: int = 0  # of batches: those behind this sequence number
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Accept nothing new, finish what runs, then leave the registry and exit."""
 
 
-ToWorker = Submit | Cancel | ReleaseLease | Query | Drain
+class SwitchRole(msgspec.Struct, frozen=True, tag="switch_role"):
+    """Take another role from now on. What runs goes on; frontends move what the new role is not for.
+
+    Answered by `WorkerStatus` or `Denied`.
+    """
+
+    query_id: int
+    role: Role
+
+
+ToWorker = Submit | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | Query | Drain
 
 
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # EOS, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the end of the context
-    HANDED_OVER = "handed_over"  # prefill leg done; the request goes on elsewhere
+    HANDED_OVER = "handed_over"  # prefill leg done, or moved away; the request goes on elsewhere
     CANCELLED = "cancelled"
     ERROR = "error"
 
 
 class WireFailure(msgspec.Struct, frozen=True):
-    """A `PolyphaseError` on its way to another process; `code` is the class's. A worker that is `overloaded` adds its load of now."""
+    """A `PolyphaseError` on its way to another process, by its class's `code`. With `overloaded` and `busier` comes the load of now."""
 
     code: str
     message: str
@@ -126,7 +169,7 @@ class PhaseStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_token_count: int = 0  # prompt tokens found in the prefix cache
     transferred_token_count: int = 0
     transferred_bytes: int = 0
-    transfer_ms: float = 0.0
+    transfer_ms: float = 0.0  # part of which may have passed while the prompt was still being computed elsewhere
     queue_ms: float = 0.0  # from arrival to the first step that computed something for it
 
 
@@ -140,6 +183,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_reason: int | str | None = None  # the stop token id or stop string that matched; None for EOS
     failure: WireFailure | None = None  # with finish reason `error`
     offer: KvOffer | None = None  # with finish reason `handed_over`
+    part: KvPart | None = None  # while the prompt of a request `with_parts` is computed
     stats: PhaseStats | None = None
 
 
@@ -150,20 +194,17 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
     outputs: list[SequenceOutput]
 
 
-class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
-    """All that the worker holds, as of event `sequence`: apply only later batches on top of it."""
+class Denied(msgspec.Struct, frozen=True, tag="denied"):
+    """What was asked will not be done."""
 
-    worker_id: str
-    epoch: int
-    sequence: int
-    device_hashes: list[int]
+    message: str  # a sentence for a person
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """Reply to the query with this id."""
 
     query_id: int
-    body: Snapshot | ModelCard | WorkerStatus
+    body: SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
 
 
 FromWorker = StepOutputs | Answer

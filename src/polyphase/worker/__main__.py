@@ -14,8 +14,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 
 import uvloop
 
@@ -26,10 +27,11 @@ from polyphase.runtime import Lease, Registry, WorkerPaths
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
-from polyphase.worker.engines import kv_exporter, load_engine
+from polyphase.worker.engines import load_engine
 from polyphase.worker.host import HostSettings, WorkerHost
 from polyphase.worker.options import WorkerOptions, parse_options
 from polyphase.worker.room import QueueLimits
+from polyphase.worker.transfer import join_transfer
 from polyphase.worker.warm_up import warm_up
 
 log = logging.getLogger("polyphase.worker")
@@ -59,15 +61,29 @@ def main() -> int:
 
 
 def _serve(options: WorkerOptions, lifeline: Lifeline) -> None:
-    with Registry(options.run_folder).claim(options.worker_id) as lease:
-        paths = WorkerPaths.of(options.run_folder, options.worker_id)
-        ensure_private_folder(paths.request_socket.parent)
+    with ExitStack() as stack:
+        names = (options.worker_id, *options.beside)
+        leases = [stack.enter_context(Registry(options.run_folder).claim(name)) for name in names]
+        paths = [WorkerPaths.of(options.run_folder, name) for name in names]
+        ensure_private_folder(paths[0].request_socket.parent)
         started_s = time.monotonic()
         log.info("loading %s with engine %s", options.engine_options.model, options.engine)
-        with closing(load_engine(options.engine, options.engine_options)) as engine, _long_lived_objects_left_alone():
-            log.info("loaded %s in %.1f s", engine.card.name, time.monotonic() - started_s)
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_host(engine, lease, paths, options, lifeline))
+        engines = [stack.enter_context(closing(load_engine(options.engine, options.engine_options))) for _ in names]
+        lives = [_Life(*parts) for parts in zip(names, engines, leases, paths, strict=True)]
+        stack.enter_context(_long_lived_objects_left_alone())
+        log.info("loaded %s in %.1f s", lives[0].engine.card.name, time.monotonic() - started_s)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_host_all(lives, options, lifeline))
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """What one worker of this process has to itself."""
+
+    worker_id: str
+    engine: Engine
+    lease: Lease
+    paths: WorkerPaths
 
 
 @contextmanager
@@ -81,34 +97,41 @@ def _long_lived_objects_left_alone() -> Iterator[None]:
         gc.unfreeze()
 
 
-async def _host(engine: Engine, lease: Lease, paths: WorkerPaths, options: WorkerOptions, lifeline: Lifeline) -> None:
+async def _host_all(lives: Sequence[_Life], options: WorkerOptions, lifeline: Lifeline) -> None:
+    """If one breaks down, the process does: its end is what others know how to deal with."""
+    with ExitStack() as stack:  # of the transfer agents, which outlive the hosts
+        hosts = [await _host(life, options, stack) for life in lives]
+        _drain_on_signals(hosts, lives)
+        watch = asyncio.create_task(_drain_when_cut(lifeline, hosts), name="lifeline")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for host, life in zip(hosts, lives, strict=True):
+                    tasks.create_task(host.run(), name=life.worker_id)
+        finally:
+            watch.cancel()
+
+
+async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> WorkerHost:
+    engine, paths = life.engine, life.paths
     entry = WorkerEntry(
-        worker_id=options.worker_id,
+        worker_id=life.worker_id,
         epoch=time.time_ns(),
-        role=options.role,
+        role=life.lease.remembered_role() or options.role,
         model=engine.card.name,
         pid=os.getpid(),
         host=socket.gethostname(),
         request_endpoint=paths.request_endpoint,
         event_endpoint=paths.event_endpoint,
+        labels=options.labels,
     )
-    exporter = kv_exporter(engine)
-    if exporter is not None:
-        pool = exporter.pool_descriptor(str(paths.pool_socket))
-        exporter.bind_offers(worker_id=entry.worker_id, epoch=entry.epoch, endpoint=entry.request_endpoint, pool=pool)
+    agent, region = stack.enter_context(join_transfer(engine, entry, str(paths.pool_socket), options.transfer))
     log.info("warming up")
     await warm_up(engine)
     limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
-    host = WorkerHost(engine, lease, HostSettings(entry, paths, options.drain_timeout_s, limits))
-    _drain_on_signals(host, lease, paths)
-    watch = asyncio.create_task(_drain_when_cut(lifeline, host), name="lifeline")
-    try:
-        await host.run()
-    finally:
-        watch.cancel()
+    return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits))
 
 
-def _drain_on_signals(host: WorkerHost, lease: Lease, paths: WorkerPaths) -> None:
+def _drain_on_signals(hosts: Sequence[WorkerHost], lives: Sequence[_Life]) -> None:
     """The first SIGTERM or SIGINT drains; a later one ends the process at once, but tidily.
 
     What follows the first within a second is the same wish, sent twice: by the supervisor, and by whoever signalled all processes.
@@ -121,22 +144,25 @@ def _drain_on_signals(host: WorkerHost, lease: Lease, paths: WorkerPaths) -> Non
             if time.monotonic() - first_s < SAME_WISH_S:
                 return
             log.warning("asked a second time to end: ending now, requests are broken off")
-            lease.withdraw()
-            paths.remove()
+            for life in lives:
+                life.lease.withdraw()
+                life.paths.remove()
             os._exit(EXIT_BROKEN)
         first_s = time.monotonic()
-        host.drain()
+        for host in hosts:
+            host.drain()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
 
 
-async def _drain_when_cut(lifeline: Lifeline, host: WorkerHost) -> None:
+async def _drain_when_cut(lifeline: Lifeline, hosts: Sequence[WorkerHost]) -> None:
     """For systems whose kernel does not tell that the supervisor ended."""
     while not lifeline.is_cut():  # noqa: ASYNC110  there is no event for it
         await asyncio.sleep(LIFELINE_CHECK_INTERVAL_S)
-    host.drain()
+    for host in hosts:
+        host.drain()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     peer ── Submit ──► handle ──► engine.submit          engine ── StepReport ──► on_step ──► one StepOutputs per peer
                         │                                                           ├──► event stream: KV events, load
-                        └─ offer: open its pool first                               └──► leases of copied offers released
+                        └─ offer: pull its blocks first                              └──► leases of copied offers released
 
 Everything here runs on one event loop, shares the interpreter with the engine's thread, and so does little per step. Every request is
 answered for good exactly once: by the engine's last output, or by an error of the worker's own when the engine refused it, the worker
@@ -19,33 +19,49 @@ from dataclasses import dataclass
 
 import msgspec
 
-from polyphase.core.errors import Draining, EngineFailed, InvalidRequest, Lost, Overloaded, PolyphaseError, TransferError, WorkerLost
+from polyphase.core.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    Lost,
+    Overloaded,
+    PolyphaseError,
+    Refused,
+    WorkerLost,
+)
 from polyphase.engines.interface import BlockSource, Engine, StepReport
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
-from polyphase.transfer import OpenedPools, PoolServer
-from polyphase.wire.cards import WorkerEntry, WorkerStatus
+from polyphase.transfer import Agent, LeaseEnd, Region
+from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
 from polyphase.wire.events import Load
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Answer,
     Cancel,
+    Denied,
     Drain,
     FinishReason,
+    HandOver,
+    PullAhead,
     Query,
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     Submit,
+    SwitchRole,
     ToWorker,
     WireFailure,
 )
-from polyphase.worker.engines import kv_exporter
+from polyphase.worker.engines import kv_exporter, kv_importer
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
+from polyphase.worker.pulls_ahead import PullsAhead
+from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
+from polyphase.worker.sources import OfferSources
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +69,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 LOAD_INTERVAL_S = 0.1  # between load reports while steps change nothing but token counts
 ACCEPT_LOAD_INTERVAL_S = 0.005  # between those that only tell of requests accepted; other frontends should know before a long step ends
 DRAIN_CHECK_INTERVAL_S = 0.05
+DEADLINE_GRACE_S = 0.25  # the peer, which set the deadline, cancels by itself; this is for when it cannot
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,8 @@ class HostSettings:
     entry: WorkerEntry
     paths: WorkerPaths
     drain_timeout_s: float
+    agent: Agent  # stays the caller's
+    region: Region | None  # the engine's blocks, registered with it; None: nobody can read them
     limits: QueueLimits | None = None  # None: the engine alone refuses
 
 
@@ -78,7 +97,13 @@ class WorkerHost:
         self._last_sent_s: dict[PeerId, float] = {}
         self._last_load_s = 0.0
         self._tasks = asyncio.TaskGroup()
-        self._pools = OpenedPools()
+        self._agent = settings.agent
+        self._region = settings.region
+        self._sources = OfferSources(settings.agent)
+        importer = kv_importer(engine)
+        self._ahead: PullsAhead | None = None
+        if self._exporter is not None and importer is not None and settings.region is not None:
+            self._ahead = PullsAhead(self._exporter, importer, self._sources)
         self._releases = LeaseReleases(self._entry.worker_id)
         self._draining = asyncio.Event()
         with contextlib.ExitStack() as stack:
@@ -88,7 +113,9 @@ class WorkerHost:
             self._publisher = EventPublisher(self._entry.event_endpoint, self._entry.worker_id, self._entry.epoch)
             stack.callback(self._publisher.close)
             stack.callback(self._releases.close)
-            stack.callback(self._pools.close)
+            if self._ahead is not None:
+                stack.callback(self._ahead.close)
+            stack.callback(self._sources.close)
             self._closing = stack.pop_all()
 
     def drain(self) -> None:
@@ -104,11 +131,8 @@ class WorkerHost:
 
     async def run(self) -> None:
         """Serve until drained, or until something breaks: then that exception, after the peers were told."""
-        pool_server = PoolServer()
         failure: Lost = WorkerLost(f"worker {self._entry.worker_id} ended before the request was done")
         try:
-            if self._exporter is not None:
-                await pool_server.start(str(self._settings.paths.pool_socket), self._exporter.pool_fd())
             async with self._tasks as tasks:
                 parts = {
                     "server": self._server.run(),
@@ -129,7 +153,6 @@ class WorkerHost:
         finally:
             self._fail_all(failure)
             self._lease.withdraw()
-            await pool_server.close()
             self._closing.close()
 
     async def _until_drained(self) -> None:
@@ -146,11 +169,19 @@ class WorkerHost:
         match message:
             case Submit():
                 self._accept(peer, message)
+            case PullAhead():
+                if self._ahead is not None and not self._draining.is_set():
+                    self._ahead.add(message)
             case Cancel():
                 self._cancel(peer, message.request_id)
+            case HandOver():
+                self._hand_over(peer, message.request_id)
+            case SwitchRole():
+                self._switch_role(peer, message)
             case ReleaseLease():
                 if self._exporter is not None:
                     self._exporter.release_lease(message.lease_id)
+                    self._publish(None)  # no step may follow to tell of it
             case Query():
                 self._answer(peer, message)
             case Drain():
@@ -164,11 +195,25 @@ class WorkerHost:
         if self._live.get(request_id) is not None:
             self._refuse(peer, request, InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}"))
             return
-        live = self._live.add(request_id, peer)
+        try:
+            refuse_misdirected(request, self._entry)
+        except Refused as refusal:
+            self._refuse(peer, request, refusal)
+            return
+        live = self._live.add(request_id, peer, wants_hand_over=request.hand_over)
+        if request.remaining_ms is not None:
+            self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
         if request.offer is None:
             self._submit(request, None)
         else:
-            live.offer = request.offer
+            try:
+                if self._settings.limits is not None:  # before blocks travel for nothing
+                    self._settings.limits.refuse_if_full(request, self._engine.load())
+            except Refused as refusal:
+                self._live.remove(request_id)
+                self._refuse(peer, request, refusal)
+                return
+            live.offer = request.offer  # until the engine has it, whatever happens gives it back
             live.opening = self._tasks.create_task(self._open_and_submit(live, request), name=f"open-{request_id}")
 
     async def _open_and_submit(self, live: LiveRequest, request: Submit) -> None:
@@ -176,13 +221,20 @@ class WorkerHost:
         assert request.offer is not None
         source: BlockSource | None = None
         try:
-            source = await self._pools.get(request.offer.pool)
-        except TransferError as error:
-            with request_context(request.request_id):
-                log.warning("its offered blocks cannot be read and are computed here: %s", error)
-            self._release(request.offer)
-        live.opening = live.offer = None
-        self._submit(request, source)
+            try:
+                source = await self._sources.open(request.offer)
+                if self._ahead is not None and not await self._ahead.complete(request, request.offer, source):
+                    source = None
+            except PolyphaseError as error:
+                with request_context(request.request_id):
+                    log.warning("its offered blocks cannot be read and are computed here: %s", error)
+            if source is None:
+                self._release(request.offer)
+            live.opening = live.offer = None
+            self._submit(request, source)
+        finally:
+            if self._ahead is not None:
+                self._ahead.forget(request.request_id)
 
     def _submit(self, request: Submit, source: BlockSource | None) -> None:
         peer_request = self._live.get(request.request_id)
@@ -206,8 +258,9 @@ class WorkerHost:
     def _refuse(self, peer: PeerId, request: Submit, error: PolyphaseError) -> None:
         with request_context(request.request_id):
             log.info("refused: %s", error.message)
-        if isinstance(error, Overloaded):  # the peer goes elsewhere at once, and takes the offer along
-            self._send(peer, [_failed(request.request_id, error, self._engine.load())])
+        if isinstance(error, Refused):  # the peer goes elsewhere at once, and takes the offer along
+            load = self._engine.load() if isinstance(error, Overloaded) else None
+            self._send(peer, [_failed(request.request_id, error, load)])
             return
         self._release(request.offer)
         self._send(peer, [_failed(request.request_id, error)])
@@ -220,6 +273,50 @@ class WorkerHost:
             self._send(peer, [SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED)])
         else:
             self._engine.abort(request_id)  # also frees the lease of one that was handed over already
+            if live is None:
+                self._publish(None)
+
+    def _hand_over(self, peer: PeerId, request_id: str) -> None:
+        """The peer wants to go on with it elsewhere."""
+        live = self._live.get(request_id)
+        if live is None or live.peer != peer:
+            return
+        if live.opening is None:
+            self._engine.hand_over(request_id)
+            return
+        live.opening.cancel()
+        self._live.remove(request_id)
+        self._send(peer, [SequenceOutput(request_id=request_id, finish_reason=FinishReason.HANDED_OVER, offer=live.offer)])
+
+    def _switch_role(self, peer: PeerId, message: SwitchRole) -> None:
+        reason = why_not_switch(message.role, self._entry, self._engine.card)
+        if reason is None and message.role is not self._entry.role:
+            reason = self._take_role(message.role)
+        self._server.send(peer, Answer(message.query_id, self._status() if reason is None else Denied(reason)))
+
+    def _take_role(self, role: Role) -> str | None:
+        """Returns: why not. A role that the registry does not show would only make frontends send what is then refused."""
+        entry = msgspec.structs.replace(self._entry, role=role)
+        try:
+            self._lease.update(entry)
+        except OSError as error:
+            return f"worker {entry.worker_id} keeps its role {self._entry.role}: the registry cannot be told of another: {error}"
+        before, self._entry = self._entry.role, entry
+        try:
+            self._lease.remember_role(role)
+        except OSError as error:
+            log.warning("after a restart the role will be the one before: %s", error)
+        log.info("role: %s, was %s; %d of %d requests are to move", role, before, self._live.count_misplaced(role), len(self._live))
+        return None
+
+    def _status(self) -> WorkerStatus:
+        return WorkerStatus(
+            entry=self._entry,
+            load=self._engine.load(),
+            uptime_s=uptime_s(),
+            rss_bytes=rss_bytes(),
+            misplaced_count=self._live.count_misplaced(self._entry.role),
+        )
 
     def _abort(self, live: LiveRequest) -> None:
         """Forget a request; what the engine still says of it reaches nobody."""
@@ -241,11 +338,15 @@ class WorkerHost:
             case Question.CARD:
                 body: Answer = Answer(query.query_id, self._engine.card)
             case Question.SNAPSHOT:
-                hashes = self._engine.cached_hashes()
-                body = Answer(query.query_id, Snapshot(self._entry.worker_id, self._entry.epoch, self._publisher.sequence, hashes))
+                try:
+                    body = Answer(query.query_id, self._publisher.source.page(query.cursor))
+                except ValueError as error:
+                    log.warning("a question is not answered: %s", error)
+                    return
+            case Question.BATCHES:
+                body = Answer(query.query_id, self._publisher.source.missed(query.after))
             case Question.STATUS:
-                status = WorkerStatus(entry=self._entry, load=self._engine.load(), uptime_s=uptime_s(), rss_bytes=rss_bytes())
-                body = Answer(query.query_id, status)
+                body = Answer(query.query_id, self._status())
         self._server.send(peer, body)
 
     # From the engine
@@ -258,12 +359,15 @@ class WorkerHost:
                 if output.finish_reason is not None:
                     has_finished = True
                     self._finish(output)
+                if output.offer is not None:
+                    self._lend(output.offer)
             if not self._send(peer, outputs):
                 self._drop_offers(outputs)
         for offer in report.released_offers:
-            self._releases.send(offer)
+            self._release(offer)
         if report.events or has_finished or time.monotonic() - self._last_load_s >= LOAD_INTERVAL_S:
             self._publish(report)
+        self._end_overdue()
 
     def _finish(self, output: SequenceOutput) -> None:
         live = self._live.get(output.request_id)
@@ -274,6 +378,20 @@ class WorkerHost:
             else:
                 log.info("finished: %s, %d tokens", output.finish_reason, live.token_count)
         self._live.remove(output.request_id)
+
+    def _lend(self, offer: KvOffer) -> None:
+        """From now on the lease also ends by the agent: when its reader gives it back there, or dies."""
+        exporter, region = self._exporter, self._region
+        if exporter is None or region is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def on_end(lease_id: str, why: LeaseEnd) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all leases with it
+                loop.call_soon_threadsafe(exporter.release_lease, lease_id)
+
+        ttl_s = max(0.0, (offer.expires_at_ns - time.monotonic_ns()) / 1e9)
+        self._agent.lend(region, offer.block_ids, ttl_s, on_end, offer.lease_id)
 
     def _publish(self, report: StepReport | None) -> None:
         self._last_load_s = time.monotonic()
@@ -298,15 +416,27 @@ class WorkerHost:
         """Once a second: report the load, and find out whether peers whose requests only wait are still there."""
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            self._end_overdue()
             self._publish(None)
             self._releases.close_idle()
-            self._pools.close_idle()
+            self._sources.close_idle()
+            if self._ahead is not None:
+                self._ahead.forget_idle()
             now_s = time.monotonic()
             waiting = self._live.peers()
             for peer in waiting:
                 if now_s - self._last_sent_s.get(peer, 0.0) >= HEARTBEAT_INTERVAL_S:
                     self._send(peer, [])
             self._last_sent_s = {peer: sent_s for peer, sent_s in self._last_sent_s.items() if now_s - sent_s < 60}
+
+    def _end_overdue(self) -> None:
+        """Nothing is computed for those whom nobody awaits any more."""
+        for live in self._live.overdue(time.monotonic()):
+            with request_context(live.request_id):
+                log.warning("given up: its deadline has passed, and nobody cancelled it")
+            self._abort(live)
+            error = DeadlineExceeded(f"worker {self._entry.worker_id} had not finished the request by its deadline")
+            self._send(live.peer, [_failed(live.request_id, error)])
 
     def _fail_all(self, error: Lost) -> None:
         """End whatever is left with an error that lets the peer try elsewhere."""
@@ -317,8 +447,8 @@ class WorkerHost:
             self._send(peer, [_failed(live.request_id, error) for live in requests])
 
     def _release(self, offer: KvOffer | None) -> None:
-        """What came with a request is not wanted."""
-        if offer is not None:
+        """What came with a request is copied, or not wanted: its owner may have the blocks back."""
+        if offer is not None and not self._sources.give_back(offer):
             self._releases.send(offer)
 
     def _drop_offers(self, outputs: list[SequenceOutput]) -> None:

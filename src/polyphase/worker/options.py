@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from polyphase.observe.logs import LEVELS
@@ -33,15 +33,26 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """How other hosts reach this worker's blocks: not at all without an address."""
+
+    address: str | None
+    token_file: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerOptions:
     run_folder: Path
     worker_id: str
+    beside: tuple[str, ...]  # further workers of this process, each with an engine of its own
     role: Role
     engine: str
     engine_options: EngineOptions
     max_waiting_prefill_tokens: int | None
     drain_timeout_s: float
     log_level: str
+    transfer: TransferOptions = field(default_factory=lambda: TransferOptions(None, None))
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 def parse_options(arguments: Sequence[str]) -> WorkerOptions:
@@ -50,12 +61,15 @@ def parse_options(arguments: Sequence[str]) -> WorkerOptions:
     return WorkerOptions(
         run_folder=given.run_folder,
         worker_id=given.worker_id,
+        beside=given.beside,
         role=Role(given.role),
         engine=given.engine,
         engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
         max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,
         drain_timeout_s=given.drain_timeout_s,
         log_level=given.log_level,
+        transfer=TransferOptions(given.transfer_address, given.transfer_token_file),
+        labels=given.labels,
     )
 
 
@@ -65,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run-folder", type=Path, required=True, help="private folder of the deployment; created if missing")
     parser.add_argument("--worker-id", required=True, help="name that outlives restarts, for example decode-0")
+    parser.add_argument(
+        "--beside",
+        type=_names,
+        default=(),
+        metavar="IDS",
+        help="names of further workers like it, divided by commas, that live in the same process; for engines that compute nothing",
+    )
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
     parser.add_argument("--engine", default="torch", help="torch, mock, or module:function that loads another (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
@@ -74,7 +95,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="prompt tokens that may wait; fresh requests beyond are refused (default: what 16 steps compute)",
     )
+    parser.add_argument(
+        "--labels", type=_labels, default={}, metavar="NAME=VALUE,…", help="where it stands, for routers, such as zone=eu-1,rack=7"
+    )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
+    transfer = parser.add_argument_group("transfer between hosts")
+    transfer.add_argument(
+        "--transfer-address",
+        metavar="HOST:PORT",
+        help="where workers on other hosts read blocks, port 0 for any; not encrypted (default: this host only)",
+    )
+    transfer.add_argument("--transfer-token-file", type=Path, help="a secret that workers of one deployment share; others are refused")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", required=True, help="folder with a checkpoint, or a name on the hub")
     engine.add_argument("--name", help="under which the model is served (default: the folder's or the hub's name)")
@@ -102,6 +133,10 @@ def _count(text: str) -> int:
     return count
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 <= seconds < float("inf"):
@@ -114,6 +149,13 @@ def _factor(text: str) -> float:
     if not factor > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return factor
+
+
+def _labels(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if any(not (name and value) for name, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE,NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 # argparse shows these when the text is no number at all

@@ -19,8 +19,11 @@ def test_every_command_has_help(polyphase: CommandLine, command: str):
     assert command in polyphase("--help").output
 
 
-def test_version(polyphase: CommandLine):
-    assert polyphase("version").output.strip() == package.__version__
+@pytest.mark.parametrize("how", ["version", "--version", "-V"])
+def test_version(polyphase: CommandLine, how: str):
+    result = polyphase(how)
+    assert result.exit_code == 0
+    assert result.output.strip() == package.__version__
 
 
 @pytest.mark.parametrize(

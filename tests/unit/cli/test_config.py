@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from polyphase.config import ServeSettings, format_bytes, load_serve_settings, parse_duration_s, parse_size_bytes
 from polyphase.core.errors import ConfigurationError
+from polyphase.router import PolicySettings
+from polyphase.router.tenants import format_tenant_weights, parse_tenant_weights
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,19 @@ def test_nearer_sources_win(tmp_path: Path):
     assert settings.name == "default"
 
 
+def test_a_router_section(tmp_path: Path):
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        '[router]\npolicy = "least-loaded"\ntemperature = 0.5\nweights = { requests = 5, uncached = 1.5 }\nsession-idle = "2min"\n'
+        "split_threshold = 7\n"
+    )
+    settings = load_serve_settings({"model": "demo", "policy": "kv"}, {"POLYPHASE_SPLIT_FRACTION": "0.5"}, file)
+    assert settings.router_policy == PolicySettings("kv", {"requests": 5.0, "uncached": 1.5}, 0.5)
+    assert (settings.session_idle, settings.split_threshold, settings.split_fraction) == (120, 7, 0.5)
+    file.write_text('labels = { zone = "eu-1" }\n')
+    assert load_serve_settings({"model": "demo"}, {}, file).labels == {"zone": "eu-1"}
+
+
 def test_a_nearer_choice_of_roles_replaces_a_farther_one_whole(tmp_path: Path):
     file = tmp_path / "serve.toml"
     file.write_text("prefill = 1\ndecode = 2\n")
@@ -110,6 +125,14 @@ def test_a_nearer_choice_of_roles_replaces_a_farther_one_whole(tmp_path: Path):
         ({"model": "demo", "kv_memory": "2 XB"}, {}, "--kv-memory: '2 XB' is not a size"),
         ({"model": "demo", "kv_memory": "12"}, {}, "--kv-memory '12' is too small"),
         ({"model": "demo", "policy": "best"}, {}, "no router policy 'best'; choose one of kv, least-loaded, round-robin"),
+        ({"model": "demo", "router_weights": "queue=1"}, {}, "no router scorer 'queue'; did you mean queued"),
+        ({"model": "demo", "router_weights": "queued"}, {}, "--router-weights: 'queued' are no weights; write for example uncached=2"),
+        ({"model": "demo"}, {"POLYPHASE_ROUTER_WEIGHTS": "queued=-1"}, "the weight of 'queued' is -1.0; it must be a number from 0"),
+        ({"model": "demo", "router_temperature": "warm"}, {}, "--router-temperature 'warm' should be a valid number"),
+        ({"model": "demo", "router_picker": "bets"}, {}, "no router picker 'bets'; did you mean best"),
+        ({"model": "demo", "router_filters": "ful"}, {}, "no router filter 'ful'; did you mean full"),
+        ({"model": "demo", "split_fraction": "2"}, {}, "--split-fraction '2' should be less than or equal to 1"),
+        ({"model": "demo", "labels": "zone"}, {}, "--labels: 'zone' are no labels; write for example zone=eu-1,rack=7"),
         ({"model": "demo", "dtype": "int8"}, {}, "--dtype 'int8' should be 'auto', 'float32'"),
         ({"model": "demo", "engine": "fast"}, {}, "--engine: there is no engine 'fast'; write torch"),
         ({"model": "demo", "name": "../x"}, {}, "--name: '../x' cannot name a deployment"),
@@ -136,6 +159,10 @@ def test_what_is_wrong_is_one_sentence_that_names_it(flags: dict[str, object], e
         ("colour = 1", "known are model"),
         ("port = ", "is not valid TOML"),
         ("port = 'x'", "should be a valid integer"),
+        ("[router]\npolice = 'kv'", "sets 'router.police', which is not a setting; did you mean router.policy?"),
+        ("[router]\ntemperature = 'x'", "router.temperature in"),
+        ("router = 'kv'", "write it as a table, [router]"),
+        ("policy = 'kv'\n[router]\npolicy = 'kv'", "sets both router.policy and policy, which are the same"),
         (b"\xff\xfe", "is not valid TOML"),
     ],
 )
@@ -156,3 +183,44 @@ def test_a_missing_file(tmp_path: Path):
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         ServeSettings(model="demo").port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("acme=3, lab=0.5", {"acme": 3.0, "lab": 0.5}),
+        ("", {}),
+        ({"acme": 3, "key-0123": 0.25}, {"acme": 3.0, "key-0123": 0.25}),
+        ("acme", "is not a list of tenants"),
+        (7, "is not a list of tenants"),
+        ("=3", "cannot be a tenant"),
+        ("a b=3", "cannot be a tenant"),
+        ("acme=3,acme=4", "has two weights"),
+        ("acme=0", "cannot have the weight '0'"),
+        ("acme=-1", "cannot have the weight"),
+        ("acme=nan", "cannot have the weight"),
+        ("acme=inf", "cannot have the weight"),
+        ("acme=much", "cannot have the weight 'much'; write a number between 0.001 and 1000"),
+        ({"acme": True}, "cannot have the weight True"),
+        ({"acme": None}, "cannot have the weight None"),
+    ],
+)
+def test_tenant_weights(given: str | dict[str, float], expected: dict[str, float] | str):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            parse_tenant_weights(given)
+    else:
+        weights = parse_tenant_weights(given)
+        assert weights == expected
+        assert parse_tenant_weights(format_tenant_weights(weights)) == weights
+
+
+def test_admission_in_a_file_and_in_variables(tmp_path: Path):
+    file = tmp_path / "polyphase.toml"
+    file.write_text('model = "demo"\nmax_queue_wait = "2min"\n[tenant_weights]\nacme = 3\n')
+    settings = load_serve_settings({}, {"POLYPHASE_MAX_QUEUED_REQUESTS": "7"}, file)
+    assert (settings.max_queued_requests, settings.max_queue_wait, settings.tenant_weights) == (7, 120.0, {"acme": 3.0})
+    with pytest.raises(ConfigurationError, match=r"POLYPHASE_TENANT_WEIGHTS: 'acme' cannot have the weight"):
+        load_serve_settings({"model": "demo"}, {"POLYPHASE_TENANT_WEIGHTS": "acme=x"})
+    with pytest.raises(ConfigurationError, match="--max-queue-wait"):
+        load_serve_settings({"model": "demo", "max_queue_wait": "0"}, {})

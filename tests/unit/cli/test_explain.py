@@ -7,11 +7,13 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from polyphase.cli.explain import in_words
+from polyphase.cli.explain import explanation, in_words
 from tests.unit.cli.conftest import CommandLine
 
 
@@ -46,7 +48,8 @@ SPLIT = {
 }  # fmt: skip
 PAGE: dict[str, Any] = {
     "id": "req-1", "answer_id": "chatcmpl-1", "model": "demo", "status": "finished", "prompt_tokens": 512, "transferred_tokens": 512,
-    "kv_bytes_moved": 2 * 1024**2, "transfer_ms": 1.25, "completion_tokens": 9, "ttft_ms": 13.44, "itl_ms_mean": 3.1,
+    "kv_bytes_moved": 2 * 1024**2, "transfer_ms": 1.25, "admission_wait_ms": 0.0, "completion_tokens": 9,
+    "ttft_ms": 13.44, "itl_ms_mean": 3.1,
     "finish_reason": "stop", "error": None, "choices": 1, "routes": [SPLIT],
     "timeline": [
         {"at_ms": 0.0, "event": "accepted", "worker": None, "detail": None},
@@ -74,6 +77,38 @@ def test_a_split_request_in_words():
         "The first token came after 13.4 ms, and the others followed every 3.1 ms. "
         "It ended after 9 tokens: the model or a stop string ended it."
     )
+
+
+def with_costs(row: dict[str, Any], **costs: float) -> dict[str, Any]:
+    return {**row, "costs": costs}
+
+
+def test_costs_say_which_part_made_the_difference():
+    legs = [
+        leg(
+            "both",
+            with_costs(candidate("a", "both", 1.0, cached=32, missing=480, chosen=True), uncached=1440, queued=0, decode=10),
+            with_costs(candidate("b", "both", 0.5, cached=0, missing=512, queued=900), uncached=1536, queued=900, decode=0),
+        )
+    ]
+    shown = page(routes=[{**SPLIT, "split": False, "reason": "whole: short", "legs": legs}])
+    assert "(cost 1450 against 2436 tokens of prefill, most of the difference by queued)" in in_words(shown)
+    console = Console(width=200, file=StringIO())
+    console.print(explanation(shown))
+    printed = console.file.getvalue()
+    assert "What each would cost, in tokens of prefill" in printed
+    assert [line.split() for line in printed.splitlines() if line.startswith("→")][1] == ["→", "a", "all", "1,450", "1,440", "0", "10"]
+
+
+def test_a_choice_by_chance_is_called_that():
+    drawn = leg(
+        "both",
+        candidate("b", "both", 1.0, cached=16, missing=9),
+        candidate("a", "both", 0.5, cached=0, missing=25, chosen=True),
+        reported=0,
+    )
+    text = in_words(page(routes=[{**SPLIT, "split": False, "reason": "whole: short", "legs": [drawn]}]))
+    assert "a was drawn by chance, with a score of 0.500 where the best, b, had 1.000" in text
 
 
 def test_a_migration_says_why():
@@ -170,3 +205,20 @@ def test_what_cannot_be_explained(polyphase: CommandLine, frontend: Frontend):
     assert nowhere.exit_code == 1
     assert "cannot be asked" in nowhere.output
     assert "no deployment is running" in polyphase("explain").output
+
+
+QUEUED = {"at_ms": 0.1, "event": "queued", "worker": None, "detail": "every worker is busy, 3 wait already; expected to wait 0.4 s"}
+
+
+def test_a_wait_in_the_queue_is_told() -> None:
+    timeline = [PAGE["timeline"][0], QUEUED]
+    waited = in_words(page(timeline=timeline, admission_wait_ms=812.4))
+    why = "(every worker is busy, 3 wait already; expected to wait 0.4 s)"
+    assert f"It waited 0.81 s in the frontend's queue until a worker had room {why}." in waited
+    waits = in_words(page(timeline=timeline, admission_wait_ms=None, routes=[], status="running", ttft_ms=None))
+    assert f"It waits in the frontend's queue {why}." in waits
+    evicted = in_words(
+        page(timeline=timeline, admission_wait_ms=100.0, routes=[], status="failed", error="evicted: too late", ttft_ms=None)
+    )
+    assert f"It waited 0.10 s in the frontend's queue in vain {why}." in evicted
+    assert "frontend's queue" not in in_words(page())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from polyphase.cli.status import _warnings, ask_frontend, format_age, format_count
+from polyphase.cli.status import _index, _queues, _streams, _warnings, ask_frontend, format_age, format_count
 from polyphase.launch.run_folder import DeploymentRecord, RunFolder
 from polyphase.runtime import PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.runtime.paths import ensure_private_folder
@@ -136,3 +136,25 @@ def test_what_the_router_complains_of(polyphase: CommandLine, folder: RunFolder,
 
 async def test_a_frontend_that_is_not_there():
     assert await ask_frontend("http://127.0.0.1:1") == []
+
+
+def test_queues_of_the_frontend_are_told() -> None:
+    waiting = {"waits_for_prefill_worker": False, "requests": 12, "prompt_tokens": 34_000, "oldest_wait_s": 3.2, "drain_time_s": 8.1}
+    one = {**waiting, "waits_for_prefill_worker": True, "requests": 1, "drain_time_s": None}
+    assert _queues({"models": {"demo": {"workers": {}, "queues": [waiting, one]}, "other": {"workers": {}}}}) == [
+        "queue of demo: 12 requests wait for a worker with room (34.0k tokens), the longest for 3s; sent on within 8s",
+        "queue of demo: 1 request waits for a prefill worker with room (34.0k tokens), the longest for 3s",
+    ]
+    assert _queues({}) == _queues([]) == []
+
+
+def test_the_index_and_broken_streams_are_told() -> None:
+    whole = {"is_synced": True, "gaps": 0, "drifts": 0, "repairs": 0, "snapshots": 1}
+    mended = {"is_synced": False, "gaps": 3, "drifts": 1, "repairs": 2, "snapshots": 2}
+    index = {"kind": "native", "block_count": 12_345, "capacity": 4_000_000, "heap_bytes": 1 << 20, "forgotten_block_count": 0}
+    page = {"index": index, "models": {"m": {"workers": {"b": {"stream": mended}, "a": {"stream": whole}, "c": {"stream": None}}}}}
+    assert _index(page) == ["prefix index (native): 12.3k blocks of 4.0M at most, 1.0 MiB"]
+    assert _streams(page) == ["b: event stream: not up to date; 3 gaps (2 closed), 1 times drifted, 2 snapshots"]
+    index["forgotten_block_count"] = 70_000
+    assert _index(page)[0].endswith("; 70.0k were forgotten for want of room")
+    assert _index({"error": 1}) == _index([]) == _streams([]) == []

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyphase.core import native
-from polyphase.core.hashing import block_hashes, hash_tokens, python_block_hashes, python_sequence_hashes, sequence_hashes
+from polyphase.core.hashing import (
+    MediaSpan,
+    block_hashes,
+    hash_tokens,
+    namespace_of,
+    python_block_hashes,
+    python_sequence_hashes,
+    sequence_hashes,
+)
 from polyphase.core.ids import SequenceHash
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=70)
@@ -92,6 +100,45 @@ def test_a_block_has_tokens(block_size: int):
 def test_without_the_extension_nothing_changes(monkeypatch: pytest.MonkeyPatch):
     tokens = [random.Random(3).randrange(2**32) for _ in range(500)]
     before = hash_tokens(tokens, 16, "salt", SequenceHash(5))
+    media = [MediaSpan(20, 40, 7)]
+    with_media = hash_tokens(tokens, 16, media=media)
     monkeypatch.setattr(native, "extension", None)
+    assert hash_tokens(tokens, 16, media=media) == with_media
     assert hash_tokens(tokens, 16, "salt", SequenceHash(5)) == before
     assert (block_hashes(tokens, 16, "salt"), sequence_hashes(tokens, 16, "salt", SequenceHash(5))) == (before.blocks, before.sequences)
+
+
+SPANS = st.lists(st.builds(MediaSpan, st.integers(0, 80), st.integers(1, 30), st.integers(0, 2**64 - 1)), max_size=4)
+
+
+@given(TOKENS, st.integers(1, 20), SPANS)
+def test_media_change_the_blocks_they_lie_in_and_all_sequences_behind(tokens: list[int], block_size: int, spans: list[MediaSpan]):
+    plain, found = hash_tokens(tokens, block_size), hash_tokens(tokens, block_size, media=spans)
+    assert found.blocks == python_block_hashes(tokens, block_size, media=spans)
+    assert hash_tokens(tokens, block_size, media=spans[::-1]) == found
+    touched = {place // block_size for span in spans for place in range(span.start, span.start + span.token_count)}
+    assert [before != after for before, after in zip(plain.blocks, found.blocks, strict=True)] == [
+        block in touched for block in range(len(plain.blocks))
+    ]
+    first = min(touched, default=len(tokens))
+    assert plain.sequences[:first] == found.sequences[:first]
+    assert not set(plain.sequences[first:]) & set(found.sequences[first:])
+
+
+def test_the_recipe_for_media_is_written_down():
+    packed = array("I", [1, 2, 3, 4]).tobytes() + array("Q", [5, 9]).tobytes()
+    spans = [MediaSpan(3, 1, 9), MediaSpan(0, 2, 5)]
+    assert hash_tokens([1, 2, 3, 4], 4, media=spans).blocks == [xxhash.xxh3_64_intdigest(packed, 1337)]
+
+
+@pytest.mark.parametrize("span", [MediaSpan(-1, 3, 0), MediaSpan(0, 0, 0), MediaSpan(0, 1, 2**64)])
+def test_media_that_are_none_are_refused(span: MediaSpan):
+    with pytest.raises(ValueError, match="no part of a prompt"):
+        hash_tokens([1, 2, 3, 4], 2, media=[span])
+
+
+def test_tenants_and_adapters_have_namespaces_of_their_own():
+    assert namespace_of() is namespace_of("", "") is None
+    assert namespace_of("tenant") == "tenant"
+    names = [namespace_of(salt, lora) for salt in (None, "a", "a:b", "b") for lora in (None, "a", "b", "a:b")]
+    assert len(set(names)) == len(names)

@@ -234,7 +234,7 @@ class TestFaults:
         engine.submit(submit("bad", prompt_of(100)))
         answers = run_all(engine)
         assert answers.reason("bad") is FinishReason.ERROR
-        assert engine.cached_hashes() == []
+        assert engine.core.pool.journal.held() == set()
         engine._runner.forward = original  # type: ignore[method-assign]
         assert not engine._storage.pages.view(8, -1)[:7].isnan().any()
         engine._storage.zero([7])
@@ -272,7 +272,7 @@ class TestReports:
                         listener |= set(event.sequence_hashes)
                     elif isinstance(event, BlocksRemoved):
                         listener -= set(event.sequence_hashes)
-                assert listener == set(engine.cached_hashes())
+                assert listener == engine.core.pool.journal.held()
             assert set(sequence_hashes(prompt, 16, "tenant")) <= listener
         assert len(listener) <= 10
 

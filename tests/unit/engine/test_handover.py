@@ -11,11 +11,13 @@ import torch
 
 from polyphase.core.clock import ManualClock
 from polyphase.core.errors import TransferError
+from polyphase.engines.interface import BlockSource
 from polyphase.engines.torch.engine import TorchEngine
 from polyphase.engines.torch.storage import DeviceStorage
-from polyphase.transfer import OpenedPool
+from polyphase.transfer import HostMemory, SharedPool, Verdict
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import FinishReason, SamplingParams, StopConditions
+from tests.unit.engine.agents import AgentPair
 from tests.unit.engine.tiny import Answers, Peer, assert_nothing_held, prompt_of, run_all, submit
 
 MakeEngine = Callable[..., TorchEngine]
@@ -28,9 +30,11 @@ class Pair:
 
     def __init__(self, prefill: TorchEngine, decode: TorchEngine) -> None:
         self.prefill, self.decode = prefill, decode
-        descriptor = prefill.pool_descriptor("/nowhere")
-        prefill.bind_offers(worker_id="prefill-0", epoch=1, endpoint="ipc://prefill", pool=descriptor)
-        self.source = OpenedPool.from_fd(prefill.pool_fd(), descriptor)
+        self.agents = AgentPair(prefill, decode)
+        self.source: BlockSource = self.agents.source
+
+    def close(self) -> None:
+        self.agents.close()
 
     def offer(self, name: str, prompt: list[int]) -> tuple[int, KvOffer]:
         """The first token and the offer of a prompt computed by the prefill engine."""
@@ -49,11 +53,16 @@ class Pair:
         return answers
 
 
+def spoil_blocks(pool: SharedPool, block_ids: list[int]) -> None:
+    for block_id in block_ids:
+        pool.blocks[block_id * pool.block_bytes : (block_id + 1) * pool.block_bytes] = b"\xff" * pool.block_bytes  # as floats: no numbers
+
+
 @pytest.fixture
 def pair(make_engine: MakeEngine) -> Iterator[Pair]:
     made = Pair(make_engine(), make_engine())
     yield made
-    made.source.close()
+    made.close()
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 512, 2000])
@@ -101,7 +110,7 @@ def test_scattered_blocks_on_both_sides(make_engine: MakeEngine, peer_of: PeerOf
     answers = pair.take("a", prompt, token, offer)
     assert [token, *answers.tokens("a")] == peer_of("llama").greedy(prompt, COUNT)
     assert answers.stats("a").transferred_token_count == 300
-    pair.source.close()
+    pair.close()
 
 
 def test_seeds_survive_the_move(pair: Pair, make_engine: MakeEngine) -> None:
@@ -138,12 +147,12 @@ def test_an_engine_that_nobody_can_read_from_serves_the_whole_request(make_engin
 class TestRecompute:
     """Whatever is wrong with an offer, the answer is right."""
 
-    def outcome(self, pair: Pair, spoil: Callable[[KvOffer], KvOffer], peer: Peer) -> None:
+    def outcome(self, pair: Pair, spoil: Callable[[KvOffer], KvOffer], peer: Peer, most: int = 0) -> None:
         prompt = prompt_of(100)
         token, offer = pair.offer("a", prompt)
         answers = pair.take("a", prompt, token, spoil(offer))
         assert [token, *answers.tokens("a")] == peer.greedy(prompt, COUNT)
-        assert answers.stats("a").transferred_token_count == 0
+        assert answers.stats("a").transferred_token_count <= most
         assert_nothing_held(pair.decode)
 
     def test_blocks_that_were_given_to_somebody_else(self, make_engine: MakeEngine, peer_of: PeerOf) -> None:
@@ -155,13 +164,16 @@ class TestRecompute:
             run_all(pair.prefill)
             return offer
 
-        self.outcome(pair, reuse, peer_of("llama"))
-        pair.source.close()
+        self.outcome(pair, reuse, peer_of("llama"), most=16)  # the pool hands its blocks out in such an order that one is still good
+        pair.close()
 
     def test_another_model(self, pair: Pair, peer_of: PeerOf) -> None:
         def spoil(offer: KvOffer) -> KvOffer:
-            layout = msgspec.structs.replace(offer.pool.layout, fingerprint="another")
-            return msgspec.structs.replace(offer, pool=msgspec.structs.replace(offer.pool, layout=layout))
+            assert offer.region is not None
+            assert offer.layout is not None
+            layout = msgspec.structs.replace(offer.layout, fingerprint="another")
+            region = msgspec.structs.replace(offer.region, layout=layout)
+            return msgspec.structs.replace(offer, agent=msgspec.structs.replace(offer.agent, regions=[region]))
 
         self.outcome(pair, spoil, peer_of("llama"))
 
@@ -177,14 +189,31 @@ class TestRecompute:
 
     def test_a_failure_in_the_middle(self, pair: Pair, peer_of: PeerOf) -> None:
         class Flaky:
-            def read_blocks(self, block_ids: list[int], generations: list[int], into: memoryview) -> None:
-                into[:] = b"\xff" * into.nbytes  # as floats, these are not numbers
+            def read_blocks(self, block_ids: object, generations: object, into: SharedPool, places: list[int]) -> bytes:
+                spoil_blocks(into, places)
                 raise TransferError("the link went down")
 
-        pair.source.close()
         pair.source = Flaky()  # type: ignore[assignment]
         self.outcome(pair, lambda offer: offer, peer_of("llama"))
-        pair.source = OpenedPool.from_fd(pair.prefill.pool_fd(), pair.prefill.pool_descriptor("/nowhere"))
+
+    @pytest.mark.parametrize("good_count", [0, 1, 5, 6])
+    def test_some_blocks_arrive_and_the_rest_is_computed(self, good_count: int, pair: Pair, peer_of: PeerOf) -> None:
+        source = pair.source
+
+        class Lossy:
+            def read_blocks(self, block_ids: list[int], generations: list[int], into: SharedPool, places: list[int]) -> bytes:
+                verdicts = bytearray(source.read_blocks(block_ids, generations, into, places))
+                verdicts[good_count] = Verdict.CORRUPT
+                spoil_blocks(into, places[good_count : good_count + 1])
+                return bytes(verdicts)
+
+        pair.source = Lossy()  # type: ignore[assignment]
+        prompt = prompt_of(100)
+        token, offer = pair.offer("a", prompt)
+        answers = pair.take("a", prompt, token, offer)
+        assert [token, *answers.tokens("a")] == peer_of("llama").greedy(prompt, COUNT)
+        assert answers.stats("a").transferred_token_count == 16 * good_count
+        assert_nothing_held(pair.decode)
 
 
 class TestReleasedOffers:
@@ -236,21 +265,21 @@ class TestLeases:
         clock.advance(1)
         engine.step()
         assert_nothing_held(engine)
-        pair.source.close()
+        pair.close()
 
     async def test_they_run_out_while_the_engine_sleeps(self, make_engine: MakeEngine) -> None:
         engine = make_engine(lease_s=0.05)
         pair = Pair(engine, engine)
         pair.offer("a", prompt_of(50))
         running = asyncio.create_task(engine.run(lambda report: None))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while engine.load().leased_block_count:  # noqa: ASYNC110  the end of a lease is reported by nothing else
                 await asyncio.sleep(0.01)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
         assert_nothing_held(engine)
-        pair.source.close()
+        pair.close()
 
     def test_cancelling_the_request_ends_its_lease(self, pair: Pair) -> None:
         pair.offer("a", prompt_of(50))
@@ -267,13 +296,13 @@ class TestLeases:
         engine.release_lease(offer.lease_id)
         assert len(run_all(engine).tokens("b")) == 2
         assert_nothing_held(engine)
-        pair.source.close()
+        pair.close()
 
     def test_a_released_offer_stays_readable_until_its_blocks_change(self, pair: Pair) -> None:
         _, offer = pair.offer("a", prompt_of(50))
         pair.prefill.release_lease(offer.lease_id)
-        target = bytearray(4 * 8192)
-        pair.source.read_blocks(offer.block_ids, offer.generations, memoryview(target))
+        target = HostMemory(bytearray(4 * 8192), 8192)
+        assert set(pair.source.read_blocks(offer.block_ids, offer.generations, target, range(4))) == {Verdict.DONE}
 
 
 def test_device_memory_takes_blocks_by_way_of_a_buffer(pair: Pair) -> None:
@@ -282,7 +311,7 @@ def test_device_memory_takes_blocks_by_way_of_a_buffer(pair: Pair) -> None:
     host = pair.prefill._storage
     device = DeviceStorage(host.layout, 12, torch.device("cpu"))
     into = [7, 2, 3, 9]
-    device.read_from(pair.source, offer.block_ids, offer.generations, into)
+    assert set(device.read_from(pair.source, offer.block_ids, offer.generations, into)) == {Verdict.DONE}
     copied = device.pages.view(12, -1)[torch.tensor(into)]
     assert torch.equal(copied, host.pages.view(host.block_count, -1)[torch.tensor(offer.block_ids)])
     assert device.shared is None

@@ -26,7 +26,7 @@ def row(
     forbidden: set[int] | None = None,
     **params: Any,
 ) -> SamplingRow:
-    state = SamplingState(SamplingParams(**{"seed": 1, **params}), prompt or [], output or [])
+    state = SamplingState(SamplingParams(**{"seed": 1, **params}), (prompt or []) + (output or []), len(prompt or []))
     return SamplingRow(state, position, frozenset(forbidden or ()))
 
 

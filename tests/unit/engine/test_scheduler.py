@@ -54,7 +54,7 @@ class Bench:
             arrived_ns=0,
             token_ids=list(prompt),
             blocks=self.cache.open(prompt, None),
-            sampling=SamplingState(request.sampling, prompt, []),
+            sampling=SamplingState(request.sampling, prompt, len(prompt)),
             stop=StopRule(request, LIMITS),
         )
         self.scheduler.refuse_if_full(request.request_id)
@@ -175,6 +175,17 @@ def test_every_running_sequence_gets_a_token_in_each_step() -> None:
         assert [count for _, count in counts(bench.step())] == [1, 1, 1]
 
 
+def test_a_limit_of_one_step_cuts_prompts_but_not_those_that_decode() -> None:
+    bench = Bench(budget=32, prefill_budget=64)
+    first = bench.add(list(range(100)), wanted=3)
+    plan = bench.scheduler.plan(prefill_limit=10)
+    assert [row.count for row in plan.rows] == [10]
+    first.computed_count = len(first.token_ids) - 1  # it decodes now
+    bench.add(list(range(200, 300)))
+    assert [row.count for row in bench.scheduler.plan(prefill_limit=10).rows] == [1, 10]
+    assert [row.count for row in bench.scheduler.plan(prefill_limit=1000).rows] == [1, 31]
+
+
 def test_too_many_waiting_are_refused() -> None:
     bench = Bench(max_waiting=2)
     bench.add([1])
@@ -250,3 +261,34 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+
+
+def test_a_prompt_that_another_one_computes_just_now_is_not_computed_twice() -> None:
+    bench = Bench(budget=40)
+    prompt = list(range(100, 124))
+    bench.add(prompt)
+    twin = bench.add([*prompt, 1])
+    other = bench.add(list(range(200, 208)))
+    assert counts(bench.step()) == [("r1", 24), ("r3", 8)], "the second one waits, and only for that it is overtaken"
+    assert counts(bench.step()) == [("r2", 1)]
+    assert twin not in bench.alive
+    assert other not in bench.alive
+
+
+def test_a_prompt_that_shares_little_does_not_wait() -> None:
+    bench = Bench(budget=40)
+    prompt = list(range(100, 108))
+    bench.add([*prompt, *range(8)])
+    bench.add([*prompt, *range(50, 62)])
+    assert counts(bench.step()) == [("r1", 16), ("r2", 20)]
+
+
+def test_a_sequence_that_waits_for_another_goes_on_when_that_is_gone() -> None:
+    bench = Bench(budget=8)
+    prompt = list(range(100, 124))
+    first = bench.add(prompt)
+    bench.add([*prompt, 1])
+    assert counts(bench.step()) == [("r1", 8)]
+    bench.end(first)
+    assert counts(bench.step()) == [("r2", 8)], "what was computed is found"
+    bench.drain()

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from polyphase.engines.torch.engine import TorchEngine
-from polyphase.transfer import OpenedPool
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import FinishReason
+from tests.unit.engine.agents import AgentPair
 from tests.unit.engine.tiny import Answers, Peer, assert_nothing_held, prompt_of, run_all, submit
 
 COUNT = 24
@@ -24,9 +24,8 @@ def test_any_history_gives_the_right_tokens(seed: int, make_engine: Callable[...
     wanted = [peer_of("llama").greedy(prompt, COUNT) for prompt in prompts]
     prefill = make_engine(kv_bytes=20 * 8192, max_batch_tokens=24, max_running=4, lease_s=1000)
     decode = make_engine(kv_bytes=16 * 8192, max_batch_tokens=24, max_running=6)
-    descriptor = prefill.pool_descriptor("/nowhere")
-    prefill.bind_offers(worker_id="p", epoch=1, endpoint="ipc://p", pool=descriptor)
-    source = OpenedPool.from_fd(prefill.pool_fd(), descriptor)
+    agents = AgentPair(prefill, decode)
+    source = agents.source
     prefilled, decoded, chosen = Answers(), Answers(), dict[str, int]()
     offers: dict[str, KvOffer] = {}
     for turn in range(160):
@@ -68,4 +67,4 @@ def test_any_history_gives_the_right_tokens(seed: int, make_engine: Callable[...
     assert completed > 10
     for engine in (prefill, decode):
         assert_nothing_held(engine)
-    source.close()
+    agents.close()

@@ -179,4 +179,3 @@ def assert_nothing_held(engine: TorchEngine) -> None:
     load = engine.load()
     assert (load.running_count, load.waiting_count, load.waiting_prefill_tokens) == (0, 0, 0)
     assert (load.used_block_count, load.leased_block_count) == (0, 0)
-    assert set(engine.cached_hashes()) == engine.core.pool.journal.held()

@@ -14,26 +14,26 @@ from pathlib import Path
 from polyphase.runtime import EventPublisher, PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.text import IncrementalDetokenizer, StopStringMatcher, Tokenizer
 from polyphase.wire.cards import ModelCard, Role, WorkerEntry, WorkerStatus
-from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Load
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.events import KvEvent, Load
+from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Answer,
     Cancel,
     FinishReason,
+    HandOver,
     PhaseStats,
     Query,
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     Submit,
     TokenLogprob,
     ToWorker,
     WireFailure,
 )
+from polyphase.wire.transfer import AgentCard, RegionCard
 
-LAYOUT = KvLayout("float32", 1, 1, 8, 16, 1024, "fake")
 _epochs = itertools.count(1)
 
 
@@ -44,6 +44,7 @@ class Behaviour:
     step_s: float = 0.0
     gate: asyncio.Semaphore | None = None  # each step takes a permit
     is_stalled: bool = False  # takes everything, says nothing
+    is_silent: bool = False  # publishes nothing by itself
     refuses: str | None = None  # code of a retryable failure for each submit
     fails_after: int | None = None  # output tokens, then a failure
     failure: WireFailure = field(default_factory=lambda: WireFailure("engine_failed", "the engine raised", True))
@@ -62,6 +63,7 @@ class FakeWorker:
         story: list[int],
         role: Role = Role.BOTH,
         peers: dict[str, FakeWorker] | None = None,
+        labels: dict[str, str] | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.card = card
@@ -72,7 +74,6 @@ class FakeWorker:
         self.cancels: list[str] = []
         self.released: list[str] = []
         self.leases: set[str] = set()
-        self.held: set[int] = set()  # sequence hashes, as published
         self.running: dict[str, asyncio.Task[None]] = {}
         self._peers = peers if peers is not None else {}
         self._peers[worker_id] = self
@@ -87,6 +88,7 @@ class FakeWorker:
             host="localhost",
             request_endpoint=paths.request_endpoint,
             event_endpoint=paths.event_endpoint,
+            labels=labels or {},
         )
         self._server = WorkerServer(paths.request_endpoint, self._on_message)
         self._publisher = EventPublisher(paths.event_endpoint, worker_id, self.epoch)
@@ -98,6 +100,13 @@ class FakeWorker:
         self._tasks.append(asyncio.create_task(self._server.run()))
         self._lease = self._registry.announce(self.entry)
         self._tasks.append(asyncio.create_task(self._lease.renew()))
+        self._tasks.append(asyncio.create_task(self._beat()))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            if not self.behaviour.is_silent:
+                self.publish()
 
     def update(self, entry: WorkerEntry) -> None:
         self.entry = entry
@@ -117,14 +126,6 @@ class FakeWorker:
         self._peers.pop(self.worker_id, None)
 
     def publish(self, events: list[KvEvent] | None = None, load: Load | None = None) -> None:
-        for event in events or []:
-            match event:
-                case BlocksStored():
-                    self.held.update(event.sequence_hashes)
-                case BlocksRemoved():
-                    self.held.difference_update(event.sequence_hashes)
-                case AllCleared():
-                    self.held.clear()
         self._publisher.publish(events or [], load or Load(block_count=self.card.block_count))
 
     def _on_message(self, peer: PeerId, message: ToWorker) -> None:
@@ -138,15 +139,24 @@ class FakeWorker:
                 task = self.running.pop(request_id, None)
                 if task is not None:
                     task.cancel()
+                    self._step -= 1  # it takes no step
                     self._send(peer, SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED))
+            case HandOver(request_id):
+                task = self.running.pop(request_id, None)
+                if task is not None:
+                    task.cancel()
+                    submit = next(s for s in self.submits if s.request_id == request_id)
+                    offer = self._offer(submit)
+                    self._send(peer, SequenceOutput(request_id=request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer))
             case ReleaseLease(lease_id):
                 self.released.append(lease_id)
                 self.leases.discard(lease_id)
             case Query(query_id, Question.CARD):
                 self._server.send(peer, Answer(query_id, self.card))
-            case Query(query_id, Question.SNAPSHOT):
-                snapshot = Snapshot(self.worker_id, self.epoch, self._publisher.sequence, sorted(self.held))
-                self._server.send(peer, Answer(query_id, snapshot))
+            case Query(query_id, Question.SNAPSHOT, cursor):
+                self._server.send(peer, Answer(query_id, self._publisher.source.page(cursor)))
+            case Query(query_id, Question.BATCHES, _, after):
+                self._server.send(peer, Answer(query_id, self._publisher.source.missed(after)))
             case Query(query_id, Question.STATUS):
                 status = WorkerStatus(entry=self.entry, load=Load(), uptime_s=1.0, rss_bytes=1)
                 self._server.send(peer, Answer(query_id, status))
@@ -228,8 +238,10 @@ class FakeWorker:
     def _offer(self, submit: Submit) -> KvOffer:
         lease_id = f"lease-{submit.request_id}"
         self.leases.add(lease_id)
-        pool = PoolDescriptor("pool", "/nowhere", 8, LAYOUT)
-        return KvOffer(self.worker_id, self.epoch, self.entry.request_endpoint, lease_id, 2**62, pool, [0], [1], len(submit.token_ids))
+        region = RegionCard("pool", "host", 8, 1024, [])
+        agent = AgentCard(self.worker_id, self.epoch, "host", 0, "/nowhere", "", False, [], [region])
+        endpoint = self.entry.request_endpoint
+        return KvOffer(self.worker_id, self.epoch, endpoint, lease_id, 2**62, agent, "pool", [0], [1], len(submit.token_ids))
 
 
 class _Stops:

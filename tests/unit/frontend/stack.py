@@ -46,14 +46,18 @@ class Stack:
     workers: dict[str, FakeWorker] = field(default_factory=dict)
     _peers: dict[str, FakeWorker] = field(default_factory=dict)
 
-    async def add(self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None) -> FakeWorker:
+    async def add(
+        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None
+    ) -> FakeWorker:
         """A worker that the router knows by the time this returns."""
-        worker = await self.add_unready(worker_id, role, card)
+        worker = await self.add_unready(worker_id, role, card, labels)
         await wait_for(lambda: any(v.facts.worker_id == worker_id and v.facts.epoch == worker.epoch for v in self.router.workers()))
         return worker
 
-    async def add_unready(self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None) -> FakeWorker:
-        worker = FakeWorker(self.run_folder, worker_id, card or self.card, self.story, role, self._peers)
+    async def add_unready(
+        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None
+    ) -> FakeWorker:
+        worker = FakeWorker(self.run_folder, worker_id, card or self.card, self.story, role, self._peers, labels)
         await worker.start()
         self.workers[worker_id] = worker
         return worker
@@ -62,14 +66,14 @@ class Stack:
         await self.workers.pop(worker_id).die()
 
     def client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
     async def get(self, path: str) -> httpx.Response:
-        async with httpx.AsyncClient() as client:
+        async with _http_client() as client:
             return await client.get(f"{self.url}{path}")
 
     async def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        async with httpx.AsyncClient(timeout=20) as client:
+        async with _http_client() as client:
             if body is not None:
                 options["json"] = body
             return await client.post(f"{self.url}{path}", **options)
@@ -88,7 +92,12 @@ class Stack:
         )
 
 
-async def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
+def _http_client() -> httpx.AsyncClient:
+    """For plain HTTP: reading the certificates of the machine takes 30 ms for each client."""
+    return httpx.AsyncClient(timeout=30, verify=False, trust_env=False)
+
+
+async def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -102,7 +111,7 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings)
+    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams)
     listener = open_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = HttpServer(build_app(services, router), services, listener)
@@ -112,7 +121,7 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
         yield stack
     finally:
         server.stop_now()
-        await asyncio.wait_for(tasks[1], 10)
+        await asyncio.wait_for(tasks[1], 30)
         for worker_id in list(stack.workers):
             await stack.kill(worker_id)
         tasks[0].cancel()

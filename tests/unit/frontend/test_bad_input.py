@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -281,7 +282,7 @@ async def test_an_oversized_body_is_refused_before_it_is_read(stack: Stack) -> N
         connection.sendall(head.encode())
         connection.setblocking(False)
         loop = asyncio.get_running_loop()
-        answer = await asyncio.wait_for(loop.sock_recv(connection, 65536), 5)
+        answer = await asyncio.wait_for(loop.sock_recv(connection, 65536), 20)
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"connection: close" in answer.lower()
 
@@ -292,7 +293,7 @@ async def test_a_body_that_does_not_come(stack: Stack) -> None:
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n"
         connection.sendall(head.encode() + b"{")
         connection.setblocking(False)
-        answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 65536), 5)
+        answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 65536), 20)
     assert answer.startswith(b"HTTP/1.1 400")
     assert b"did not arrive" in answer
 
@@ -361,3 +362,20 @@ async def test_a_broken_chat_template_is_not_the_callers_fault(stack: Stack) -> 
 
     await stack.add("worker-0", card=msgspec.structs.replace(stack.card, chat_template="{{ messages[0].missing.deeper }}"))
     checked(await stack.post(CHAT, {"model": "tiny", "messages": [USER]}), 500, None, "chat_template_failed")
+
+
+async def test_a_compressed_body_is_refused_as_such(stack: Stack) -> None:
+    await stack.add("worker-0")
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = await stack.post(CHAT, content=gzip.compress(b"{}"), headers=headers)
+    assert "gzip" in checked(answer, 415, None, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("data", [b"GARBAGE\r\n\r\n", b"POST /v1/models HTTP/1.1\r\ncontent-length: x\r\n\r\n"])
+async def test_what_is_not_http_is_answered_with_an_error_object_too(stack: Stack, data: bytes) -> None:
+    with raw_connection(stack.url) as connection:
+        connection.sendall(data)
+        answer = await asyncio.to_thread(lambda: b"".join(iter(lambda: connection.recv(4096), b"")))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_value"

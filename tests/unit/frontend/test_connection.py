@@ -13,7 +13,7 @@ import pytest
 
 from polyphase.frontend.assembly import Assembler, Piece
 from polyphase.frontend.inbox import Arrival
-from polyphase.frontend.server import NoDelayProtocol
+from polyphase.frontend.server import FrontendProtocol
 
 from .stack import Stack
 
@@ -127,13 +127,13 @@ async def test_accepted_sockets_do_not_delay(stack: Stack, monkeypatch: pytest.M
     """Nagle's algorithm and delayed acknowledgements together would hold a short answer on a kept connection back for 40 ms."""
     await stack.add("worker-0")
     seen: list[int] = []
-    made = NoDelayProtocol.connection_made
+    made = FrontendProtocol.connection_made
 
-    def noted(self: NoDelayProtocol, transport: asyncio.Transport) -> None:
+    def noted(self: FrontendProtocol, transport: asyncio.Transport) -> None:
         made(self, transport)
         seen.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    monkeypatch.setattr(NoDelayProtocol, "connection_made", noted)
+    monkeypatch.setattr(FrontendProtocol, "connection_made", noted)
     async with httpx.AsyncClient() as client:
         for _ in range(3):
             body = {"model": "tiny", "prompt": "x", "max_tokens": 1, "stream": True}
@@ -182,7 +182,7 @@ async def test_health_shows_the_workers(stack: Stack) -> None:
         page: dict[str, Any] = (await stack.get("/health")).json()
         return page
 
-    for _ in range(100):
+    for _ in range(1000):
         page = await shown()
         view = page["models"]["tiny"]["workers"]["worker-0"]
         if view["running"]:

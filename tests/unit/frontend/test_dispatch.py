@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +17,19 @@ from polyphase.core.errors import Refused, WorkerLost
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.dispatch import Dispatcher
-from polyphase.frontend.flight import Flight, Job
+from polyphase.frontend.flight import Flight, Job, Stage
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Router, RouterSettings, SplitRule, WorkerFacts
+from polyphase.frontend.terms import Terms
+from polyphase.router import AdmissionSettings, Router, RouterSettings, SplitRule, WorkerFacts
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.events import Load
+from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Cancel,
     FinishReason,
+    HandOver,
     ReleaseLease,
     SamplingParams,
     SequenceOutput,
@@ -35,8 +39,9 @@ from polyphase.wire.requests import (
     ToWorker,
     WireFailure,
 )
+from polyphase.wire.transfer import AgentCard, RegionCard
 
-POOL = PoolDescriptor("pool", "/nowhere", 8, KvLayout("float32", 1, 1, 8, 16, 1024, "x"))
+AGENT = AgentCard("p", 1, "host", 0, "/nowhere", "", False, [], [RegionCard("pool", "host", 8, 1024, [])])
 ROLES = {"prefill-0": Role.PREFILL, "prefill-1": Role.PREFILL, "decode-0": Role.DECODE, "both-0": Role.BOTH}
 MAX_TOKENS = 6
 
@@ -48,6 +53,8 @@ class Life:
     epoch: int
     running: dict[str, Submit] = field(default_factory=dict)
     leases: set[str] = field(default_factory=set)
+    role: Role = Role.BOTH
+    asked: set[str] = field(default_factory=set)  # requests that it is to hand over
 
 
 class Timers:
@@ -86,7 +93,8 @@ class DispatchMachine(RuleBasedStateMachine):
         asyncio.get_running_loop = lambda: self.timers  # type: ignore[assignment,return-value]
         self.clock = ManualClock(1)
         self.router = Router(RouterSettings(split=SplitRule(min_uncached_tokens=32), max_waiting_requests=1))
-        self.settings = FrontendSettings(migration_limit=3, migration_patience_s=1)
+        admission = AdmissionSettings(max_requests=3, weights={"a": 2.0})
+        self.settings = FrontendSettings(migration_limit=3, migration_patience_s=1, admission=admission)
         self.dispatcher = Dispatcher(self.router, self.send, Metrics(), self.settings, self.clock)
         self.lives: dict[str, Life] = {}
         self.deaf: set[str] = set()  # workers whose queue is full
@@ -94,6 +102,7 @@ class DispatchMachine(RuleBasedStateMachine):
         self.flights: list[Flight] = []
         self.ended: dict[RequestId, int] = {}
         self.epoch = 0
+        self.begun: set[str] = set()  # requests that have got a token from their worker
 
     def teardown(self) -> None:
         for flight in self.flights:
@@ -102,7 +111,7 @@ class DispatchMachine(RuleBasedStateMachine):
             assert self.dispatcher.active_count == 0
             assert self.router.bookings.total().is_zero()
             assert self.timers.pending == []
-            assert not self.dispatcher._by_wire_id
+            assert not self.dispatcher._sending._by_wire_id
             assert all(not life.running.keys() - self.missed for life in self.lives.values())
         finally:
             asyncio.get_running_loop = self.original
@@ -124,6 +133,8 @@ class DispatchMachine(RuleBasedStateMachine):
                 life.leases.discard(request_id)
             case ReleaseLease(lease_id):
                 life.leases.discard(lease_id)
+            case HandOver(request_id):
+                life.asked.add(request_id)
             case _:
                 raise AssertionError(message)
 
@@ -138,7 +149,70 @@ class DispatchMachine(RuleBasedStateMachine):
         self.epoch += 1
         self.lives[worker_id] = Life(self.epoch)
         self.dispatcher.worker_joined(WorkerId(worker_id), Epoch(self.epoch))
-        self.router.upsert_worker(WorkerFacts(WorkerId(worker_id), Epoch(self.epoch), "tiny", ROLES[worker_id], 16, 64, 512, 2, True))
+        self.lives[worker_id].role = ROLES[worker_id]
+        self.router.upsert_worker(self.facts(worker_id))
+
+    def facts(self, worker_id: str) -> WorkerFacts:
+        life = self.lives[worker_id]
+        return WorkerFacts(WorkerId(worker_id), Epoch(life.epoch), "tiny", life.role, 16, 64, 512, 2, True)
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), role=st.sampled_from(list(Role)), is_known=st.booleans())
+    def switch_role(self, data: st.DataObject, role: Role, is_known: bool) -> None:
+        """The router may hear of it now or, by another switch, later."""
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        self.lives[worker_id].role = role
+        if is_known:
+            self.router.upsert_worker(self.facts(worker_id))
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), is_stalled=st.booleans())
+    def stand_still_or_not(self, data: st.DataObject, is_stalled: bool) -> None:
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        self.router.set_stalled(WorkerId(worker_id), is_stalled)
+        if is_stalled:
+            self.dispatcher.worker_stalled(WorkerId(worker_id), Epoch(self.lives[worker_id].epoch), "x")
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), stages=st.sets(st.sampled_from([Stage.PREFILL, Stage.SERVING])))
+    def ask_to_hand_over(self, data: st.DataObject, stages: set[Stage]) -> None:
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        self.dispatcher.ask_to_hand_over(WorkerId(worker_id), Epoch(self.lives[worker_id].epoch), stages)
+
+    @rule(data=st.data(), has_begun=st.booleans())
+    def hand_back(self, data: st.DataObject, has_begun: bool) -> None:
+        """What was asked for leaves, with what is computed or with the offer that nobody has read."""
+        asked = [
+            (name, life, life.running[request_id])
+            for name, life in sorted(self.lives.items())
+            for request_id in sorted(life.asked & life.running.keys())
+        ]
+        if not asked:
+            return
+        worker_id, life, submit = data.draw(st.sampled_from(asked))
+        if submit.hand_over and has_begun:
+            return  # it leaves by itself
+        del life.running[submit.request_id]
+        offer = submit.offer
+        if has_begun:
+            if offer is not None and offer.worker_id in self.lives:
+                self.lives[offer.worker_id].leases.discard(offer.lease_id)
+            life.leases.add(submit.request_id)
+            offer = KvOffer(worker_id, life.epoch, "x", submit.request_id, 2**62, AGENT, "pool", [0], [1], len(submit.token_ids))
+        self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer))
+
+    @rule(data=st.data(), code=st.sampled_from(["overloaded", "draining", "role_changed"]))
+    def refuse(self, data: st.DataObject, code: str) -> None:
+        """In the first answer; an offer that came along stays the frontend's."""
+        chosen = self.some_running(data)
+        if chosen is None:
+            return
+        worker_id, submit = chosen
+        if submit.request_id in self.begun:
+            return
+        del self.lives[worker_id].running[submit.request_id]
+        failure = WireFailure(code, "x", True)
+        self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.ERROR, failure=failure))
 
     @precondition(lambda self: self.lives)
     @rule(data=st.data())
@@ -154,15 +228,52 @@ class DispatchMachine(RuleBasedStateMachine):
     def turn_deaf_or_not(self, data: st.DataObject) -> None:
         self.deaf ^= {data.draw(st.sampled_from(sorted(self.lives)))}
 
-    @rule(length=st.sampled_from([3, 100]))
-    def start(self, length: int) -> None:
+    @rule(
+        length=st.sampled_from([3, 100]),
+        count=st.sampled_from([1, 1, 1, 3]),
+        priority=st.integers(0, 1),
+        tenant=st.sampled_from(["a", "b"]),
+        patience_s=st.sampled_from([1, 30]),
+    )
+    def start(self, length: int, count: int, priority: int, tenant: str, patience_s: int) -> None:
+        """Sequences of one request; their arrivals are told apart by index."""
         ids = [5] * length
-        name = RequestId(f"r{len(self.flights)}")
-        job = Job(name, 0, "tiny", 16, ids, sequence_hashes(ids, 16), SamplingParams(seed=1), StopConditions(max_tokens=MAX_TOKENS))
+        sampling, stop, hashes = SamplingParams(seed=1), StopConditions(max_tokens=MAX_TOKENS), sequence_hashes(ids, 16)
+        first = len(self.flights)
+        names = [RequestId(f"r{first + number}") for number in range(count)]
+        jobs = [Job(name, number, "tiny", 16, ids, hashes, sampling, stop, priority=priority) for number, name in enumerate(names)]
+        now_ns = self.clock.now_ns()
+        terms = Terms(tenant, now_ns + 600 * 10**9, now_ns + patience_s * 10**9)
+        before = self.dispatcher.active_count
+        submitted = {name for life in self.lives.values() for name in life.running}
         try:
-            self.flights.append(self.dispatcher.start(job, Inbox()))
+            self.flights += self.dispatcher.start(jobs, Inbox(), terms)
         except Refused:
+            assert self.dispatcher.active_count == before, "nothing is left of what was refused"
+            left = {name for life in self.lives.values() for name in life.running} - submitted
+            assert not left, "it was refused, and part of it was sent"
             return
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), waiting=st.sampled_from([0, 0, 5]))
+    def load_report(self, data: st.DataObject, waiting: int) -> None:
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        life = self.lives[worker_id]
+        load = Load(running_count=len(life.running), waiting_count=waiting, block_count=64)
+        self.router.report_load(WorkerId(worker_id), Epoch(life.epoch), load)
+        self.dispatcher.worker_reported(WorkerId(worker_id))
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def send_back(self, data: st.DataObject) -> None:
+        """A worker is full, and says so in its first answer."""
+        chosen = self.some_running(data)
+        if chosen is None or len(chosen[1].token_ids) > chosen[1].prompt_token_count:
+            return
+        worker_id, submit = chosen
+        del self.lives[worker_id].running[submit.request_id]
+        failure = WireFailure("overloaded", "full", True, Load(running_count=2, waiting_count=9, block_count=64))
+        self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.ERROR, failure=failure))
 
     def some_running(self, data: st.DataObject) -> tuple[str, Submit] | None:
         running = [(name, submit) for name, life in sorted(self.lives.items()) for submit in life.running.values()]
@@ -186,10 +297,11 @@ class DispatchMachine(RuleBasedStateMachine):
             finish = FinishReason.HANDED_OVER
             lease_id = submit.request_id
             life.leases.add(lease_id)
-            offer = KvOffer(worker_id, life.epoch, "x", lease_id, 2**62, POOL, [0], [1], len(submit.token_ids))
+            offer = KvOffer(worker_id, life.epoch, "x", lease_id, 2**62, AGENT, "pool", [0], [1], len(submit.token_ids))
         if submit.offer is not None and submit.offer.worker_id in self.lives:
             self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
         del life.running[submit.request_id]
+        self.begun.add(submit.request_id)
         if finish is None:
             continued = [*submit.token_ids, *ids]
             fields = {name: getattr(submit, name) for name in submit.__struct_fields__}
@@ -248,7 +360,7 @@ class DispatchMachine(RuleBasedStateMachine):
     @invariant()
     def each_sequence_is_told_its_end_once(self) -> None:
         for flight in self.flights:
-            arrivals = flight.inbox._arrivals
+            arrivals = {index: one for index, one in flight.inbox._arrivals.items() if index == flight.job.index}
             ends = sum(arrival.end is not None for arrival in arrivals.values())
             cancelled = flight.job.sequence_id in self.ended
             if not cancelled:
@@ -263,6 +375,20 @@ class DispatchMachine(RuleBasedStateMachine):
         assert self.dispatcher.active_count == open_count
         if not open_count:
             assert self.router.bookings.total().is_zero()
+
+    @invariant()
+    def who_waits_is_known_to_wait(self) -> None:
+        room = self.dispatcher.waiting_room
+        waiting = [flight for flight in self.flights if flight.party is not None]
+        stranded = self.dispatcher._waiting.stranded
+        assert all(len(lane.queue) <= 3 for lane in room._lanes.values()), "each queue has its limit"
+        assert all(flight.stage is Stage.WAITING for flight in waiting + stranded)
+        assert len({id(flight.party) for flight in waiting}) == len(room)
+        for flight in self.flights:
+            is_waiting = (flight in waiting) + (flight in stranded)
+            assert is_waiting == (flight.stage is Stage.WAITING), flight
+        assert bool(waiting or stranded) == self.dispatcher._waiting.is_watched, "the timer runs only while something waits"
+        self.router.bookings.check()
 
     @invariant()
     def no_worker_works_for_nobody(self) -> None:
@@ -280,3 +406,53 @@ class DispatchMachine(RuleBasedStateMachine):
 
 TestDispatch = DispatchMachine.TestCase
 TestDispatch.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@contextlib.contextmanager
+def machine() -> Iterator[DispatchMachine]:
+    """Driven by hand; at its end everything is cancelled, and nothing may be left."""
+    one = DispatchMachine()
+    try:
+        yield one
+    finally:
+        one.teardown()
+
+
+def test_what_could_not_be_sent_to_a_worker_is_not_lost_with_it() -> None:
+    """It waits in the queue by then, and is not broken off as well."""
+    with machine() as one:
+        one.join("prefill-0")
+        one.start(length=3, count=3, priority=0, tenant="a", patience_s=30)
+        one.join("prefill-1")
+        one.deaf.add("prefill-1")
+        one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+        waiting = one.flights[-1]
+        life = one.lives.pop("prefill-1")
+        one.router.remove_worker(WorkerId("prefill-1"))
+        one.dispatcher.worker_lost(WorkerId("prefill-1"), Epoch(life.epoch))
+        assert waiting.party is not None
+        assert not one.dispatcher._waiting.stranded
+        assert waiting.record.migrations == 0
+
+
+def test_what_strands_at_its_start_is_watched() -> None:
+    """There is room for the first of three sequences; the others have been promised as much, and a timer sees to it."""
+    with machine() as one:
+        one.join("prefill-0")
+        one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+        one.start(length=3, count=3, priority=0, tenant="a", patience_s=30)
+        assert one.dispatcher._waiting.stranded
+        assert one.dispatcher._waiting.is_watched
+
+
+def test_what_a_stalled_worker_or_a_broken_connection_strands_is_watched() -> None:
+    for breaks in ("worker_stalled", "connection_lost"):
+        with machine() as one:
+            one.join("prefill-0")
+            one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+            one.deaf.add("prefill-0")
+            reason = ("no step for a while",) if breaks == "worker_stalled" else ()
+            getattr(one.dispatcher, breaks)(WorkerId("prefill-0"), Epoch(one.lives["prefill-0"].epoch), *reason)
+            assert one.dispatcher._waiting.stranded
+            assert one.dispatcher._waiting.is_watched
+            one.lives["prefill-0"].running.clear()  # what it ran before nobody could tell it to stop

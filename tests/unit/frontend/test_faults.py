@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from polyphase.frontend.settings import FrontendSettings
+from polyphase.router import AdmissionSettings
 from polyphase.wire.cards import Role
 from polyphase.wire.requests import WireFailure
 
@@ -356,16 +357,19 @@ async def test_refused_by_one_worker_taken_by_another(stack: Stack, story: list[
     assert full.submits
 
 
+@pytest.mark.parametrize("settings", [FrontendSettings(admission=AdmissionSettings(max_wait_s=0.2))])
 async def test_refused_by_all_is_429(stack: Stack) -> None:
     for worker_id in ("worker-0", "worker-1"):
         (await stack.add(worker_id)).behaviour.refuses = "overloaded"
     answer = await ask(stack)
     assert answer.status_code == 429
     assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert answer.json()["error"]["code"] == "evicted"
     assert int(answer.headers["retry-after"]) >= 1
     await wait_for(lambda: stack.is_at_rest)
 
 
+@pytest.mark.parametrize("settings", [FrontendSettings(admission=AdmissionSettings(max_requests=0))])
 async def test_full_queues_are_429_at_once(stack: Stack) -> None:
     stack.router._settings = dataclasses.replace(stack.router._settings, max_waiting_requests=0)
     worker = await stack.add("worker-0", card=msgspec.structs.replace(stack.card, max_running=2))
@@ -399,8 +403,10 @@ async def test_a_worker_that_never_answers_is_504(stack: Stack, is_streaming: bo
 async def test_one_of_several_choices_fails(stack: Stack) -> None:
     for worker_id in ("worker-0", "worker-1"):
         worker = await stack.add(worker_id)
+        slow(worker)
         worker.behaviour.fails_after = 5
         worker.behaviour.failure = WireFailure("engine_failed", "broken", False)
+        slow(worker)  # so that the answer has begun by then
     async with open_stream(stack, n=3) as stream:
         await stream.read()
     assert stream.error is not None

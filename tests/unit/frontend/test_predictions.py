@@ -60,6 +60,7 @@ async def follow(stack: Stack, worker: FakeWorker) -> None:
 
 async def test_a_silent_event_stream_is_named_everywhere(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
     worker = await stack.add("worker-0")
+    worker.behaviour.is_silent = True
     worker.behaviour.cached_tokens = 16
     await ask(stack, 11)
     check(stack)

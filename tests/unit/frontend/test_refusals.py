@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from polyphase.core.errors import Busier
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.dispatch import Dispatcher
@@ -15,6 +16,7 @@ from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Router, RouterSettings, WorkerFacts
+from polyphase.router.refusals import CHOICES
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load
 from polyphase.wire.requests import Cancel, FinishReason, SamplingParams, SequenceOutput, StepOutputs, StopConditions, Submit, WireFailure
@@ -36,6 +38,7 @@ class SharedWorker:
     waiting: dict[str, tuple[Dispatcher, Submit]] = field(default_factory=dict)
     most: int = 0
     refused: int = 0
+    told: list[int | None] = field(default_factory=list)
 
     def load(self) -> Load:
         return Load(waiting_count=len(self.waiting), waiting_prefill_tokens=PROMPT_TOKENS * len(self.waiting), block_count=1000)
@@ -82,7 +85,7 @@ class Frontend:
         ids = [len(self.flights)] * PROMPT_TOKENS
         name = RequestId(f"{self.name}-{len(self.flights)}")
         job = Job(name, 0, "m", 16, ids, sequence_hashes(ids, 16), SamplingParams(seed=1), StopConditions(max_tokens=1))
-        self.flights.append(self.dispatcher.start(job, Inbox()))
+        self.flights += self.dispatcher.start([job], Inbox())
         return self.flights[-1]
 
     def refusals(self, worker_id: str) -> float:
@@ -103,8 +106,7 @@ async def test_two_frontends_do_not_overload_one_worker(settings: FrontendSettin
     for _ in range(3):
         for frontend in frontends:
             frontend.start()
-    await asyncio.sleep(0.01)
-    assert sum(len(worker.waiting) for worker in workers.values()) == 6
+    await wait_for(lambda: sum(len(worker.waiting) for worker in workers.values()) == 6)
     for _ in range(2):
         for frontend in frontends:
             frontend.start()
@@ -158,3 +160,49 @@ def test_limits_of_a_worker() -> None:
         limits.refuse_if_full(submit, Load(waiting_prefill_tokens=8192))
     with pytest.raises(Exception, match="3 requests wait"):
         limits.refuse_if_full(migrated, Load(waiting_count=3))
+
+
+def test_a_worker_is_not_busier_than_it_was_chosen_for() -> None:
+    limits = QueueLimits.of_engine(max_batch_tokens=512, max_waiting_requests=3, max_waiting_prefill_tokens=None)
+
+    def sent(believed: int | None, tokens: int = 2) -> Submit:
+        return Submit(
+            request_id="r",
+            token_ids=[1] * tokens,
+            prompt_token_count=2,
+            sampling=SamplingParams(seed=1),
+            stop=StopConditions(max_tokens=9),
+            believed_prefill_tokens=believed,
+        )
+
+    limits.refuse_if_full(sent(1000), Load(waiting_prefill_tokens=1128))
+    with pytest.raises(Busier, match="1129 prompt tokens wait for this worker; it was chosen when 1000 were known of"):
+        limits.refuse_if_full(sent(1000), Load(waiting_prefill_tokens=1129))
+    limits.refuse_if_full(sent(None), Load(waiting_prefill_tokens=5000))  # it was sent in spite of that
+    limits.refuse_if_full(sent(0, tokens=3), Load(waiting_prefill_tokens=5000))  # it migrates
+
+
+class AlwaysBusier(SharedWorker):
+    """Whatever a router believes, more waits here."""
+
+    def take(self, dispatcher: Dispatcher, message: Message) -> None:
+        assert isinstance(message, Submit)
+        self.told.append(message.believed_prefill_tokens)
+        output = SequenceOutput(request_id=message.request_id, token_ids=[1], finish_reason=FinishReason.LENGTH)
+        if message.believed_prefill_tokens is not None:
+            load = Load(waiting_prefill_tokens=1000 * len(self.told), block_count=1000)
+            failure = WireFailure(Busier.code, "busier", True, load)
+            output = SequenceOutput(request_id=message.request_id, finish_reason=FinishReason.ERROR, failure=failure)
+        self.tell(dispatcher, output)
+
+
+async def test_a_request_is_taken_at_last_by_a_worker_that_is_always_busier(settings: FrontendSettings) -> None:
+    """The same worker may be chosen again, now that its load is known; and no more often than a few times."""
+    worker = AlwaysBusier("w", QueueLimits(100, 100_000))
+    frontend = Frontend("f", {"w": worker}, settings)
+    flight = frontend.start()
+    await wait_for(lambda: flight.is_over)
+    assert worker.told == [*(1000 * place for place in range(CHOICES)), None]
+    assert flight.record.migrations == 0
+    assert frontend.refusals("w") == CHOICES
+    assert frontend.router.bookings.total().is_zero()

@@ -124,7 +124,7 @@ def test_events_keep_their_order() -> None:
         BlocksRemoved([2]),
         BlocksStored([1]),
     ]
-    assert pool.journal.announced() == [1]
+    assert pool.journal.held() == {1}
 
 
 def test_disowned_blocks_are_found_no_more() -> None:

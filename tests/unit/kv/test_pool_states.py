@@ -113,7 +113,7 @@ class PoolMachine(RuleBasedStateMachine):
             else:
                 assert hashes <= self.listener
                 self.listener -= hashes
-        assert self.listener == {number % 3 for number in self.naive.name.values()} == set(self.pool.journal.announced())
+        assert self.listener == {number % 3 for number in self.naive.name.values()} == self.pool.journal.held()
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -13,6 +13,7 @@ from polyphase.launch.cores import core_count, threads_per_worker
 from polyphase.launch.model_source import demo_folder, resolve_model
 from polyphase.launch.plan import DeploymentPlan, plan_deployment, process_specs
 from polyphase.launch.process import ProcessKind
+from polyphase.router import PolicySettings
 from polyphase.wire.cards import Role
 
 
@@ -50,7 +51,17 @@ def test_workers_share_the_cores():
 
 
 def test_processes_and_their_flags(tmp_path: Path):
-    made = plan(cores=6, prefill=1, decode=2, port=8123, kv_memory="64MiB", split_threshold=32, served_model_name="small", max_running=9)
+    made = plan(
+        cores=6,
+        prefill=1,
+        decode=2,
+        port=8123,
+        kv_memory="64MiB",
+        split_threshold=32,
+        served_model_name="small",
+        max_running=9,
+        tenant_weights="acme=3",
+    )
     specs = process_specs(made, tmp_path)
     assert [(spec.name, spec.kind) for spec in specs] == [
         ("frontend", ProcessKind.FRONTEND),
@@ -62,11 +73,35 @@ def test_processes_and_their_flags(tmp_path: Path):
     frontend = flags_of(specs[0].arguments)
     assert frontend["--run-folder"] == str(tmp_path)
     assert (frontend["--port"], frontend["--policy"]) == ("8123", "kv")
+    assert (frontend["--max-queued-requests"], frontend["--tenant-weights"]) == ("4096", "acme=3")
+    assert "--max-queued-per-tenant" not in frontend
     worker = flags_of(specs[1].arguments)
     assert (worker["--worker-id"], worker["--role"], worker["--name"]) == ("prefill-0", "prefill", "small")
     assert (worker["--kv-bytes"], worker["--thread-count"], worker["--max-running"]) == (str(64 * 1024**2), "2", "9")
     assert "--context-length" not in worker
     assert specs[1].environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_frontend_accepts_its_flags_and_routes_by_them(tmp_path: Path):
+    from polyphase.frontend.__main__ import _parser, _settings
+
+    made = plan(
+        router_weights="requests=1234.5,session=0", router_temperature=0.25, session_idle="2min", split_fraction=0.5, policy="least-loaded"
+    )
+    _, router = _settings(_parser().parse_args(process_specs(made, tmp_path)[0].arguments[3:]))
+    assert router.policy == PolicySettings("least-loaded", {"requests": 1234.5, "session": 0.0}, 0.25)
+    assert (router.sessions.idle_ns, router.split.min_uncached_fraction) == (120 * 10**9, 0.5)
+    with pytest.raises(ConfigurationError, match="--router-weights or --router-filters: 'x' are no weights"):
+        _settings(_parser().parse_args(["--run-folder", "x", "--router-weights", "x"]))
+
+
+def test_labels_reach_the_workers(tmp_path: Path):
+    from polyphase.worker.options import parse_options
+
+    made = plan(labels="zone=eu-1,rack=7")
+    assert parse_options(process_specs(made, tmp_path)[1].arguments[3:]).labels == {"zone": "eu-1", "rack": "7"}
+    with pytest.raises(SystemExit):
+        parse_options([*process_specs(made, tmp_path)[1].arguments[3:], "--labels", "zone"])
 
 
 def test_the_workers_accept_these_flags(tmp_path: Path):
@@ -190,3 +225,28 @@ def test_a_mock_engine_takes_no_gpu(tmp_path: Path):
     worker = flags_of(process_specs(made, tmp_path)[1].arguments)
     assert (worker["--engine"], worker["--mock-accelerator"], worker["--mock-speedup"]) == ("mock", "4xh100", "10.0")
     assert "--mock-model" not in worker
+
+
+def test_many_mock_workers_share_processes(tmp_path: Path):
+    from polyphase.worker.options import parse_options
+
+    made = plan(engine="mock", workers=200)
+    specs = process_specs(made, tmp_path)[1:]
+    assert len(specs) == 8
+    options = [parse_options(spec.arguments[3:]) for spec in specs]
+    assert [spec.name for spec in specs] == [one.worker_id for one in options]
+    names = [name for one in options for name in (one.worker_id, *one.beside)]
+    assert names == [worker.worker_id for worker in made.workers]
+
+
+@pytest.mark.parametrize("settings", [{"engine": "mock", "workers": 8}, {"engine": "torch", "workers": 12}])
+def test_other_workers_have_a_process_each(tmp_path: Path, settings: dict[str, object]):
+    made = plan(**settings)
+    assert [spec.name for spec in process_specs(made, tmp_path)[1:]] == [worker.worker_id for worker in made.workers]
+
+
+def test_many_mock_workers_of_both_roles(tmp_path: Path):
+    made = plan(engine="mock", prefill=3, decode=17)
+    specs = process_specs(made, tmp_path)[1:]
+    assert [spec.name for spec in specs] == ["prefill-0", "decode-0", "decode-3", "decode-6", "decode-9", "decode-12", "decode-15"]
+    assert flags_of(specs[0].arguments)["--beside"] == "prefill-1,prefill-2"

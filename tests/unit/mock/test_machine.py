@@ -9,13 +9,16 @@ import pytest
 
 from polyphase.core.clock import ManualClock
 from polyphase.core.errors import ConfigurationError, ModelLoadError
+from polyphase.core.ids import ContentKey, SequenceHash
 from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.scheduler import Row
 from polyphase.engines.mock import MockSettings, parse_accelerator, parse_model_shape
 from polyphase.engines.mock.assembly import assemble_mock
+from polyphase.engines.mock.machine import MockMachine, say_nothing
 from polyphase.engines.mock.timing import StepTimes
 from polyphase.engines.mock.tokens import answer_length
-from polyphase.transfer import OpenedPool
+from polyphase.kv import GivenNames
+from polyphase.transfer import Agent, PeerBlocks
 from polyphase.wire.requests import FinishReason, StopConditions
 from tests.unit.mock.building import MODEL, ask, machine, run, settings, submit
 
@@ -118,13 +121,15 @@ def test_blocks_are_handed_over(clock: ManualClock) -> None:
     prefill, decode = machine(clock, is_shared=True), machine(clock, is_shared=True)
     shared = prefill.storage.shared
     assert shared is not None
-    descriptor = shared.descriptor("nowhere", prefill.storage.layout)
-    prefill.core.exports.origin = OfferOrigin("p", 1, "ipc://nowhere", descriptor)
+    lender, reader = Agent("p"), Agent("d")
+    region = lender.register(shared, prefill.storage.layout)
+    card = lender.card_with(region.card)
+    prefill.core.exports.origin = OfferOrigin("p", 1, "ipc://nowhere", card, region.region_id)
     prefill.core.submit(submit("a", PROMPT, hand_over=True), None)
     (handed,) = run(prefill, clock)
     assert handed.finish_reason is FinishReason.HANDED_OVER
     assert handed.offer is not None
-    source = OpenedPool.from_fd(shared.fd, descriptor)
+    source = PeerBlocks(reader.connect(card), region.card)
     decode.core.submit(submit("a", PROMPT, emitted=handed.token_ids, offer=handed.offer), source)
     outputs = run(decode, clock)
     stats = outputs[0].stats
@@ -133,7 +138,8 @@ def test_blocks_are_handed_over(clock: ManualClock) -> None:
     assert stats.transfer_ms > 0
     tokens = handed.token_ids + [token for output in outputs for token in output.token_ids]
     assert tokens == ask(machine(clock), clock, submit("whole", PROMPT))
-    source.close()
+    reader.close()
+    lender.close()
     prefill.storage.close()
     decode.storage.close()
 
@@ -146,3 +152,51 @@ def test_a_worker_with_a_mock_engine_loads_no_model_code() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script, MODEL], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == []
+
+
+def imagined(engine: MockMachine, name: str, prompt_count: int, max_tokens: int) -> None:
+    """A request without tokens, whose blocks nobody else has."""
+    count = prompt_count + max_tokens
+    hashes = [SequenceHash(hash((name, place)) % 2**64) for place in range(count // engine.card.block_size)]
+    request = submit(name, [0] * prompt_count, max_tokens)
+    engine.core.submit_imagined(request, GivenNames([ContentKey(one.to_bytes(32)) for one in hashes], hashes))
+
+
+def test_a_stretch_ends_where_something_happens(clock: ManualClock) -> None:
+    engine = MockMachine(assemble_mock(settings(), is_shared=False), clock, say_nothing)
+    imagined(engine, "a", 20, 40)
+    first = engine.begin_stretch(0, 1000)
+    assert first is not None
+    assert len(first.ends_ns) == 1, "the prompt"
+    assert engine.finish_stretch(first).outputs[0].stats is not None
+    lengths = []
+    while (stretch := engine.begin_stretch(first.ends_ns[-1], 1000)) is not None:
+        lengths.append(len(stretch.ends_ns))
+        outputs = engine.finish_stretch(stretch).outputs
+    assert lengths == [12, 16, 11], "the blocks are full with 32 and 48 tokens; the last of 60 tokens ends the answer"
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert (engine.core.load().generated_tokens_total, engine.core.load().step) == (40, 40)
+
+
+def test_a_coasting_sequence_can_be_aborted(clock: ManualClock) -> None:
+    engine = MockMachine(assemble_mock(settings(), is_shared=False), clock, say_nothing)
+    for name in "ab":
+        imagined(engine, name, 20, 60)
+    first = engine.begin_stretch(0, 1000)
+    assert first is not None
+    engine.finish_stretch(first)
+    stretch = engine.begin_stretch(first.ends_ns[-1], 1000)
+    assert stretch is not None
+    assert len(stretch.ends_ns) == 12
+    engine.cut(stretch, stretch.ends_ns[4] + 1)
+    assert len(stretch.ends_ns) == 6, "five steps are over, and one is under way"
+    engine.core.abort("a")
+    engine.core.abort("a")
+    report = engine.finish_stretch(stretch)
+    assert [(one.request_id, one.finish_reason) for one in report.outputs] == [("a", FinishReason.CANCELLED)]
+    assert engine.core.load().running_count == 1
+    while (stretch := engine.begin_stretch(0, 1000)) is not None:
+        report = engine.finish_stretch(stretch)
+    assert [(one.request_id, one.finish_reason) for one in report.outputs] == [("b", FinishReason.LENGTH)]
+    engine.core.pool.check_invariants()
+    assert engine.core.pool.used_count == 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
-from polyphase.router import Router, RouteRequest, RouterSettings, SplitRule, WorkerFacts
+from polyphase.router import PolicySettings, Router, RouteRequest, RouterSettings, SplitRule, WorkerFacts, WorkerView
 from polyphase.wire.cards import Role
+from polyphase.wire.events import Load
 
 BLOCK_SIZE = 16
+NUMBERS = itertools.count()
 
 
 def facts(
@@ -19,6 +23,7 @@ def facts(
     max_running: int = 64,
     can_hand_over: bool = True,
     is_draining: bool = False,
+    labels: dict[str, str] | None = None,
 ) -> WorkerFacts:
     return WorkerFacts(
         worker_id=WorkerId(worker_id),
@@ -31,7 +36,24 @@ def facts(
         max_running=max_running,
         can_hand_over=can_hand_over,
         is_draining=is_draining,
+        labels=labels or {},
     )
+
+
+def view(
+    name: str | None = None,
+    *,
+    overlap: int = 0,
+    prefill: int = 0,
+    blocks: int = 0,
+    requests: int = 0,
+    load: Load | None = None,
+    block_count: int = 1000,
+    labels: dict[str, str] | None = None,
+) -> WorkerView:
+    """A worker as a scorer sees it; without a name it gets a new one."""
+    made = facts(name or f"w{next(NUMBERS)}", block_count=block_count, labels=labels)
+    return WorkerView(made, load, overlap, prefill, blocks, requests)
 
 
 def prefix(name: int, block_count: int) -> list[SequenceHash]:
@@ -47,6 +69,10 @@ def request(
     model: str = "demo",
     output: int = 16,
     excluded: tuple[str, ...] = (),
+    session: int | None = None,
+    prefers: dict[str, str] | None = None,
+    requires: dict[str, str] | None = None,
+    now_s: float = 0.0,
 ) -> RouteRequest:
     hashes = prefix(1, 64) if hashes is None else hashes
     return RouteRequest(
@@ -56,11 +82,15 @@ def request(
         prompt_token_count=len(hashes) * BLOCK_SIZE if tokens is None else tokens,
         max_output_tokens=output,
         excluded=frozenset(map(WorkerId, excluded)),
+        now_ns=int(now_s * 1e9),
+        session=session,
+        preferred_labels=prefers or {},
+        required_labels=requires or {},
     )
 
 
 def router_with(*workers: WorkerFacts, policy: str = "kv", split: SplitRule | None = None, max_waiting_requests: int = 1024) -> Router:
-    router = Router(RouterSettings(policy=policy, split=split or SplitRule(), max_waiting_requests=max_waiting_requests))
+    router = Router(RouterSettings(policy=PolicySettings(policy), split=split or SplitRule(), max_waiting_requests=max_waiting_requests))
     for worker in workers:
         router.upsert_worker(worker)
     return router

@@ -32,8 +32,8 @@ RIGHT = [sample(480, 480)] * MIN_SAMPLES
         (sample(0, 0), Verdict.SILENT),
         (sample(480, 480), Verdict.AGREES),
         (sample(480, 475), Verdict.AGREES),
-        (sample(992, 976, prompt=992), Verdict.AGREES),  # the engine computes the last token again
-        (sample(16, 15, prompt=16), Verdict.SILENT),
+        (sample(976, 991, prompt=992), Verdict.AGREES),  # the engine computes the last token alone
+        (sample(0, 15, prompt=16), Verdict.AGREES),
         (sample(0, 480, later=480), Verdict.AGREES),  # computed after routing
         (sample(0, 480, later=0), Verdict.UNDER),
         (sample(0, 480, later=64), Verdict.UNDER),
@@ -101,8 +101,9 @@ def test_a_working_router_is_never_accused(cases: list[tuple[int, int, bool, int
     """Predictions that were right when made, and prefixes that were computed in the meantime, whatever else is going on."""
     samples = []
     for held, computed_since, salted, removed, prompt in cases:
-        found = min((held + computed_since) * BLOCK, (prompt - 1) // BLOCK * BLOCK)
-        samples.append(Sample(0, prompt, min(held * BLOCK, prompt), found, (held + computed_since) * BLOCK, removed, salted))
+        usable = (prompt - 1) // BLOCK * BLOCK  # the last token is computed in any case, as both sides know
+        found = min((held + computed_since) * BLOCK, usable)
+        samples.append(Sample(0, prompt, min(held * BLOCK, usable), found, (held + computed_since) * BLOCK, removed, salted))
     assert diagnose(samples, replace(HEALTHY, repair_count=repairs), BLOCK) is None
 
 

@@ -9,21 +9,25 @@ from hypothesis import strategies as st
 
 from polyphase.core.ids import RequestId, SequenceHash, WorkerId
 from polyphase.router.indexes.naive import NaiveOverlaps
+from polyphase.router.lineup import Lineup, Standings
 from polyphase.router.predictions import ExpectedPrefixes
 from polyphase.wire.events import Tier
-from tests.unit.router.builders import facts, prefix, request, router_with
+from tests.unit.router.builders import facts, prefix, request, router_with, view
 
 W, V = WorkerId("w"), WorkerId("v")
 R, S = RequestId("r"), RequestId("s")
 
 
 def deepened(expected: ExpectedPrefixes, hashes: list[SequenceHash], depths: dict[WorkerId, int]) -> dict[WorkerId, int]:
-    """The same from all of an overlap's questions."""
-    found = expected.deepen(hashes, NaiveOverlaps(dict.fromkeys(Tier, depths)))
-    by_worker = found.as_dict()
-    assert found.depths((W, V)) == [found.depth(W), found.depth(V)] == [by_worker.get(W, 0), by_worker.get(V, 0)]
-    assert found.tokens_beyond((W, V), 16, 100, 1) == [max(100 - 16 * depth, 1) for depth in found.depths((W, V))]
-    return by_worker
+    """What workers hold or are going to hold; asked of the line-up in all of its ways."""
+    overlaps = NaiveOverlaps(dict.fromkeys(Tier, depths))
+    beyond = expected.beyond(hashes, overlaps)
+    assert all(depth > depths.get(worker_id, 0) for worker_id, depth in beyond.items())
+    lineup = Lineup(Standings([view("w"), view("v")], 10), overlaps, beyond)
+    found = [lineup.depth(0), lineup.depth(1)]
+    assert lineup.depths() == [one.overlap_block_count for one in lineup] == found
+    assert list(lineup.tokens_beyond(1000)) == [1000 - 16 * depth for depth in found]
+    return {worker_id: depth for worker_id, depth in zip((W, V), found, strict=True) if depth}
 
 
 def test_what_is_under_way_counts_until_it_is_computed() -> None:
@@ -37,6 +41,15 @@ def test_what_is_under_way_counts_until_it_is_computed() -> None:
     expected.settle(R)
     assert deepened(expected, prefix(1, 6), {}) == {}
     assert len(expected) == 0
+
+
+def test_only_what_is_new_of_a_request_is_looked_for() -> None:
+    expected = ExpectedPrefixes()
+    expected.expect(R, W, prefix(1, 10), 4)
+    assert deepened(expected, prefix(1, 4), {W: 4}) == {W: 4}
+    assert deepened(expected, prefix(1, 8), {W: 4}) == {W: 8}
+    expected.expect(R, W, prefix(1, 10), 10)
+    assert len(expected) == 0  # nothing new is on its way
 
 
 def test_a_lost_worker_computes_nothing_any_more() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from polyphase.core.errors import ConfigurationError, NoWorkers, Overloaded
 from polyphase.core.ids import Epoch, RequestId, WorkerId
-from polyphase.router import Leg, Route, Router, RouterSettings, SplitRule
+from polyphase.router import Leg, PolicySettings, Route, Router, RouterSettings, SplitRule
 from polyphase.wire.cards import Role
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, Load, Tier
 from tests.unit.router.builders import facts, prefix, request, router_with
@@ -177,7 +177,7 @@ class TestLives:
         router = router_with(facts("a"))
         router.replace_blocks(WorkerId("a"), E1, prefix(1, 10))
         router.upsert_worker(facts("a", Role.DECODE))
-        assert overlap_of(router, "a") == 10
+        assert overlap_of(router, "a") == 9  # the tenth block ends with the prompt
 
     def test_news_of_another_life_is_ignored(self):
         router = router_with(facts("a", epoch=2))
@@ -247,7 +247,7 @@ class TestRefusals:
 
     def test_unknown_policy(self):
         with pytest.raises(ConfigurationError, match="choose one of"):
-            Router(RouterSettings(policy="random"))
+            Router(RouterSettings(PolicySettings("random")))
 
 
 class TestSpread:

@@ -22,6 +22,11 @@ PROMPTS = st.builds(prefix, st.integers(1, 3), st.integers(0, 30))
 EPOCHS = st.integers(1, 3)
 
 
+def common(hashes: list[SequenceHash], known: set[SequenceHash]) -> int:
+    """Leading blocks that are known."""
+    return len(list(takewhile(known.__contains__, hashes)))
+
+
 class RouterMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +35,8 @@ class RouterMachine(RuleBasedStateMachine):
         self.workers: dict[str, WorkerFacts] = {}
         self.held: dict[str, set[SequenceHash]] = {}
         self.placed: dict[str, set[str]] = {}  # request → workers that it is booked on
-        self.expected: dict[str, tuple[str, list[SequenceHash]]] = {}  # request → where its prompt is on its way
+        # request → where its prompt is on its way, the prompt, and how much of it was there already
+        self.expected: dict[str, tuple[str, list[SequenceHash], int]] = {}
 
     @rule(name=NAMES, role=st.sampled_from(Role), epoch=EPOCHS, is_draining=st.booleans())
     def upsert(self, name: str, role: Role, epoch: int, is_draining: bool) -> None:
@@ -90,7 +96,8 @@ class RouterMachine(RuleBasedStateMachine):
             worker = self.workers[placement.worker_id]
             assert worker in candidates
             assert placement.epoch == worker.epoch
-            assert placement.overlap_block_count == self.depth(placement.worker_id, hashes)
+            usable = hashes[: max(asked.prompt_token_count - 1, 0) // 16]
+            assert placement.overlap_block_count == self.depth(placement.worker_id, usable)
             assert placement.candidates[0].worker_id == placement.worker_id
         decoder = self.workers[route.decode.worker_id]
         if route.prefill:
@@ -98,7 +105,9 @@ class RouterMachine(RuleBasedStateMachine):
         if decoder.role is Role.PREFILL:
             assert all(worker.role is Role.PREFILL for worker in candidates)
         self.placed[request_id] = {placement.worker_id for placement in chosen}
-        self.expected[request_id] = (chosen[-1].worker_id, hashes)
+        prompt_worker = chosen[-1].worker_id
+        usable = hashes[: max(asked.prompt_token_count - 1, 0) // 16]
+        self.expected[request_id] = (prompt_worker, hashes, common(usable, self.held[prompt_worker]))
 
     @rule(request_id=REQUESTS)
     def end_prefill(self, request_id: str) -> None:
@@ -126,8 +135,8 @@ class RouterMachine(RuleBasedStateMachine):
     def depth(self, name: str, hashes: Iterable[SequenceHash]) -> int:
         """Of the prompt's leading blocks, those that the worker holds, or is going to hold because of one request."""
         hashes = list(hashes)
-        there = [self.held[name], *(set(others) for worker, others in self.expected.values() if worker == name)]
-        return max(len(list(takewhile(known.__contains__, hashes))) for known in there)
+        coming = [(common(hashes, set(others)), held) for worker, others, held in self.expected.values() if worker == name]
+        return max([common(hashes, self.held[name]), *(depth for depth, held in coming if depth > held)])
 
     def forget(self, name: str) -> None:
         self.placed = {request_id: names - {name} for request_id, names in self.placed.items() if names - {name}}

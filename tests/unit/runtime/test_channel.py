@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import zmq
 
 from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.runtime import PeerId, WorkerClient, WorkerServer, channel
+from polyphase.wire.events import SnapshotPage, Tier
 from polyphase.wire.requests import (
     Answer,
     Cancel,
@@ -21,7 +23,6 @@ from polyphase.wire.requests import (
     Question,
     ReleaseLease,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     ToWorker,
 )
@@ -39,7 +40,7 @@ class Worker:
     def handle(self, peer: PeerId, message: ToWorker) -> None:
         self.received.append((peer, message))
         if isinstance(message, Query) and not self.is_mute:
-            self.server.send(peer, Answer(message.query_id, Snapshot("w", 1, 5, [1, 2])))
+            self.server.send(peer, Answer(message.query_id, SnapshotPage("w", 1, 5, {Tier.DEVICE: bytes(16)})))
 
 
 def outputs(step: int, token_id: int = 1) -> StepOutputs:
@@ -72,7 +73,7 @@ async def test_questions_are_answered_and_messages_keep_their_order(run_folder: 
         assert client.is_connected("w")
         for number in range(2000):
             client.send("w", Cancel(str(number)))
-        assert await client.ask("w", Question.SNAPSHOT) == Snapshot("w", 1, 5, [1, 2])
+        assert await client.ask("w", Question.SNAPSHOT) == SnapshotPage("w", 1, 5, {Tier.DEVICE: bytes(16)})
         assert [message.request_id for _, message in worker.received[:-1] if isinstance(message, Cancel)] == [str(n) for n in range(2000)]
         peer = worker.received[0][0]
         for step in range(2000):
@@ -134,6 +135,21 @@ async def test_a_peer_that_went_away_is_noticed_by_the_next_send(run_folder: Pat
         first.connect("w", endpoint)
         await first.ask("w", Question.SNAPSHOT)
         assert worker.received[-1][0] not in (gone, stays)
+
+
+async def test_a_send_that_fails_does_not_hide_what_came_meanwhile(run_folder: Path) -> None:
+    endpoint = f"ipc://{run_folder}/w"
+    worker, client = Worker(endpoint), WorkerClient(lambda _: None)
+    async with running(worker.server, client):
+        client.connect("w", endpoint)
+        client.send("w", Cancel("a"))
+        await eventually(lambda: len(worker.received) == 1)
+        client.send("w", Cancel("b"))
+        time.sleep(0.2)  # noqa: ASYNC251  the loop sees nothing of its arrival
+        assert not worker.server.send(PeerId(b"nobody"), outputs(1))
+        await eventually(lambda: len(worker.received) == 2)
+    client.close()
+    worker.server.close()
 
 
 async def test_a_peer_that_does_not_read_fills_its_own_queue_only(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

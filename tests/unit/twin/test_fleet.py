@@ -89,8 +89,9 @@ def test_a_trace_in_mooncakes_form(tmp_path: Path) -> None:
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
     load = mooncake_load(trace, 10, speedup=2)
     first, second = (conversation.turns[0] for conversation in load)
-    assert (len(first.tokens()), len(second.tokens())) == (1100, 1600)
-    assert first.sequence_hashes[:2] == second.sequence_hashes[:2]
+    assert (first.token_count, second.token_count) == (1100, 1600)
+    assert first.sequence_hashes == second.sequence_hashes[:2]
+    assert first.sequence_hashes[1] != second.sequence_hashes[2]
     assert load[1].start_ns == 2_000_000_000
     settings = FleetSettings(MockSettings(resolve_model("demo").location, block_size=512), worker_count=2)
     assert simulate(settings, router_of("kv"), load).hit_rate == pytest.approx(1024 / 2700)
@@ -100,4 +101,7 @@ def test_a_broken_trace_is_named(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"timestamp": 0}\n')
     with pytest.raises(ConfigurationError, match=r"line 1 of .*trace\.jsonl is not of Mooncake's form"):
+        mooncake_load(trace, 10)
+    trace.write_text('{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [7]}\n')
+    with pytest.raises(ConfigurationError, match="1 hash_ids for 2 full blocks"):
         mooncake_load(trace, 10)

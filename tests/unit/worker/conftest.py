@@ -16,6 +16,8 @@ from polyphase.runtime import Registry, WorkerPaths
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import Role, WorkerEntry
 from polyphase.worker.host import HostSettings, WorkerHost
+from polyphase.worker.options import TransferOptions
+from polyphase.worker.transfer import join_transfer
 from tests.unit.worker.fake_engine import FakeEngine
 from tests.unit.worker.peer import Peer
 
@@ -52,9 +54,11 @@ class Hosted:
             event_endpoint=paths.event_endpoint,
         )
         self.engine = engine
-        pool = engine.pool_descriptor(str(paths.pool_socket))
-        engine.bind_offers(worker_id=worker_id, epoch=1, endpoint=paths.request_endpoint, pool=pool)
-        self.host = WorkerHost(engine, Registry(run_folder).claim(worker_id), HostSettings(self.entry, paths, drain_timeout_s))
+        self.transfer = contextlib.ExitStack()
+        joined = join_transfer(engine, self.entry, str(paths.pool_socket), TransferOptions(None, None))
+        self.agent, region = self.transfer.enter_context(joined)
+        settings = HostSettings(self.entry, paths, drain_timeout_s, self.agent, region)
+        self.host = WorkerHost(engine, Registry(run_folder).claim(worker_id), settings)
         self.task = asyncio.create_task(self.host.run())
 
 
@@ -74,6 +78,7 @@ async def start_host(run_folder: Path) -> AsyncIterator[HostStarter]:
         hosted.task.cancel()
         with contextlib.suppress(asyncio.CancelledError, BaseExceptionGroup):
             await hosted.task
+        hosted.transfer.close()
         hosted.engine.close()
 
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from polyphase.core.errors import ContextLengthExceeded, ModelLoadError, TransferError
 from polyphase.core.hashing import sequence_hashes
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.transfer import SharedPool
+from polyphase.transfer import HostMemory, SharedPool, Verdict
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import BlocksStored, KvEvent, Load
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvLayout, KvOffer
 from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, Submit
+from polyphase.wire.transfer import AgentCard
 from polyphase.worker.options import EngineOptions
 
 BLOCK_SIZE = 4
@@ -64,6 +65,7 @@ class FakeEngine:
         self.pool = SharedPool.create(BLOCK_COUNT, BLOCK_BYTES)
         self.running: dict[str, Sequence] = {}
         self.aborted: list[str] = []
+        self.leaving: list[str] = []
         self.leases: dict[str, tuple[str, list[int], int]] = {}  # lease id: request, blocks, expiry
         self.free_blocks = list(range(BLOCK_COUNT))
         self.hashes: list[int] = []
@@ -74,7 +76,7 @@ class FakeEngine:
         self._step = 0
         self._finished_count = 0
         self._work = asyncio.Event()
-        self._identity: tuple[str, int, str, PoolDescriptor] | None = None
+        self._identity: tuple[str, int, str, AgentCard, str] | None = None
 
     @property
     def card(self) -> ModelCard:
@@ -111,13 +113,18 @@ class FakeEngine:
     def _pull(self, request: Submit, offer: KvOffer, source: BlockSource) -> PhaseStats:
         data = bytearray(len(offer.block_ids) * BLOCK_BYTES)
         try:
-            source.read_blocks(offer.block_ids, offer.generations, memoryview(data))
+            verdicts = source.read_blocks(offer.block_ids, offer.generations, HostMemory(data, BLOCK_BYTES), range(len(offer.block_ids)))
         except TransferError:
             return PhaseStats()
         finally:
             self._released.append(offer)
+        assert set(verdicts) == {Verdict.DONE}
         assert array("I", bytes(data)).tolist() == request.token_ids[: len(offer.block_ids) * BLOCK_SIZE]
         return PhaseStats(transferred_token_count=offer.token_count, transferred_bytes=len(data))
+
+    def hand_over(self, request_id: str) -> None:
+        self.leaving.append(request_id)
+        self._work.set()
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -136,9 +143,6 @@ class FakeEngine:
             finished_total=self._finished_count,
         )
 
-    def cached_hashes(self) -> list[int]:
-        return list(self.hashes)
-
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         while True:
             await self._work.wait()
@@ -146,6 +150,8 @@ class FakeEngine:
             self._step += 1
             outputs = [SequenceOutput(request_id=request_id, finish_reason=FinishReason.CANCELLED) for request_id in self._aborted_now()]
             outputs += [output for sequence in list(self.running.values()) if (output := self._advance(sequence))]
+            outputs += [self._part_with(self.running.pop(request_id)) for request_id in self.leaving if request_id in self.running]
+            self.leaving.clear()
             report = StepReport(self._step, outputs, self._events, self._released)
             self._events, self._released = [], []
             on_step(report)
@@ -176,39 +182,45 @@ class FakeEngine:
         if sequence.output_count >= request.stop.max_tokens or len(sequence.token_ids) >= CONTEXT_LENGTH:
             reason = FinishReason.LENGTH
         elif request.hand_over:
-            reason, offer = FinishReason.HANDED_OVER, self._offer(request)
+            reason, offer = FinishReason.HANDED_OVER, self._offer(request, request.token_ids)
         if reason is not None:
             del self.running[request.request_id]
             self._finished_count += 1
         return SequenceOutput(request_id=request.request_id, token_ids=[token], finish_reason=reason, offer=offer, stats=stats)
 
-    def _offer(self, request: Submit) -> KvOffer:
+    def _part_with(self, sequence: Sequence) -> SequenceOutput:
+        offer = self._offer(sequence.request, sequence.token_ids[:-1]) if sequence.has_started else None
+        return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer)
+
+    def _offer(self, request: Submit, token_ids: list[int]) -> KvOffer:
         assert self._identity is not None
-        worker_id, epoch, endpoint, pool = self._identity
-        full = len(request.token_ids) // BLOCK_SIZE
+        worker_id, epoch, endpoint, agent, region_id = self._identity
+        full = len(token_ids) // BLOCK_SIZE
         blocks = [self.free_blocks.pop(0) for _ in range(full)]
         self.pool.renew(blocks)
         for place, block in enumerate(blocks):
-            content = array("I", request.token_ids[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE]).tobytes()
+            content = array("I", token_ids[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE]).tobytes()
             self.pool.blocks[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = content
         lease_id = f"lease-{next(self._lease_ids)}"
         expires_at_ns = time.monotonic_ns() + 60 * 10**9
         self.leases[lease_id] = (request.request_id, blocks, expires_at_ns)
         generations = self.pool.generations(blocks)
-        return KvOffer(worker_id, epoch, endpoint, lease_id, expires_at_ns, pool, blocks, generations, full * BLOCK_SIZE)
+        return KvOffer(worker_id, epoch, endpoint, lease_id, expires_at_ns, agent, region_id, blocks, generations, full * BLOCK_SIZE)
 
     def close(self) -> None:
         self.is_closed = True
         self.pool.close()
 
-    def pool_fd(self) -> int:
-        return self.pool.fd
+    @property
+    def kv_memory(self) -> SharedPool:
+        return self.pool
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor:
-        return self.pool.descriptor(socket_path, LAYOUT)
+    @property
+    def kv_layout(self) -> KvLayout:
+        return LAYOUT
 
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
-        self._identity = (worker_id, epoch, endpoint, pool)
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
+        self._identity = (worker_id, epoch, endpoint, agent, region_id)
 
     def release_lease(self, lease_id: str) -> None:
         _, blocks, _ = self.leases.pop(lease_id, ("", [], 0))

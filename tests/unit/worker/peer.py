@@ -6,18 +6,18 @@ import asyncio
 import contextlib
 import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from polyphase.runtime import EventSubscriber, Registry, WorkerClient
+from polyphase.core.digest import digest_sum
+from polyphase.runtime import AskedHistory, EventSubscriber, Registry, WorkerClient
 from polyphase.wire.cards import WorkerEntry
-from polyphase.wire.events import BlocksStored, KvEvent, Load
+from polyphase.wire.events import BlocksStored, Digests, KvEvent, Load, Tier, TierDigest
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
-    Question,
     SamplingParams,
     SequenceOutput,
-    Snapshot,
     StepOutputs,
     StopConditions,
     Submit,
@@ -30,7 +30,7 @@ _numbers = itertools.count()
 class Peer:
     def __init__(self) -> None:
         self.client = WorkerClient(self._on_outputs, "test")
-        self.events = EventSubscriber(self, self._fetch)
+        self.events = EventSubscriber(self, AskedHistory(self.client))
         self.reports: list[StepOutputs] = []
         self.outputs: defaultdict[str, list[SequenceOutput]] = defaultdict(list)
         self.hashes: dict[str, set[int]] = {}
@@ -71,6 +71,7 @@ class Peer:
         offer: KvOffer | None = None,
         emitted: int = 0,
         request_id: str | None = None,
+        remaining_ms: int | None = None,
     ) -> str:
         """The last `emitted` tokens of `prompt` are output already."""
         request_id = request_id or f"r{next(_numbers)}"
@@ -82,6 +83,7 @@ class Peer:
             stop=StopConditions(max_tokens=max_tokens),
             hand_over=hand_over,
             offer=offer,
+            remaining_ms=remaining_ms,
         )
         self.client.send(worker_id, request)
         return request_id
@@ -101,13 +103,11 @@ class Peer:
             assert not earlier or earlier[-1].finish_reason is None, "an output after the last one"
             earlier.append(output)
 
-    async def _fetch(self, worker_id: str) -> Snapshot:
-        snapshot = await self.client.ask(worker_id, Question.SNAPSHOT)
-        assert isinstance(snapshot, Snapshot)
-        return snapshot
+    def on_reset(self, worker_id: str, epoch: int) -> None:
+        self.hashes[worker_id] = set()
 
-    def on_snapshot(self, worker_id: str, epoch: int, hashes: list[int]) -> None:
-        self.hashes[worker_id] = set(hashes)
+    def on_held(self, worker_id: str, epoch: int, tier: Tier, hashes: Iterable[int]) -> None:
+        self.hashes[worker_id].update(hashes)
 
     def on_events(self, worker_id: str, epoch: int, events: list[KvEvent]) -> None:
         for event in events:
@@ -116,3 +116,7 @@ class Peer:
 
     def on_load(self, worker_id: str, epoch: int, load: Load) -> None:
         self.loads[worker_id] = load
+
+    def digests(self, worker_id: str, epoch: int) -> Digests:
+        held = self.hashes[worker_id]
+        return {Tier.DEVICE: TierDigest(len(held), digest_sum(held))} if held else {}

@@ -76,6 +76,23 @@ async def test_events_and_load_reach_listeners(start_host: HostStarter, peer: Pe
     await eventually(lambda: peer.loads["w"].finished_total == 6)
 
 
+async def test_what_nobody_awaits_any_more_is_given_up(start_host: HostStarter, peer: Peer) -> None:
+    """Its peer, which would have cancelled it, may be unable to: it is cut off, or stuck."""
+    hosted = start_host(step_s=0.01)
+    connected(peer, hosted)
+    stuck = peer.submit("w", [NEVER_ANSWER], remaining_ms=1)
+    long = peer.submit("w", [1, 2], max_tokens=190, remaining_ms=300)
+    done = peer.submit("w", [3, 4], max_tokens=2, remaining_ms=60_000)
+    for request_id in (stuck, long):
+        last = await peer.last(request_id)
+        assert last.failure is not None
+        assert last.failure.code == "deadline_exceeded"
+        assert not last.failure.is_retryable
+    assert len(peer.tokens(long)) < 190
+    assert (await peer.last(done)).finish_reason is FinishReason.LENGTH
+    await eventually(lambda: not hosted.engine.load().running_count and not hosted.engine.load().waiting_count)
+
+
 async def test_a_cancelled_request_ends_once_and_only_by_its_own_peer(start_host: HostStarter, peer: Peer) -> None:
     hosted = start_host(step_s=0.01)
     connected(peer, hosted)
@@ -172,8 +189,7 @@ async def test_an_unreadable_offer_is_computed_anew_and_released(
     connected(peer, prefill, decode)
     last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
     assert last.offer is not None
-    nowhere = msgspec.structs.replace(last.offer.pool, socket_path="/tmp/nowhere", pool_id="0" * 32)
-    broken = msgspec.structs.replace(last.offer, pool=nowhere)
+    broken = msgspec.structs.replace(last.offer, agent=msgspec.structs.replace(last.offer.agent, epoch=7))
     leg = peer.submit("d", [*range(9), *last.token_ids], offer=broken, emitted=1)
     await peer.last(leg)
     assert last.token_ids + peer.tokens(leg) == expected_tokens(list(range(9)), 5)
@@ -198,7 +214,7 @@ async def test_cancelling_while_a_pool_is_opened_ends_the_request(
     async def never(descriptor: object) -> None:
         await asyncio.sleep(600)
 
-    monkeypatch.setattr(decode.host._pools, "get", never)
+    monkeypatch.setattr(decode.host._sources, "open", never)
     last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
     request_id = peer.submit("d", [*range(9), 1], offer=last.offer, emitted=1)
     peer.client.send("d", Cancel(request_id))
@@ -217,6 +233,22 @@ async def test_cancelling_after_the_hand_over_frees_the_lease(start_host: HostSt
         assert prefill.engine.leases
         peer.client.send("p", Cancel(request_id) if release == "cancel" else ReleaseLease(last.offer.lease_id))
         await eventually(lambda: not prefill.engine.leases)
+
+
+async def test_freed_leases_are_reported_without_waiting_for_the_next_step(
+    start_host: HostStarter, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise routers take the blocks of every hand-over for used until the next heartbeat."""
+    monkeypatch.setattr("polyphase.worker.host.HEARTBEAT_INTERVAL_S", 3600.0)
+    prefill = start_host("p")
+    connected(peer, prefill)
+    for release in ("cancel", "release"):
+        request_id = peer.submit("p", list(range(9)), hand_over=True)
+        last = await peer.last(request_id)
+        assert last.offer is not None
+        await eventually(lambda: peer.loads["p"].leased_block_count == 2)
+        peer.client.send("p", Cancel(request_id) if release == "cancel" else ReleaseLease(last.offer.lease_id))
+        await eventually(lambda: peer.loads["p"].leased_block_count == 0)
 
 
 @pytest.mark.parametrize("prompt", [[1, 2], [NEVER_ANSWER]])

@@ -195,3 +195,28 @@ async def test_help_and_flags_need_no_engine() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=asyncio.subprocess.PIPE)
     code, errors = await ended(process)
     assert code == 0, errors
+
+
+async def test_several_workers_of_one_process_serve_and_leave_together(start_process: ProcessStarter, peer: Peer, run_folder: Path) -> None:
+    process = await start_process("w", flags=("--beside", "v,u"))
+    entries = [await peer.find(run_folder, name) for name in ("w", "v", "u")]
+    assert {entry.pid for entry in entries} == {process.pid}
+    assert len({entry.request_endpoint for entry in entries}) == 3
+    request_ids = [peer.submit(name, [1, place], max_tokens=5) for place, name in enumerate(("w", "v", "u"))]
+    for place, request_id in enumerate(request_ids):
+        assert (await peer.last(request_id)).finish_reason is FinishReason.LENGTH
+        assert peer.tokens(request_id) == expected_tokens([1, place], 5)
+    process.send_signal(signal.SIGTERM)
+    code, errors = await ended(process)
+    assert code == 0, errors
+    assert os.listdir(run_folder / "workers") == []
+    assert os.listdir(run_folder / "sockets") == []
+
+
+async def test_a_name_that_is_taken_is_refused_also_beside_another(start_process: ProcessStarter, peer: Peer, run_folder: Path) -> None:
+    await start_process("v")
+    await peer.find(run_folder, "v")
+    code, errors = await ended(await start_process("w", flags=("--beside", "v")))
+    assert code == 1
+    assert "v" in errors
+    assert os.listdir(run_folder / "workers") == ["v.json"]

@@ -9,6 +9,22 @@ from polyphase.wire.requests import Submit
 
 def check_request(request: Submit, card: ModelCard) -> None:
     """Raises: RequestError if the request can never run here. Ranges of sampling parameters are the frontend's to check."""
+    check_lengths(request, card)
+    if min(request.token_ids) < 0 or max(request.token_ids) >= card.vocab_size:
+        raise InvalidRequest(f"token ids must be from 0 to {card.vocab_size - 1}", param="token_ids", request_id=request.request_id)
+    bias = request.sampling.logit_bias
+    if bias and (min(bias) < 0 or max(bias) >= card.vocab_size):
+        raise InvalidRequest(
+            f"logit_bias names a token that does not exist: ids are from 0 to {card.vocab_size - 1}",
+            param="logit_bias",
+            request_id=request.request_id,
+        )
+    if any(not stop for stop in request.stop.stop_strings):
+        raise InvalidRequest("a stop string cannot be empty", param="stop", request_id=request.request_id)
+
+
+def check_lengths(request: Submit, card: ModelCard) -> None:
+    """The part that does not read the tokens. Raises: RequestError."""
     prompt_count, known_count = request.prompt_token_count, len(request.token_ids)
     if not 1 <= prompt_count <= known_count:
         raise InvalidRequest(
@@ -26,17 +42,6 @@ def check_request(request: Submit, card: ModelCard) -> None:
             f"prompt and output have {known_count} tokens together; the model's context is {card.context_length}",
             request_id=request.request_id,
         )
-    if min(request.token_ids) < 0 or max(request.token_ids) >= card.vocab_size:
-        raise InvalidRequest(f"token ids must be from 0 to {card.vocab_size - 1}", param="token_ids", request_id=request.request_id)
-    bias = request.sampling.logit_bias
-    if bias and (min(bias) < 0 or max(bias) >= card.vocab_size):
-        raise InvalidRequest(
-            f"logit_bias names a token that does not exist: ids are from 0 to {card.vocab_size - 1}",
-            param="logit_bias",
-            request_id=request.request_id,
-        )
-    if any(not stop for stop in request.stop.stop_strings):
-        raise InvalidRequest("a stop string cannot be empty", param="stop", request_id=request.request_id)
     if request.stop.max_tokens < 1:
         raise InvalidRequest(
             f"max_tokens must be at least 1, not {request.stop.max_tokens}", param="max_tokens", request_id=request.request_id

@@ -1,28 +1,33 @@
 """The engine's bookkeeping around a step: requests in, plans out, results turned into reports. Synchronous; one thread at a time.
 
-    submit · abort · release ─► begin_step ─► StepPlan ─► execute (elsewhere) ─► finish_step ─► StepReport
+    submit · abort · hand_over · release ─► begin_step ─► StepPlan ─► execute (elsewhere) ─► finish_step ─► StepReport
 
-`submit`, `abort` and the release of a lease may come between `begin_step` and `finish_step`, while the step runs: nothing that the
-step reads or writes changes until it is finished. A sequence lives in `_sequences` from submission to its one terminal output.
+All but the last two may come between `begin_step` and `finish_step`, while the step runs: nothing that the step reads or writes changes
+until it is finished. A sequence lives in `_sequences` from submission to its one terminal output.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import MutableSequence
 from dataclasses import dataclass
+
+import msgspec
 
 from polyphase.core.clock import Clock
 from polyphase.core.errors import EngineFailed, InvalidRequest
-from polyphase.engines.batching.admission import check_request
+from polyphase.engines.batching.admission import check_lengths, check_request
 from polyphase.engines.batching.exports import BlockExports, can_use
+from polyphase.engines.batching.imports import PrefixImports
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
+from polyphase.engines.batching.pace import StepPace
 from polyphase.engines.batching.sampling_state import SamplingState
-from polyphase.engines.batching.scheduler import Scheduler, SchedulerLimits, StepPlan
+from polyphase.engines.batching.scheduler import Row, Scheduler, SchedulerLimits, StepPlan
 from polyphase.engines.batching.sequence import Sequence
 from polyphase.engines.batching.stopping import Stop, StopLimits, StopRule
 from polyphase.engines.batching.storage import BlockStorage
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.kv import BlockPool, PrefixCache
+from polyphase.kv import BlockNames, BlockPool, PrefixCache, SequenceBlocks
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
@@ -43,6 +48,7 @@ class _Totals:
     generated_tokens: int = 0
     finished: int = 0
     preemptions: int = 0
+    computed_tokens: int = 0
 
 
 class EngineCore:
@@ -58,27 +64,59 @@ class EngineCore:
         self.pool = BlockPool(storage.block_count)
         self._cache = PrefixCache(self.pool, card.block_size, storage.layout.fingerprint + storage.layout.dtype)
         self._scheduler = Scheduler(limits, self._cache)
+        self._pace = _pace_of(limits)
         self.exports = BlockExports(self.pool, storage.shared, lease_ns)
+        self.imports = PrefixImports(self._cache, self.exports, lambda: self._scheduler.running_count)
         self._sequences: dict[str, Sequence] = {}
+        self._cancelled: list[Sequence] = []  # during the current step
+        self._leaving: list[Sequence] = []  # likewise
         self._totals = _Totals()
         self._arrivals = 0
         self._ended: list[SequenceOutput] = []  # outputs that did not come from a step
         self._released_offers: list[KvOffer] = []
         self._untaken_events: list[KvEvent] = []
         self._current: StepPlan | None = None  # while it is performed
+        self._step_began_ns = 0
 
     # What the worker calls.
 
     def submit(self, request: Submit, source: BlockSource | None) -> None:
         check_request(request, self._card)
+        self._refuse_if_unfit(request)
+        imported = self.imports.claim(request.request_id, request.token_ids, request.cache_salt)
+        if imported is None:
+            self._add(self._new_sequence(request, list(request.token_ids), self._cache.open(request.token_ids, request.cache_salt), source))
+            return
+        imported.blocks.chain.extend(request.token_ids)
+        sequence = self._new_sequence(request, list(request.token_ids), imported.blocks, source)
+        sequence.imported = PhaseStats(
+            transferred_token_count=imported.pulled_count * self._card.block_size,
+            transferred_bytes=imported.pulled_count * self._card.block_bytes,
+            transfer_ms=imported.duration_ms,
+        )
+        self._add(sequence)
+
+    def submit_imagined(self, request: Submit, names: BlockNames) -> None:
+        """As `submit`, for a simulation: of the tokens only their number counts, and their blocks, the answer's included, are named so.
+
+        The request asks for nothing that depends on a token, `token_ids` need only have the right length, and whoever computes its steps
+        samples zeros (`mock.machine.say_nothing`).
+        """
+        check_lengths(request, self._card)
+        self._refuse_if_unfit(request)
+        self._add(self._new_sequence(request, bytearray(len(request.token_ids)), SequenceBlocks(names), None))
+
+    def _refuse_if_unfit(self, request: Submit) -> None:
         if request.request_id in self._sequences:
             raise InvalidRequest("a request of this id is running already", param="request_id", request_id=request.request_id)
         self._scheduler.refuse_if_full(request.request_id)
-        sequence = self._new_sequence(request, source)
+
+    def _add(self, sequence: Sequence) -> None:
+        request = sequence.request
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
         self._totals.prompt_tokens += request.prompt_token_count
-        stop = sequence.stop.at_length(len(sequence.token_ids), sequence.output_count)
+        stop = sequence.stop.at_length(len(sequence.token_ids))
         if stop is not None:  # it came from elsewhere, where all but the end was done
             self._ended.append(self._end(sequence, stop.reason))
 
@@ -87,17 +125,27 @@ class EngineCore:
         if sequence is None:
             self.exports.release_request(request_id)
         elif self._current is not None:
+            if not sequence.is_cancelled:
+                self._cancelled.append(sequence)
             sequence.is_cancelled = True
             self._current.interrupt_if_pointless()
         else:
             self._ended.append(self._end(sequence, FinishReason.CANCELLED))
 
+    def hand_over(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        if self._current is not None:
+            if not sequence.is_leaving:
+                self._leaving.append(sequence)
+            sequence.is_leaving = True
+        elif not _leaves_by_itself(sequence):
+            self._ended.append(self._hand_over(sequence))
+
     @property
     def has_requests(self) -> bool:
         return bool(self._sequences)
-
-    def cached_hashes(self) -> list[int]:
-        return self.pool.journal.announced()
 
     def load(self) -> Load:
         totals, scheduler = self._totals, self._scheduler
@@ -116,6 +164,7 @@ class EngineCore:
             generated_tokens_total=totals.generated_tokens,
             finished_total=totals.finished,
             preemptions_total=totals.preemptions,
+            computed_tokens_total=totals.computed_tokens,
         )
 
     # A step.
@@ -129,24 +178,63 @@ class EngineCore:
             if sequence.offer is not None and not can_use(sequence.offer, self._storage.layout, now_ns):
                 logger.info("request %s: the offered blocks cannot be used and are computed here", sequence.request.request_id)
                 self._give_up_offer(sequence)
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(None if self._pace is None else self._pace.limit_tokens)
         self._totals.preemptions += len(plan.preempted)
         pulled = {pull.sequence: pull.first_block for pull in plan.pulls}
         for sequence in plan.admitted:
             self._note_admission(sequence, now_ns)
             if sequence not in pulled:
                 self._give_up_offer(sequence)
-        self.exports.before_writing(
-            [
-                block_id
-                for row in plan.rows
-                for block_id in row.sequence.blocks.block_ids[
-                    pulled.get(row.sequence, row.start // self._card.block_size) : self._cache.blocks_for(row.start + row.count)
+        if self.exports.has_offered:
+            self.exports.before_writing(
+                [
+                    block_id
+                    for row in plan.rows
+                    for block_id in row.sequence.blocks.block_ids[
+                        pulled.get(row.sequence, row.start // self._card.block_size) : self._cache.blocks_for(row.start + row.count)
+                    ]
                 ]
-            ]
-        )
+            )
         self._current = None if plan.is_empty else plan
+        self._step_began_ns = now_ns
         return plan
+
+    # Many steps at once, for whoever reads no tokens.
+
+    def let_coast(self, plan: StepPlan, longest: int) -> int:
+        """Count the plan's decoding sequences instead of planning them; returns for how many steps, at most `longest`, the plan holds.
+
+        In these steps, if nothing comes in between, every coasting sequence gets a token, and nothing else happens before the last.
+        """
+        self._scheduler.let_coast(plan)
+        can_change = plan.rows or plan.admitted or plan.preempted or self.exports.leases.block_count
+        # What was evicted for this step, for example, is to be told at its end.
+        has_news = self._ended or self._released_offers or self._untaken_events or self.pool.journal.has_pending
+        if can_change or has_news or any(sequence.offer is not None for sequence in self._scheduler.waiting):
+            return 1
+        return min(longest, self._scheduler.coasting.steps_until_due or 1)
+
+    @property
+    def coasting_token_count(self) -> int:
+        """Sum of the lengths of what coasts."""
+        return self._scheduler.coasting.token_count
+
+    def count_steps(self, step_count: int) -> None:
+        """So many of the steps for which the plan holds are done, and not the last one of them."""
+        self._totals.steps += step_count
+        self._totals.generated_tokens += step_count * len(self._scheduler.coasting)
+        self._totals.computed_tokens += step_count * len(self._scheduler.coasting)
+        self._scheduler.coasting.count(step_count)
+
+    def wake_due(self) -> list[Row]:
+        """Rows to which something happens in the step that is to be finished next; `finish_coasting` comes before it is."""
+        return self._scheduler.wake_due()
+
+    def finish_coasting(self) -> None:
+        """Count the step that is to be finished next for those that coast on."""
+        self._totals.generated_tokens += len(self._scheduler.coasting)
+        self._totals.computed_tokens += len(self._scheduler.coasting)
+        self._scheduler.coasting.count(1)
 
     def finish_step(self, outcome: StepOutcome, plan: StepPlan) -> StepReport:
         self._current = None
@@ -157,15 +245,31 @@ class EngineCore:
         else:
             for result in outcome.pulls:
                 self._finish_pull(result)
+            if self._pace is not None and any(row.count > 1 for row in outcome.computed):
+                self._pace.note(sum(row.count for row in outcome.computed), self._clock.now_ns() - self._step_began_ns)
             outputs = []
+            block_size, samples = self._card.block_size, outcome.samples
             for row in outcome.computed:
                 sequence = row.sequence
-                sequence.computed_count = row.start + row.count
-                self._cache.commit(sequence.blocks, sequence.token_ids, sequence.computed_count)
-                if sequence in outcome.samples and not sequence.is_cancelled:
-                    outputs.append(self._advance(sequence, outcome.samples[sequence]))
-        for sequence in [s for s in self._sequences.values() if s.is_cancelled]:
-            outputs.append(self._end(sequence, FinishReason.CANCELLED))
+                sequence.computed_count = computed_count = row.start + row.count
+                self._totals.computed_tokens += row.count
+                if computed_count >= (sequence.blocks.named_count + 1) * block_size:
+                    self._cache.commit(sequence.blocks, sequence.token_ids, computed_count)
+                if sequence in samples:
+                    if not sequence.is_cancelled:
+                        outputs.append(self._advance(sequence, samples[sequence]))
+                elif sequence.request.with_parts and sequence.blocks.named_count > sequence.shown_count:
+                    outputs += self._show_blocks(sequence)
+        cancelled, self._cancelled = self._cancelled, []
+        for sequence in cancelled:
+            if self._sequences.get(sequence.request.request_id) is sequence:  # it may have failed
+                outputs.append(self._end(sequence, FinishReason.CANCELLED))
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            if self._sequences.get(sequence.request.request_id) is sequence:
+                sequence.is_leaving = False
+                if not _leaves_by_itself(sequence):
+                    outputs.append(self._hand_over(sequence))
         return self._report(outputs)
 
     def take_idle_report(self) -> StepReport | None:
@@ -187,16 +291,17 @@ class EngineCore:
 
     # One sequence.
 
-    def _new_sequence(self, request: Submit, source: BlockSource | None) -> Sequence:
+    def _new_sequence(
+        self, request: Submit, token_ids: MutableSequence[int], blocks: SequenceBlocks, source: BlockSource | None
+    ) -> Sequence:
         self._arrivals += 1
-        count = request.prompt_token_count
         return Sequence(
             request=request,
             arrival=self._arrivals,
             arrived_ns=self._clock.now_ns(),
-            token_ids=list(request.token_ids),
-            blocks=self._cache.open(request.token_ids, request.cache_salt),
-            sampling=SamplingState(request.sampling, request.token_ids[:count], request.token_ids[count:]),
+            token_ids=token_ids,
+            blocks=blocks,
+            sampling=SamplingState(request.sampling, token_ids, request.prompt_token_count),
             stop=StopRule(request, self._stop_limits),
             offer=request.offer if source is not None else None,  # what nobody opened is not ours to release
             source=source,
@@ -207,26 +312,32 @@ class EngineCore:
         if sequence.first_step_ns is not None:
             return
         sequence.first_step_ns = now_ns
-        cached_count = min(sequence.computed_count, sequence.request.prompt_token_count)
+        imported, sequence.imported = sequence.imported or PhaseStats(), None
+        imported_count = min(imported.transferred_token_count, sequence.computed_count)  # some may have been evicted meanwhile
+        cached_count = max(0, min(sequence.computed_count, sequence.request.prompt_token_count) - imported_count)
         self._totals.cached_tokens += cached_count
-        sequence.stats = PhaseStats(cached_token_count=cached_count, queue_ms=(now_ns - sequence.arrived_ns) / 1e6)
+        self._totals.transferred_tokens += imported_count
+        sequence.stats = msgspec.structs.replace(
+            imported,
+            cached_token_count=cached_count,
+            transferred_token_count=imported_count,
+            queue_ms=(now_ns - sequence.arrived_ns) / 1e6,
+        )
 
     def _finish_pull(self, result: PullResult) -> None:
         sequence = result.pull.sequence
         if result.error is not None:
-            logger.warning("request %s: offered blocks could not be read: %s", sequence.request.request_id, result.error)
-        else:
-            count = result.pull.token_count - sequence.computed_count
-            sequence.computed_count = result.pull.token_count
+            logger.warning("request %s: offered blocks are computed here: %s", sequence.request.request_id, result.error)
+        count = result.token_count - sequence.computed_count
+        if count > 0:
+            sequence.computed_count = result.token_count
             self._totals.transferred_tokens += count
-            cached_count = sequence.stats.cached_token_count if sequence.stats is not None else 0
-            queue_ms = sequence.stats.queue_ms if sequence.stats is not None else 0.0
-            sequence.stats = PhaseStats(
-                cached_token_count=cached_count,
-                transferred_token_count=count,
-                transferred_bytes=result.byte_count,
-                transfer_ms=result.duration_ms,
-                queue_ms=queue_ms,
+            before = sequence.stats or PhaseStats()
+            sequence.stats = msgspec.structs.replace(
+                before,
+                transferred_token_count=before.transferred_token_count + count,
+                transferred_bytes=before.transferred_bytes + result.byte_count,
+                transfer_ms=before.transfer_ms + result.duration_ms,
             )
         self._give_up_offer(sequence)
 
@@ -239,7 +350,9 @@ class EngineCore:
     def _advance(self, sequence: Sequence, sampled: SampledToken | None) -> SequenceOutput:
         """Append the sampled token; end the sequence if it is time."""
         if sampled is None:
-            self._storage.zero(self.pool.disown(sequence.blocks.ids()))  # such numbers must not reach whoever gets the blocks next
+            spoilt = self.pool.disown(sequence.blocks.ids())  # such numbers must not reach whoever gets the blocks next
+            self.exports.before_writing(spoilt)
+            self._storage.zero(spoilt)
             return self._fail(sequence, "the model's output is not a number for this request")
         sequence.token_ids.append(sampled.token_id)
         sequence.sampling.note(sampled.token_id)
@@ -247,7 +360,7 @@ class EngineCore:
         stop = sequence.stop.after(sampled.token_id, len(sequence.token_ids), sequence.output_count)
         stats, sequence.stats = sequence.stats, None
         offer = None
-        if stop is None and sequence.request.hand_over and self.exports.can_offer:
+        if stop is None and (sequence.is_leaving or (sequence.request.hand_over and self.exports.can_offer)):
             stop = Stop(FinishReason.HANDED_OVER)
             offer = self._offer_blocks(sequence)
         if stop is not None:
@@ -262,7 +375,26 @@ class EngineCore:
             stats=stats,
         )
 
-    def _offer_blocks(self, sequence: Sequence) -> KvOffer:
+    def _hand_over(self, sequence: Sequence) -> SequenceOutput:
+        """It gets no token here any more. An offer that it brought along and that nobody has read goes on with it."""
+        offer, sequence.offer = sequence.offer, None
+        if offer is None and sequence.computed_count:
+            offer = self._offer_blocks(sequence)
+        self._remove(sequence)
+        return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer)
+
+    def _show_blocks(self, sequence: Sequence) -> list[SequenceOutput]:
+        """To whoever will take the request over: what is computed of its prompt will not change any more."""
+        if not self.exports.can_offer or sequence.is_cancelled:
+            return []
+        first, sequence.shown_count = sequence.shown_count, sequence.blocks.named_count
+        part = self.exports.show(first, sequence.blocks.block_ids[first : sequence.shown_count])
+        return [SequenceOutput(request_id=sequence.request.request_id, part=part)]
+
+    def _offer_blocks(self, sequence: Sequence) -> KvOffer | None:
+        """None if no other process can read them; they are released with the sequence then."""
+        if not self.exports.can_offer:
+            return None
         block_ids = self._cache.detach(sequence.blocks)
         kept_count = self._cache.blocks_for(sequence.computed_count)
         self.pool.release(block_ids[kept_count:])
@@ -282,3 +414,15 @@ class EngineCore:
         self._give_up_offer(sequence)
         del self._sequences[sequence.request.request_id]
         self._totals.finished += 1
+
+
+def _leaves_by_itself(sequence: Sequence) -> bool:
+    """Its prompt is being computed for another worker already: what is done of it is best finished."""
+    return sequence.request.hand_over and sequence.computed_count > 0
+
+
+def _pace_of(limits: SchedulerLimits) -> StepPace | None:
+    if limits.longest_step_ms is None:
+        return None
+    most_tokens = max(limits.max_batch_tokens, limits.max_prefill_batch_tokens or 0)
+    return StepPace(int(limits.longest_step_ms * 1e6), most_tokens)

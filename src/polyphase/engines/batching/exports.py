@@ -9,7 +9,8 @@ from polyphase.core.errors import KvError
 from polyphase.core.ids import BlockId
 from polyphase.engines.batching.storage import Generations
 from polyphase.kv import BlockPool, LeaseTable
-from polyphase.wire.kv import KvLayout, KvOffer, PoolDescriptor
+from polyphase.wire.kv import KvLayout, KvOffer, KvPart
+from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class OfferOrigin:
     worker_id: str
     epoch: int
     endpoint: str
-    pool: PoolDescriptor
+    agent: AgentCard
+    region_id: str
 
 
 class BlockExports:
@@ -40,6 +42,11 @@ class BlockExports:
     def can_offer(self) -> bool:
         return self._shared is not None and self.origin is not None
 
+    @property
+    def has_offered(self) -> bool:
+        """Whether anybody may know the present generation of a block."""
+        return bool(self._offered)
+
     def offer(self, request_id: str, block_ids: list[BlockId], token_count: int, now_ns: int) -> KvOffer:
         """Keep the blocks, whose references pass to this object, under a new lease."""
         if self._shared is None or self.origin is None:
@@ -56,11 +63,19 @@ class BlockExports:
             endpoint=self.origin.endpoint,
             lease_id=lease_id,
             expires_at_ns=lease.expires_at_ns,
-            pool=self.origin.pool,
+            agent=self.origin.agent,
+            region_id=self.origin.region_id,
             block_ids=list(block_ids),
             generations=self._shared.generations(block_ids),
             token_count=token_count,
         )
+
+    def show(self, first_block: int, block_ids: Sequence[int]) -> KvPart:
+        """Tell where full blocks of a running sequence lie, which keeps them. Their generations end with re-use, as those of offers do."""
+        if self._shared is None or self.origin is None:
+            raise KvError("blocks are shown although no other process could read them")
+        self._offered.update(block_ids)
+        return KvPart(first_block, list(block_ids), self._shared.generations(block_ids), self.origin.agent, self.origin.region_id)
 
     def release(self, lease_id: str) -> bool:
         """Returns whether there was such a lease."""
@@ -101,7 +116,7 @@ def can_use(offer: KvOffer, layout: KvLayout, now_ns: int) -> bool:
     """Whether the offered blocks are of our kind, as many as they must be, and still kept."""
     block_count = -(-offer.token_count // layout.block_size)
     return (
-        offer.pool.layout == layout
+        offer.layout == layout
         and offer.token_count > 0
         and len(offer.block_ids) == len(offer.generations) == block_count
         and offer.expires_at_ns > now_ns

@@ -17,7 +17,10 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
+    """`token_count`: so many tokens of the sequence are there now, which with an `error` are fewer than planned."""
+
     pull: Pull
+    token_count: int
     byte_count: int
     duration_ms: float
     error: str | None

@@ -18,7 +18,8 @@ class SamplingState:
 
     __slots__ = ("has_penalties", "is_greedy", "is_plain", "output_counts", "params", "seen_ids")
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+    def __init__(self, params: SamplingParams, token_ids: Sequence[int], prompt_token_count: int) -> None:
+        """`token_ids` are prompt and what was emitted elsewhere."""
         self.params = params
         self.is_greedy = params.temperature < _GREEDY_BELOW
         self.has_penalties = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
@@ -26,9 +27,8 @@ class SamplingState:
         self.output_counts: Counter[int] = Counter()
         self.seen_ids: set[int] = set()
         if self.has_penalties:
-            self.output_counts.update(output_ids)
-            self.seen_ids.update(prompt_ids)
-            self.seen_ids.update(output_ids)
+            self.output_counts.update(token_ids[prompt_token_count:])
+            self.seen_ids.update(token_ids)
 
     def note(self, token_id: int) -> None:
         """A token was added to the output."""

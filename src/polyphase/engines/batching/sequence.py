@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import MutableSequence
+from dataclasses import dataclass
 
 from polyphase.engines.batching.sampling_state import SamplingState
 from polyphase.engines.batching.stopping import StopRule
@@ -25,7 +26,7 @@ class Sequence:
     request: Submit
     arrival: int  # counts submissions
     arrived_ns: int
-    token_ids: list[int]
+    token_ids: MutableSequence[int]
     blocks: SequenceBlocks
     sampling: SamplingState
     stop: StopRule
@@ -33,9 +34,12 @@ class Sequence:
     source: BlockSource | None = None
     computed_count: int = 0
     is_cancelled: bool = False
+    is_leaving: bool = False  # to be handed over when the step under way is finished
     stats: PhaseStats | None = None  # until the first output has carried it away
+    imported: PhaseStats | None = None  # what came from elsewhere before it was submitted, until it is admitted
+    shown_count: int = 0  # leading blocks that the worker it will be handed over to has been told of
     first_step_ns: int | None = None
-    cached_token_count: int = field(default=0)
+    prompt_key: int | None = None  # a number for the prompt, of whoever computes the steps and wants it more than once
 
     @property
     def rank(self) -> tuple[int, int]:

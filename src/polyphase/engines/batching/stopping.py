@@ -32,16 +32,19 @@ class StopRule:
     at the same text could not know to ignore.
     """
 
-    __slots__ = ("_conditions", "_context_length", "_eos", "_stop_ids", "_text")
+    __slots__ = ("_conditions", "_eos", "_stop_ids", "_text", "end_token_count", "is_by_length")
 
     def __init__(self, request: Submit, limits: StopLimits) -> None:
         self._conditions = request.stop
-        self._context_length = limits.context_length
         self._eos = frozenset[int]() if request.stop.ignore_eos else limits.eos_token_ids
         self._stop_ids = frozenset(request.stop.stop_token_ids)
         self._text: _StopText | None = None
         if request.stop.stop_strings:
             self._text = _StopText(request, limits.tokenizer)
+        # Tokens, the prompt's included, with which there is no room for a further one.
+        self.end_token_count = min(request.prompt_token_count + request.stop.max_tokens, limits.context_length)
+        # Whether it does not matter which tokens come, only how many.
+        self.is_by_length = self._text is None and not self._stop_ids and not self._eos
 
     def forbidden_ids(self, output_count: int) -> frozenset[int]:
         """Tokens that may not be sampled as output number `output_count`, because the sequence would end too early."""
@@ -49,11 +52,9 @@ class StopRule:
             return frozenset()
         return self._eos | self._stop_ids
 
-    def at_length(self, token_count: int, output_count: int) -> Stop | None:
+    def at_length(self, token_count: int) -> Stop | None:
         """Whether there is no room for a further token."""
-        if output_count >= self._conditions.max_tokens or token_count >= self._context_length:
-            return Stop(FinishReason.LENGTH)
-        return None
+        return Stop(FinishReason.LENGTH) if token_count >= self.end_token_count else None
 
     def after(self, token_id: int, token_count: int, output_count: int) -> Stop | None:
         """Look at a new token; the counts include it."""
@@ -65,7 +66,7 @@ class StopRule:
                 return Stop(FinishReason.STOP)
         if matched is not None:
             return Stop(FinishReason.STOP, matched)
-        return self.at_length(token_count, output_count)
+        return self.at_length(token_count)
 
 
 class _StopText:

@@ -11,15 +11,16 @@ from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.outcome import StepOutcome
 from polyphase.engines.batching.scheduler import StepPlan
 from polyphase.engines.batching.stepping import StepLoop
-from polyphase.engines.interface import BlockSource, StepReport
+from polyphase.engines.interface import BlockSource, PrefixImport, StepReport
 from polyphase.engines.mock.assembly import assemble_mock
 from polyphase.engines.mock.machine import MockMachine, MockParts
 from polyphase.engines.mock.settings import MockSettings
 from polyphase.transfer import SharedPool
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
-from polyphase.wire.kv import PoolDescriptor
+from polyphase.wire.kv import KvLayout
 from polyphase.wire.requests import Submit
+from polyphase.wire.transfer import AgentCard
 
 _LATENESS_NS = 5_000_000  # a step that begins this soon after the last one's end counts as following it without a gap
 
@@ -30,13 +31,14 @@ def load_mock_engine(settings: MockSettings) -> MockEngine:
 
 
 class MockEngine:
-    """Implements `engines.interface.Engine` and `KvExporter`."""
+    """Implements `engines.interface.Engine`, `KvExporter` and `KvImporter`; what is imported takes no time."""
 
     def __init__(self, parts: MockParts, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
         self.machine = MockMachine(parts, self._clock)
         self.core = self.machine.core
         self._loop = StepLoop(self.core, self._clock, self._perform)
+        self.core.imports.on_arrival = self._loop.wake
         self._due_ns = 0  # when the last step should have ended
 
     @property
@@ -51,11 +53,12 @@ class MockEngine:
         self._loop.wake()
         self.core.abort(request_id)
 
+    def hand_over(self, request_id: str) -> None:
+        self._loop.wake()
+        self.core.hand_over(request_id)
+
     def load(self) -> Load:
         return self.core.load()
-
-    def cached_hashes(self) -> list[int]:
-        return self.core.cached_hashes()
 
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Cancel: the step under way is finished and its results are kept, but not reported before the next `run`."""
@@ -76,22 +79,26 @@ class MockEngine:
     def close(self) -> None:
         self.machine.storage.close()
 
+    # KvImporter.
+
+    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport:
+        return self.core.imports.open(request_id, cache_salt)
+
     # KvExporter.
 
-    def pool_fd(self) -> int:
-        return self._shared().fd
+    @property
+    def kv_layout(self) -> KvLayout:
+        return self.machine.storage.layout
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor:
-        return self._shared().descriptor(socket_path, self.machine.storage.layout)
-
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
-        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, pool)
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
+        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, agent, region_id)
 
     def release_lease(self, lease_id: str) -> None:
         self._loop.wake()
         self.core.exports.release(lease_id)
 
-    def _shared(self) -> SharedPool:
+    @property
+    def kv_memory(self) -> SharedPool:
         if self.machine.storage.shared is None:
             raise KvError("this mock engine was made without shared memory: no other process can read its blocks")
         return self.machine.storage.shared

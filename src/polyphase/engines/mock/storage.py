@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyphase.engines.interface import BlockSource
-from polyphase.transfer import SharedPool
+from polyphase.transfer import HostMemory, SharedPool
 from polyphase.wire.kv import KvLayout
 
 BLOCK_BYTES = 8  # what is really kept of a block
@@ -19,13 +19,11 @@ class MockStorage:
         self.block_count = block_count
         self.shared = SharedPool.create(block_count, layout.block_bytes) if is_shared else None
 
-    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> None:
-        width = self.layout.block_bytes
-        staging = bytearray(len(block_ids) * width)
-        source.read_blocks(block_ids, generations, memoryview(staging))
+    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> bytes:
         if self.shared is not None:
-            for place, block_id in enumerate(into):
-                self.shared.blocks[block_id * width : (block_id + 1) * width] = staging[place * width : (place + 1) * width]
+            return source.read_blocks(block_ids, generations, self.shared, into)
+        staging = HostMemory(bytearray(len(block_ids) * self.layout.block_bytes), self.layout.block_bytes)
+        return source.read_blocks(block_ids, generations, staging, range(len(block_ids)))
 
     def zero(self, block_ids: Sequence[int]) -> None:
         if self.shared is not None:

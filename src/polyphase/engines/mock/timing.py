@@ -32,20 +32,31 @@ class StepTimes:
         self._pair_s = _FLOP_FACTOR * shape.flops_per_pair / accelerator.flops_per_s
         self._kv_token_s = _KV_FACTOR * shape.kv_bytes_per_token / accelerator.bytes_per_s
         self._move_token_s = shape.kv_bytes_per_token / accelerator.link_bytes_per_s
+        self._attention_token_s = max(self._kv_token_s, self._pair_s)  # of a decoding sequence: one pair for each token that is read
         self._fixed_s = _STEP_S + shape.layer_count * _LAYER_S
 
-    def step_ns(self, rows: Iterable[Row]) -> int:
-        tokens = row_count = read_tokens = 0
-        pairs = 0.0
+    def step_ns(self, rows: Iterable[Row], decode_count: int = 0, decode_tokens: int = 0) -> int:
+        """`decode_count` sequences decode besides the rows; they have `decode_tokens` tokens together."""
+        tokens = row_count = decode_count
+        read_tokens = decode_tokens
+        pairs = float(decode_tokens)
         for row in rows:
             count, end = row.count, row.start + row.count
             row_count += 1
             tokens += count
             read_tokens += end
             pairs += count * (end - (count - 1) / 2)
-        linear_s = max(self._weights_s, tokens * self._token_s)
         attention_s = max(read_tokens * self._kv_token_s, pairs * self._pair_s)
-        return int((linear_s + attention_s + self._fixed_s + row_count * _ROW_S) * self._scale)
+        return int((self._besides_attention_s(tokens, row_count) + attention_s) * self._scale)
+
+    def decode_steps_ns(self, row_count: int, read_tokens: int, step_count: int) -> list[int]:
+        """Of so many steps one after the other in which `row_count` sequences decode, which have `read_tokens` tokens before the first."""
+        besides_s, token_s, scale = self._besides_attention_s(row_count, row_count), self._attention_token_s, self._scale
+        reads = range(read_tokens, read_tokens + step_count * row_count, row_count)
+        return [int((besides_s + read * token_s) * scale) for read in reads]
+
+    def _besides_attention_s(self, tokens: int, row_count: int) -> float:
+        return max(self._weights_s, tokens * self._token_s) + self._fixed_s + row_count * _ROW_S
 
     def pull_ns(self, pull: Pull, block_size: int) -> int:
         """Time to copy offered blocks over the link."""

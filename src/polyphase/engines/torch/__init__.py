@@ -24,6 +24,9 @@ def load_torch_engine(settings: TorchSettings) -> TorchEngine:
         memory or settings do not suffice.
     Owner: the caller closes the engine.
     """
+    from polyphase.engines.torch.place import check_place
+
+    check_place(settings.model)  # the next import takes seconds
     from polyphase.engines.torch.assembly import assemble
 
     return assemble(settings)

@@ -16,7 +16,7 @@ from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.outcome import StepOutcome
 from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
 from polyphase.engines.batching.stepping import StepLoop
-from polyphase.engines.interface import BlockSource, StepReport
+from polyphase.engines.interface import BlockSource, PrefixImport, StepReport
 from polyphase.engines.torch.execution import execute
 from polyphase.engines.torch.runner import ModelRunner
 from polyphase.engines.torch.storage import KvStorage
@@ -24,8 +24,9 @@ from polyphase.text import Tokenizer
 from polyphase.transfer import SharedPool
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
-from polyphase.wire.kv import PoolDescriptor
+from polyphase.wire.kv import KvLayout
 from polyphase.wire.requests import Submit
+from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class EngineParts:
 
 
 class TorchEngine:
-    """Implements `engines.interface.Engine`, and `KvExporter` where its blocks are in shared memory."""
+    """Implements `engines.interface.Engine`, `KvImporter`, and `KvExporter` where its blocks are in shared memory."""
 
     def __init__(self, parts: EngineParts, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
@@ -58,6 +59,7 @@ class TorchEngine:
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._loop = StepLoop(self.core, self._clock, self._perform)
+        self.core.imports.on_arrival = self._loop.wake
         self._is_closed = False
 
     @property
@@ -80,11 +82,12 @@ class TorchEngine:
         self._loop.wake()
         self.core.abort(request_id)
 
+    def hand_over(self, request_id: str) -> None:
+        self._loop.wake()
+        self.core.hand_over(request_id)
+
     def load(self) -> Load:
         return self.core.load()
-
-    def cached_hashes(self) -> list[int]:
-        return self.core.cached_hashes()
 
     def step(self) -> StepReport | None:
         """One step on the calling thread; None if there is nothing to do or to say. Not to be mixed with `run`."""
@@ -108,22 +111,26 @@ class TorchEngine:
         self._runner.close()
         self._storage.close()
 
+    # KvImporter.
+
+    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport:
+        return self.core.imports.open(request_id, cache_salt)
+
     # KvExporter.
 
-    def pool_fd(self) -> int:
-        return self._shared().fd
+    @property
+    def kv_layout(self) -> KvLayout:
+        return self._storage.layout
 
-    def pool_descriptor(self, socket_path: str) -> PoolDescriptor:
-        return self._shared().descriptor(socket_path, self._storage.layout)
-
-    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, pool: PoolDescriptor) -> None:
-        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, pool)
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
+        self.core.exports.origin = OfferOrigin(worker_id, epoch, endpoint, agent, region_id)
 
     def release_lease(self, lease_id: str) -> None:
         self._loop.wake()
         self.core.exports.release(lease_id)
 
-    def _shared(self) -> SharedPool:
+    @property
+    def kv_memory(self) -> SharedPool:
         if self._storage.shared is None:
             raise KvError("the blocks of this engine lie in device memory: no other process can read them")
         return self._storage.shared

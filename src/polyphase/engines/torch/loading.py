@@ -36,7 +36,6 @@ def load_model(settings: TorchSettings) -> LoadedModel:
     """Raises: ModelLoadError."""
     register()
     device = _device(settings.device)
-    check_folder(settings.model)
     with quiet_transformers():
         return _load(settings, device)
 
@@ -60,20 +59,6 @@ def _load(settings: TorchSettings, device: torch.device) -> LoadedModel:
         max_context_length=max_context_length,
         fingerprint=weights_fingerprint(model),
     )
-
-
-def check_folder(model: str) -> None:
-    """Raises: ModelLoadError if `model` is written like a path and no model is there. A hub name has at most one slash."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(f"the folder {model} holds no model: it has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise ModelLoadError(f"the folder {model} holds no weights: it has no .safetensors file")
-    elif path.exists():
-        raise ModelLoadError(f"{model} is a file; a model is a folder with config.json and .safetensors files, or a hub name")
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelLoadError(f"there is no folder {model}")
 
 
 def _device(name: str) -> torch.device:

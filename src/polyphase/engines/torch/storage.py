@@ -9,7 +9,7 @@ So the attention reads whole pages and writes single slots, each with one indexe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polyphase.engines.batching.storage import BlockStorage
 from polyphase.engines.interface import BlockSource
-from polyphase.transfer import SharedPool
+from polyphase.transfer import HostMemory, SharedPool
 from polyphase.wire.kv import KvLayout
 
 
@@ -39,16 +39,12 @@ class HostStorage:
     def __init__(self, layout: KvLayout, block_count: int) -> None:
         self.layout = layout
         self.block_count = block_count
-        self.shared: SharedPool | None = SharedPool.create(block_count, layout.block_bytes)
-        self._bytes = self.shared.blocks
-        blocks = torch.frombuffer(self._bytes, dtype=torch.uint8).view(torch_dtype(layout))
+        self.shared = SharedPool.create(block_count, layout.block_bytes)
+        blocks = torch.frombuffer(self.shared.blocks, dtype=torch.uint8).view(torch_dtype(layout))
         self.pages, self.slots = _views(blocks, layout)
 
-    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> None:
-        width = self.layout.block_bytes
-        for start, end in _runs(into):
-            target = self._bytes[into[start] * width : (into[end - 1] + 1) * width]
-            source.read_blocks(block_ids[start:end], generations[start:end], target)
+    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> bytes:
+        return source.read_blocks(block_ids, generations, self.shared, into)
 
     def zero(self, block_ids: Sequence[int]) -> None:
         _zero(self, block_ids)
@@ -57,8 +53,7 @@ class HostStorage:
         """The tensors must not be used any more."""
         empty = torch.empty(0)
         self.pages = self.slots = empty
-        if self.shared is not None:
-            self.shared.close()
+        self.shared.close()
 
 
 class DeviceStorage:
@@ -73,12 +68,13 @@ class DeviceStorage:
         self._blocks = torch.zeros(elements, dtype=torch_dtype(layout), device=device)
         self.pages, self.slots = _views(self._blocks, layout)
 
-    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> None:
+    def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> bytes:
         staging = bytearray(len(block_ids) * self.layout.block_bytes)
-        source.read_blocks(block_ids, generations, memoryview(staging))
+        verdicts = source.read_blocks(block_ids, generations, HostMemory(staging, self.layout.block_bytes), range(len(block_ids)))
         blocks = torch.frombuffer(staging, dtype=torch.uint8).view(self._blocks.dtype).view(len(block_ids), -1)
         index = torch.tensor(list(into), device=self._blocks.device)
         self._blocks.view(self.block_count, -1)[index] = blocks.to(self._blocks.device)
+        return verdicts
 
     def zero(self, block_ids: Sequence[int]) -> None:
         _zero(self, block_ids)
@@ -99,12 +95,3 @@ def _views(blocks: Tensor, layout: KvLayout) -> tuple[Tensor, Tensor]:
 def _zero(storage: KvStorage, block_ids: Sequence[int]) -> None:
     pages = storage.pages.view(storage.block_count, -1)
     pages[torch.tensor(list(block_ids), dtype=torch.int64, device=pages.device)] = 0
-
-
-def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Index ranges of `block_ids` whose blocks are neighbours in memory."""
-    start = 0
-    for end in range(1, len(block_ids) + 1):
-        if end == len(block_ids) or block_ids[end] != block_ids[end - 1] + 1:
-            yield start, end
-            start = end

@@ -8,10 +8,11 @@ predicted  no events: what was routed somewhere is believed to be there for a wh
 from polyphase.core.native import is_native
 from polyphase.router.indexes.naive import NaivePrefixIndex
 from polyphase.router.indexes.native import DEFAULT_CAPACITY, native_index
+from polyphase.router.indexes.predicted import DEFAULT_CAPACITY as DEFAULT_BELIEF_CAPACITY
 from polyphase.router.indexes.predicted import PredictedPrefixIndex
 from polyphase.router.types import PrefixIndex
 
-__all__ = ["NaivePrefixIndex", "PredictedPrefixIndex", "default_index", "native_index"]
+__all__ = ["DEFAULT_BELIEF_CAPACITY", "DEFAULT_CAPACITY", "NaivePrefixIndex", "PredictedPrefixIndex", "default_index", "native_index"]
 
 
 def default_index(capacity: int = DEFAULT_CAPACITY) -> PrefixIndex:

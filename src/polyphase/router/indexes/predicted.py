@@ -35,14 +35,16 @@ class _Expectation:
 class PredictedPrefixIndex:
     """`capacity` bounds blocks times workers: what was expected longest ago goes first, and `forgotten` counts it."""
 
-    def __init__(self, capacity: int = DEFAULT_CAPACITY, lifetime_ns: int = DEFAULT_LIFETIME_NS) -> None:
+    def __init__(self, capacity: int = DEFAULT_CAPACITY, lifetime_ns: int = DEFAULT_LIFETIME_NS, index: PrefixIndex | None = None) -> None:
+        """`index`: where beliefs are kept; one that is shared may hold what other workers tell of themselves."""
         if capacity < 1 or lifetime_ns < 1:
             raise ValueError(f"capacity {capacity} and lifetime {lifetime_ns} ns: both must be positive")
         self.capacity = capacity
         self.forgotten = 0
         self._lifetime_ns = lifetime_ns
         self._now_ns = 0
-        self._index: PrefixIndex = native_index(capacity) if is_native() else NaivePrefixIndex(capacity)
+        own = NaivePrefixIndex if index is None and not is_native() else native_index
+        self._index: PrefixIndex = own(capacity) if index is None else index
         self._queue: deque[_Expectation] = deque()  # soonest to end first
         self._ends_ns: dict[tuple[WorkerId, Tier], dict[SequenceHash, int]] = {}
         self._believed = 0
@@ -52,6 +54,14 @@ class PredictedPrefixIndex:
     def size(self) -> int:
         """Blocks believed; one that several workers are believed to hold counts for each."""
         return self._believed
+
+    @property
+    def kind(self) -> str:
+        return self._index.kind
+
+    @property
+    def heap_bytes(self) -> int:
+        return self._index.heap_bytes
 
     def expect(self, worker_id: WorkerId, hashes: Iterable[SequenceHash], now_ns: int, tier: Tier = Tier.DEVICE) -> None:
         """A prompt with these blocks goes to this worker now."""
@@ -94,6 +104,9 @@ class PredictedPrefixIndex:
 
     def block_count(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> int:
         return self._index.block_count(worker_id, tier)
+
+    def digest(self, worker_id: WorkerId, tier: Tier = Tier.DEVICE) -> None:
+        return None
 
     def _make_room(self, worker_id: WorkerId, tier: Tier, wanted: set[SequenceHash]) -> None:
         while self._queue:

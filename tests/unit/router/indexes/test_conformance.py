@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from polyphase.core.digest import digest_sum
 from polyphase.core.ids import SequenceHash, WorkerId
-from polyphase.router import PrefixIndex
+from polyphase.router import PredictedPrefixIndex, PrefixIndex
 from polyphase.wire.events import Tier
 from tests.unit.router.builders import prefix
 
@@ -45,10 +46,11 @@ def test_tokens_behind_what_is_held(index: PrefixIndex):
     index.store(B, prefix(1, 2))
     index.store(C, prefix(1, 3), Tier.HOST)
     overlaps = index.match(prefix(1, 4))
-    assert overlaps.tokens_beyond((A, B, C), 16, 70) == [6, 38, 70]
-    assert overlaps.tokens_beyond([A, B], 16, 64, at_least=1) == [1, 32]
-    assert overlaps.tokens_beyond((A, B), 16, 40) == [0, 8]
-    assert overlaps.tokens_beyond((A, C), 16, 70, tier=Tier.HOST) == [6, 22]
+    assert list(overlaps.tokens_beyond((A, B, C), 16, 70)) == [6, 38, 70]
+    assert list(overlaps.tokens_beyond([A, B], 16, 64, at_least=1)) == [1, 32]
+    assert list(overlaps.tokens_beyond((A, B), 16, 40)) == [0, 8]
+    assert list(overlaps.tokens_beyond((A, C), 16, 70, tier=Tier.HOST)) == [6, 22]
+    assert (overlaps.level_count > 1, index.match(prefix(9, 4)).level_count >= 1) == (True, True)
 
 
 def test_an_answer_keeps_what_was_true(index: PrefixIndex):
@@ -210,3 +212,42 @@ def test_workers_come_and_go_without_leaving_anything(index: PrefixIndex):
     assert index.match(prefix(1, 8)).as_dict() == {WorkerId("pod-298"): 8, WorkerId("pod-299"): 8}
     assert [index.block_count(WorkerId(f"pod-{number}")) for number in (0, 297, 298, 299)] == [0, 0, 16, 16]
     assert index.size <= 2 * 16
+
+
+def digest_of(*hashes: SequenceHash) -> tuple[int, int]:
+    return len(hashes), digest_sum(hashes)
+
+
+def test_a_digest_tells_what_is_held_tier_by_tier(index: PrefixIndex):
+    if isinstance(index, PredictedPrefixIndex):
+        assert index.digest(A) is None
+        return
+    index.store(A, prefix(1, 5) + prefix(1, 3))
+    index.store(A, prefix(1, 2), Tier.DISK)
+    index.store(B, prefix(1, 5)[::-1])
+    assert index.digest(A) == index.digest(B) == digest_of(*prefix(1, 5))
+    index.remove(A, prefix(1, 5)[1:2] + prefix(2, 2))
+    index.remove(A, prefix(1, 1), Tier.DISK)
+    assert index.digest(A) == digest_of(prefix(1, 1)[0], *prefix(1, 5)[2:])
+    assert index.digest(A, Tier.DISK) == digest_of(prefix(1, 2)[1])
+    index.match(prefix(1, 5))
+    index.clear(B)
+    assert [index.digest(B), index.digest(C), index.digest(A, Tier.HOST)] == [(0, 0)] * 3
+
+
+def test_what_is_forgotten_for_want_of_room_stays_in_the_digest(make_index: MakeIndex):
+    index = make_index(40)
+    if isinstance(index, PredictedPrefixIndex):
+        return
+    chains = [prefix(name, 30) for name in range(5)]
+    for chain in chains:
+        index.store(A, chain)
+        index.store(B, chain[:10])
+    assert index.forgotten >= 110
+    for worker_id, depth in ((A, 30), (B, 10)):
+        assert index.digest(worker_id) == digest_of(*(one for chain in chains for one in chain[:depth]))
+        for chain in chains[1:]:
+            index.remove(worker_id, chain[:depth])
+        assert index.digest(worker_id) == digest_of(*chains[0][:depth])
+        index.remove(worker_id, chains[0][:depth])
+        assert index.digest(worker_id) == (0, 0)

@@ -1,0 +1,1 @@
+"""Ways in which bytes get from one agent's memory into another's, each behind `interface.Backend`."""

@@ -1,0 +1,217 @@
+"""Agents on one host: the reader maps the other's pool and copies, with no word to its owner and no thread of it.
+
+Only memory of a `SharedPool` can be reached; its descriptor is handed over a Unix socket (SCM_RIGHTS) and mapped read-only, which the
+seals of the memory enforce. A write hands the writer's pool to the owner of the target, who copies.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from array import array
+
+from polyphase.core.errors import PolyphaseError, StaleDescriptor, TransferRefused, WireError
+from polyphase.transfer.backends.interface import Job, Judgement, Services
+from polyphase.transfer.blocks import BlockMemory, checked_ids, pack_words, unpack_words
+from polyphase.transfer.channel import Channel
+from polyphase.transfer.copying import Copy, copy_blocks
+from polyphase.transfer.doors import why_not_by_unix
+from polyphase.transfer.opened import OpenedPool
+from polyphase.transfer.pool import SharedPool
+from polyphase.transfer.region import Region
+from polyphase.transfer.shelf import Shelf
+from polyphase.transfer.verdicts import Verdict
+from polyphase.transfer.wire import Wire, expect, refusal_of
+from polyphase.wire.transfer import AgentCard, BackendCard, Greeting, Open, Opened, Pull, RegionCard, Verdicts
+
+RANK = 10.0
+
+
+class ShmBackend:
+    """Implements `Backend`."""
+
+    name = "shm"
+
+    def __init__(self, lane_count: int = 1) -> None:
+        """`lane_count`: threads that copy one large transfer; one is enough to fill most of a memory channel."""
+        self._lane_count = lane_count
+
+    def start(self, services: Services) -> BackendCard:
+        self._services = services
+        if not hasattr(os, "memfd_create"):
+            raise TransferRefused("this system has no anonymous shared memory that can be sealed (memfd)")
+        return BackendCard(self.name)
+
+    def moves(self, kind: str) -> bool:
+        return kind == "host"
+
+    def why_not(self, memory: BlockMemory) -> str | None:
+        return None if isinstance(memory, SharedPool) else "only the memory of a SharedPool can be mapped by another process"
+
+    def attach(self, region: Region) -> None:
+        """Nothing to do: the pool is there."""
+
+    def detach(self, region: Region) -> None:
+        """Nothing to do: who has mapped the pool keeps its memory, and its generations tell what it is worth."""
+
+    def judge(self, mine: AgentCard, theirs: AgentCard) -> Judgement:
+        reason = why_not_by_unix(mine, theirs)
+        return Judgement(RANK, "both run on this host") if reason is None else Judgement(None, reason)
+
+    def open_channel(self, theirs: AgentCard, session_id: bytes, deadline_ns: int) -> Channel:
+        return self._services.open_socket_channel(theirs, session_id, deadline_ns)
+
+    def connect(self, theirs: AgentCard, session_id: bytes) -> ShmLink:
+        shelf = Shelf(lambda by_ns: self._services.dial(theirs, self.name, session_id, by_ns), f"agent {theirs.agent_id}")
+        return ShmLink(shelf, self._services, self._lane_count)
+
+    def serve(self, wire: Wire, greeting: Greeting) -> None:
+        frame = wire.receive()
+        try:
+            match frame:
+                case Open(region_id):
+                    wire.send(Opened(), (self._pool(region_id).fd,))
+                case Pull():
+                    wire.send(Verdicts(self._pull(wire, frame)))
+                case _:
+                    raise WireError(f"a {type(frame).__name__} frame is no request to shared memory")
+        except PolyphaseError as error:
+            if wire.is_closed:
+                raise
+            wire.send(refusal_of(error))
+
+    def _pool(self, region_id: str) -> SharedPool:
+        memory = self._services.region(region_id).memory
+        if not isinstance(memory, SharedPool):
+            raise TransferRefused(f"region {region_id} does not lie in shared memory")
+        return memory
+
+    def _pull(self, wire: Wire, pull: Pull) -> bytes:
+        """Copy what the peer writes; into blocks that still are what the peer was told."""
+        fd = wire.take_fd()
+        try:
+            opened = wire.kept.get(pull.source.region_id)
+            if not isinstance(opened, OpenedPool):
+                opened = wire.kept[pull.source.region_id] = OpenedPool.from_fd(fd, pull.source)
+        finally:
+            os.close(fd)
+        region = self._services.region(pull.region_id)
+        target = region.host_blocks
+        if region.card.block_bytes != opened.block_bytes:
+            raise TransferRefused(f"blocks of {opened.block_bytes} bytes cannot be written into blocks of {region.card.block_bytes}")
+        ids = checked_ids(unpack_words(pull.block_ids, "block ids"), region.card.block_count, f"region {pull.region_id}")
+        expected = unpack_words(pull.generations, "generations")
+        sources = checked_ids(unpack_words(pull.source_block_ids, "block ids"), opened.block_count, f"region {pull.source.region_id}")
+        source_expected = unpack_words(pull.source_generations, "generations")
+        if not len(ids) == len(expected) == len(sources) == len(source_expected):
+            raise WireError("a write names lists of different lengths")
+        granted = [place for place, block_id in enumerate(ids) if target.generation_words[block_id] == expected[place]]
+        verdicts = bytearray([Verdict.STALE]) * len(ids)
+        copied = bytearray(len(granted))
+        stop = bytearray(1)
+        job = object()
+        region.enter(job)
+        timer = self._services.call_at(self._services.clock.now_ns() + pull.time_left_ms * 1_000_000, lambda: stop.__setitem__(0, 1))
+        try:
+            copy_blocks(
+                Copy(
+                    target=target.blocks,
+                    target_ids=array("Q", [ids[place] for place in granted]),
+                    source=opened.blocks,
+                    source_ids=array("Q", [sources[place] for place in granted]),
+                    block_bytes=opened.block_bytes,
+                    generations=opened.generation_words,
+                    expected=array("Q", [source_expected[place] for place in granted]),
+                    verdicts=memoryview(copied),
+                    stop=stop,
+                )
+            )
+        finally:
+            timer.cancel()
+            region.leave(job)
+        for place, verdict in zip(granted, copied, strict=True):
+            is_granted = target.generation_words[ids[place]] == expected[place]
+            verdicts[place] = verdict if is_granted else Verdict.STALE
+        return bytes(verdicts)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class ShmLink:
+    """Implements `Link`. Owner: the session; mapped pools go with it."""
+
+    def __init__(self, shelf: Shelf, services: Services, lane_count: int) -> None:
+        self.lane_count = lane_count
+        self._shelf = shelf
+        self._services = services
+        self._pools: dict[str, OpenedPool] = {}
+        self._opening = threading.Lock()
+        self._is_closed = False
+
+    def read(self, job: Job) -> None:
+        pool = self._open(job.remote, job.deadline_ns)
+        copy_blocks(
+            Copy(
+                target=job.local.host_blocks.blocks,
+                target_ids=job.local_ids,
+                source=pool.blocks,
+                source_ids=job.remote_ids,
+                block_bytes=pool.block_bytes,
+                generations=pool.generation_words,
+                expected=job.remote_generations,
+                verdicts=job.verdicts,
+                stop=job.stop,
+            )
+        )
+
+    def _open(self, region: RegionCard, deadline_ns: int) -> OpenedPool:
+        pool = self._pools.get(region.region_id)
+        if pool is not None:
+            return pool
+        with self._opening:
+            pool = self._pools.get(region.region_id)
+            if pool is None:
+                if self._is_closed:
+                    raise StaleDescriptor("the session has ended")
+                with self._shelf.wire(deadline_ns) as wire:
+                    wire.send(Open(region.region_id))
+                    expect(wire.receive(), Opened)
+                    fd = wire.take_fd()
+                try:
+                    pool = self._pools[region.region_id] = OpenedPool.from_fd(fd, region)
+                finally:
+                    os.close(fd)
+                self._services.submit(pool.map_pages)
+        return pool
+
+    def write(self, job: Job) -> None:
+        memory = job.local.memory
+        if not isinstance(memory, SharedPool):
+            raise TransferRefused("only blocks of a SharedPool can be written through shared memory")
+        ids = list(job.local_ids)
+        pull = Pull(
+            source=job.local.card,
+            source_block_ids=pack_words(job.local_ids),
+            source_generations=pack_words(array("Q", memory.generations(ids))),
+            region_id=job.remote.region_id,
+            block_ids=pack_words(job.remote_ids),
+            generations=pack_words(job.remote_generations),
+            time_left_ms=max(0, (job.deadline_ns - self._services.clock.now_ns()) // 1_000_000),
+        )
+        with self._shelf.wire(job.deadline_ns) as wire:
+            job.on_stop = wire.break_off
+            wire.send(pull, (memory.fd,))
+            verdicts = expect(wire.receive(), Verdicts).verdicts
+            job.on_stop = None
+            if len(verdicts) != len(ids):
+                raise WireError(f"{len(verdicts)} verdicts came for {len(ids)} blocks")
+        job.verdicts[:] = verdicts
+
+    def close(self) -> None:
+        with self._opening:
+            self._is_closed = True
+            for pool in self._pools.values():
+                pool.close()
+            self._pools.clear()
+        self._shelf.close()

@@ -1,0 +1,48 @@
+"""`python -m tests.chaos`: the long form. Its last line is a JSON object with `faults`, `requests`, `violations`; exit code 1 if any."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from tests.chaos.run import Outcome, Scene, play
+
+SCENES = {
+    "torch": Scene(
+        "torch",
+        ("--prefill", "1", "--decode", "2", "--split-threshold", "64"),
+        ["prefill-0", "decode-0", "decode-1"],
+        fault_count=180,
+        request_count=700,
+        mean_interval_s=0.4,
+    ),
+    "mock": Scene(
+        "mock",
+        ("--engine", "mock", "--prefill", "2", "--decode", "4", "--split-threshold", "64", "--mock-speedup", "2", "--kv-memory", "512MiB"),
+        ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "decode-3"],
+        fault_count=330,
+        request_count=1400,
+        client_count=16,
+        salts=False,  # the mock engine's tokens follow from the names of the prompt's blocks
+        mean_interval_s=0.25,
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scene", choices=list(SCENES), action="append", help="all unless told otherwise")
+    arguments = parser.parse_args()
+    total = Outcome()
+    for name in arguments.scene or SCENES:
+        outcome = play(SCENES[name], arguments.seed, is_verbose=True)
+        sys.stderr.write(f"{name}: {json.dumps(outcome.summary())}\n")
+        total.add(outcome)
+    sys.stdout.write(json.dumps({**total.summary(), "seed": arguments.seed}) + "\n")
+    return 1 if total.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
