@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from polyphase.cli.advisor_commands import add_advisor_commands
 from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
 from polyphase.wire.cards import Role
@@ -111,7 +112,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="TOKENS",
-            help="Prompts with fewer tokens to compute stay on the decode worker. [default: 256]",
+            help="Split every prompt with so many tokens to compute. [default: from 256 on, where it pays]",
             rich_help_panel=_ROUTER,
         ),
     ] = None,
@@ -120,6 +121,14 @@ def serve(
         typer.Option(
             metavar="FRACTION",
             help="And so do prompts of which less than this is to compute. [default: 0.3]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
+    kv_flow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: a split prompt's KV goes to the decode worker only when all of it is computed. [default: on]",
             rich_help_panel=_ROUTER,
         ),
     ] = None,
@@ -300,6 +309,9 @@ def doctor() -> None:
     from polyphase.cli.doctor import show_checks
 
     raise typer.Exit(show_checks())
+
+
+add_advisor_commands(app)
 
 
 @app.command()

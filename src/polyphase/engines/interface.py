@@ -44,6 +44,43 @@ class BlockSource(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Own blocks that may be written now: for blocks `first_block` and following of a prefix."""
+
+    first_block: int
+    block_ids: Sequence[int]
+
+
+class PrefixImport(Protocol):
+    """KV of one request to come, on its way into this engine's prefix cache. All calls on the engine's loop.
+
+    Owner: whoever opened it closes it; what has arrived stays cached. Each room is settled exactly once, after `close` too.
+    """
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """The prompt goes on with these tokens."""
+
+    def reserve(self, first_block: int, end_block: int) -> Room | None:
+        """Room for some of the first missing blocks, up to `end_block`; never waits.
+
+        None: all are there, or blocks before `first_block` are missing, or others need the memory more.
+        """
+
+    def settle(self, room: Room, good_count: int, duration_ms: float) -> None:
+        """The first `good_count` blocks of the room hold what belongs there, and nobody writes to any of them any more."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+@runtime_checkable
+class KvImporter(Protocol):
+    """Optional ability: blocks of other workers are taken in beside the steps, ahead of the request that wants them."""
+
+    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport: ...
+
+
 class Engine(Protocol):
     """Tokens in, tokens out."""
 

@@ -2,7 +2,7 @@
 
         token_ids   | prompt | emitted so far |     what any worker needs to go on
 
-The dispatcher is the only one that changes a flight.
+Only the dispatcher changes a flight, with `sending` and `waiting`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from polyphase.frontend.predictions import Prediction
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer
-from polyphase.wire.requests import PhaseStats, SamplingParams, StopConditions, Submit
+from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.requests import PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
     from polyphase.frontend.waiting_room import Party
@@ -81,6 +81,9 @@ class Flight:
     party: Party | None = None  # while it waits in the queue
     predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
     cause: str | None = None  # why the latest attempt was broken off
+    sent_ns: int = 0  # to the worker that has it now
+    failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
+    cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
 
     @property
     def is_over(self) -> bool:
@@ -103,7 +106,13 @@ class Flight:
         return job.hashes + sequence_hashes(self.token_ids()[done:], job.block_size, job.cache_salt, parent)
 
     def submit(
-        self, now_ns: int, *, hand_over: bool = False, offer: KvOffer | None = None, believed_prefill_tokens: int | None = None
+        self,
+        now_ns: int,
+        *,
+        hand_over: bool = False,
+        with_parts: bool = False,
+        offer: KvOffer | None = None,
+        believed_prefill_tokens: int | None = None,
     ) -> Submit:
         job = self.job
         return Submit(
@@ -115,11 +124,17 @@ class Flight:
             cache_salt=job.cache_salt,
             priority=job.priority,
             hand_over=hand_over,
+            with_parts=with_parts,
             offer=offer,
             for_role=self.roles.get(self.worker_id),
             believed_prefill_tokens=believed_prefill_tokens,
             remaining_ms=max((self.deadline_ns - now_ns) // 1_000_000, 1),
         )
+
+    def pull_ahead(self, part: KvPart) -> PullAhead:
+        size = self.job.block_size
+        token_ids = self.token_ids()[part.first_block * size : (part.first_block + len(part.block_ids)) * size]
+        return PullAhead(self.wire_id, token_ids, part, self.job.cache_salt)
 
     def predict(self, route: Route, now_ns: int, removed_block_count: Callable[[WorkerId], int]) -> None:
         """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""

@@ -7,7 +7,7 @@ import msgspec
 from polyphase.wire.layout import KvLayout
 from polyphase.wire.transfer import AgentCard, RegionCard
 
-__all__ = ["KvLayout", "KvOffer"]
+__all__ = ["KvLayout", "KvOffer", "KvPart"]
 
 
 class KvOffer(msgspec.Struct, frozen=True):
@@ -37,3 +37,17 @@ class KvOffer(msgspec.Struct, frozen=True):
     def layout(self) -> KvLayout | None:
         region = self.region
         return None if region is None else region.layout
+
+
+class KvPart(msgspec.Struct, frozen=True):
+    """Full blocks of a prompt that is still being computed, number `first_block` and following.
+
+    There is no lease on them: they are the running request's own, and if it ends early they may be given to others. Their generation tells
+    a reader so, who then has nothing. The offer at the end of the prompt names all blocks again, and keeps them.
+    """
+
+    first_block: int
+    block_ids: list[int]
+    generations: list[int]
+    agent: AgentCard
+    region_id: str

@@ -1,8 +1,8 @@
 """The request channel between a frontend (or a peer worker, or the command line) and a worker.
 
-To the worker go `Submit`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole` and `Query`; back come `StepOutputs` (one message per engine
-step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id. Every submitted request ends in
-exactly one `SequenceOutput` whose `finish_reason` is not None.
+To the worker go `Submit`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole` and `Query`; back come `StepOutputs` (one message
+per engine step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id. Every submitted request
+ends in exactly one `SequenceOutput` whose `finish_reason` is not None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
 from polyphase.wire.events import Load, MissedBatches, SnapshotPage
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import KvOffer, KvPart
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -68,10 +68,23 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     cache_salt: str | None = None
     priority: int = 0  # lower is served first
     hand_over: bool = False
+    with_parts: bool = False  # with `hand_over`: tell of the prompt's blocks while the rest of it is computed
     offer: KvOffer | None = None
     for_role: Role | None = None  # None: whatever the role is
     believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
     remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
+
+
+class PullAhead(msgspec.Struct, frozen=True, tag="pull_ahead", omit_defaults=True):
+    """Blocks of a request that will be handed over to this worker: take in what is new. Not answered; may be ignored.
+
+    `token_ids` are those of the part's blocks. Parts come in order; the request's `Submit`, with the same id, comes last, if it comes.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    part: KvPart
+    cache_salt: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -124,7 +137,7 @@ class SwitchRole(msgspec.Struct, frozen=True, tag="switch_role"):
     role: Role
 
 
-ToWorker = Submit | Cancel | HandOver | ReleaseLease | SwitchRole | Query | Drain
+ToWorker = Submit | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | Query | Drain
 
 
 class FinishReason(enum.StrEnum):
@@ -156,7 +169,7 @@ class PhaseStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_token_count: int = 0  # prompt tokens found in the prefix cache
     transferred_token_count: int = 0
     transferred_bytes: int = 0
-    transfer_ms: float = 0.0
+    transfer_ms: float = 0.0  # part of which may have passed while the prompt was still being computed elsewhere
     queue_ms: float = 0.0  # from arrival to the first step that computed something for it
 
 
@@ -170,6 +183,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_reason: int | str | None = None  # the stop token id or stop string that matched; None for EOS
     failure: WireFailure | None = None  # with finish reason `error`
     offer: KvOffer | None = None  # with finish reason `handed_over`
+    part: KvPart | None = None  # while the prompt of a request `with_parts` is computed
     stats: PhaseStats | None = None
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import cast
 
 from polyphase.core.errors import ConfigurationError
-from polyphase.engines.interface import Engine, KvExporter
+from polyphase.engines.interface import Engine, KvExporter, KvImporter
 from polyphase.worker.options import EngineOptions
 
 BLOCK_SIZE = 16  # tokens, of engines of our own
@@ -107,3 +107,8 @@ def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:
 def kv_exporter(engine: Engine) -> KvExporter | None:
     """The engine's ability to hand blocks over, if its card says that it has it."""
     return cast("KvExporter", engine) if engine.card.can_hand_over else None
+
+
+def kv_importer(engine: Engine) -> KvImporter | None:
+    """The engine's ability to take blocks in beside its steps."""
+    return engine if isinstance(engine, KvImporter) else None

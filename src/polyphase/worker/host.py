@@ -2,7 +2,7 @@
 
     peer ── Submit ──► handle ──► engine.submit          engine ── StepReport ──► on_step ──► one StepOutputs per peer
                         │                                                           ├──► event stream: KV events, load
-                        └─ offer: open its pool first                               └──► leases of copied offers released
+                        └─ offer: pull its blocks first                              └──► leases of copied offers released
 
 Everything here runs on one event loop, shares the interpreter with the engine's thread, and so does little per step. Every request is
 answered for good exactly once: by the engine's last output, or by an error of the worker's own when the engine refused it, the worker
@@ -28,7 +28,6 @@ from polyphase.core.errors import (
     Overloaded,
     PolyphaseError,
     Refused,
-    TransferError,
     WorkerLost,
 )
 from polyphase.engines.interface import BlockSource, Engine, StepReport, abilities_of
@@ -45,6 +44,7 @@ from polyphase.wire.requests import (
     Drain,
     FinishReason,
     HandOver,
+    PullAhead,
     Query,
     Question,
     ReleaseLease,
@@ -55,9 +55,10 @@ from polyphase.wire.requests import (
     ToWorker,
     WireFailure,
 )
-from polyphase.worker.engines import kv_exporter
+from polyphase.worker.engines import kv_exporter, kv_importer
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
+from polyphase.worker.pulls_ahead import PullsAhead
 from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
 from polyphase.worker.sources import OfferSources
@@ -100,6 +101,10 @@ class WorkerHost:
         self._agent = settings.agent
         self._region = settings.region
         self._sources = OfferSources(settings.agent)
+        importer = kv_importer(engine)
+        self._ahead: PullsAhead | None = None
+        if self._exporter is not None and importer is not None and settings.region is not None:
+            self._ahead = PullsAhead(self._exporter, importer, self._sources)
         self._releases = LeaseReleases(self._entry.worker_id)
         self._draining = asyncio.Event()
         with contextlib.ExitStack() as stack:
@@ -109,6 +114,8 @@ class WorkerHost:
             self._publisher = EventPublisher(self._entry.event_endpoint, self._entry.worker_id, self._entry.epoch)
             stack.callback(self._publisher.close)
             stack.callback(self._releases.close)
+            if self._ahead is not None:
+                stack.callback(self._ahead.close)
             stack.callback(self._sources.close)
             self._closing = stack.pop_all()
 
@@ -166,6 +173,9 @@ class WorkerHost:
         match message:
             case Submit():
                 self._accept(peer, message)
+            case PullAhead():
+                if self._ahead is not None and not self._draining.is_set():
+                    self._ahead.add(message)
             case Cancel():
                 self._cancel(peer, message.request_id)
             case HandOver():
@@ -200,7 +210,14 @@ class WorkerHost:
         if request.offer is None:
             self._submit(request, None)
         else:
-            live.offer = request.offer
+            try:
+                if self._settings.limits is not None:  # before blocks travel for nothing
+                    self._settings.limits.refuse_if_full(request, self._engine.load())
+            except Refused as refusal:
+                self._live.remove(request_id)
+                self._refuse(peer, request, refusal)
+                return
+            live.offer = request.offer  # until the engine has it, whatever happens gives it back
             live.opening = self._tasks.create_task(self._open_and_submit(live, request), name=f"open-{request_id}")
 
     async def _open_and_submit(self, live: LiveRequest, request: Submit) -> None:
@@ -208,13 +225,20 @@ class WorkerHost:
         assert request.offer is not None
         source: BlockSource | None = None
         try:
-            source = await self._sources.open(request.offer)
-        except TransferError as error:
-            with request_context(request.request_id):
-                log.warning("its offered blocks cannot be read and are computed here: %s", error)
-            self._release(request.offer)
-        live.opening = live.offer = None
-        self._submit(request, source)
+            try:
+                source = await self._sources.open(request.offer)
+                if self._ahead is not None and not await self._ahead.complete(request, request.offer, source):
+                    source = None
+            except PolyphaseError as error:
+                with request_context(request.request_id):
+                    log.warning("its offered blocks cannot be read and are computed here: %s", error)
+            if source is None:
+                self._release(request.offer)
+            live.opening = live.offer = None
+            self._submit(request, source)
+        finally:
+            if self._ahead is not None:
+                self._ahead.forget(request.request_id)
 
     def _submit(self, request: Submit, source: BlockSource | None) -> None:
         peer_request = self._live.get(request.request_id)
@@ -402,6 +426,8 @@ class WorkerHost:
             self._publish(None)
             self._releases.close_idle()
             self._sources.close_idle()
+            if self._ahead is not None:
+                self._ahead.forget_idle()
             now_s = time.monotonic()
             waiting = self._live.peers()
             for peer in waiting:

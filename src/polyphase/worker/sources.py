@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from polyphase.core.errors import HandleReleased, TransferError
 from polyphase.transfer import Agent, PeerBlocks, Session
 from polyphase.transfer.source import region_of_offer
 from polyphase.wire.kv import KvOffer
+from polyphase.wire.transfer import AgentCard
+
+log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 64  # then the least recently used goes
 IDLE_S = 60.0
@@ -45,14 +49,18 @@ class OfferSources:
         Raises: TransferError as `Agent.connect`; the next call tries again.
         Cancel: the attempt goes on for the others.
         """
-        region = region_of_offer(offer.region, offer.region_id)
-        session = await self._session(offer)
-        session.take_lease(offer.lease_id)
-        return PeerBlocks(session, region)
+        blocks = await self.meet(offer.agent, offer.region_id)
+        blocks.session.take_lease(offer.lease_id)
+        return blocks
+
+    async def meet(self, agent: AgentCard, region_id: str) -> PeerBlocks:
+        """The same without a lease."""
+        region = region_of_offer(agent.region(region_id), region_id)
+        return PeerBlocks(await self._session(agent), region)
 
     def give_back(self, offer: KvOffer) -> bool:
         """End the offer's lease. False: there is no session with its agent, so it must be told otherwise."""
-        met = self._met.get(_life(offer))
+        met = self._met.get(_life(offer.agent))
         if met is None or met.session.is_lost:
             return False
         try:
@@ -61,8 +69,8 @@ class OfferSources:
             return False
         return True
 
-    async def _session(self, offer: KvOffer) -> Session:
-        life = _life(offer)
+    async def _session(self, agent: AgentCard) -> Session:
+        life = _life(agent)
         met = self._met.get(life)
         if met is not None:
             met.used_ns = self._clock.now_ns()
@@ -72,17 +80,18 @@ class OfferSources:
             raise TransferError("this process is closing and meets no more agents")
         task = self._meeting.get(life)
         if task is None:
-            task = asyncio.create_task(self._meet(offer), name=f"meet-{offer.agent.agent_id}")
+            task = asyncio.create_task(self._meet(agent), name=f"meet-{agent.agent_id}")
             self._meeting[life] = task
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a failure nobody waits for is no news
         return await asyncio.shield(task)
 
-    async def _meet(self, offer: KvOffer) -> Session:
-        life = _life(offer)
+    async def _meet(self, agent: AgentCard) -> Session:
+        life = _life(agent)
         try:
-            session = await self._agent.connect_async(offer.agent, CONNECT_TIMEOUT_S)
+            session = await self._agent.connect_async(agent, CONNECT_TIMEOUT_S)
         finally:
             del self._meeting[life]
+        log.info("met agent %s: its blocks are read by %s. %s", agent.agent_id, session.backend, session.why())
         if self._is_closed:
             session.release()
             raise TransferError("this process is closing and meets no more agents")
@@ -111,5 +120,5 @@ class OfferSources:
             self._forget(life)
 
 
-def _life(offer: KvOffer) -> _Life:
-    return offer.agent.agent_id, offer.agent.epoch
+def _life(agent: AgentCard) -> _Life:
+    return agent.agent_id, agent.epoch

@@ -1,6 +1,7 @@
 """The event stream's messages as they go over the wire: what adapters and listeners of other versions rely on (`docs/events.md`).
 
-A file holds the bytes in hexadecimal. What is in it stays: a field with a default may be added, and nothing else changes. To write new ones after a change that was meant: `POLYPHASE_WRITE_GOLDEN=1 pytest tests/unit/wire`.
+A file holds the bytes in hexadecimal. What is in it stays: a field with a default may be added, and nothing else changes. To write new
+ones after a change that was meant: `POLYPHASE_WRITE_GOLDEN=1 pytest tests/unit/wire`.
 """
 
 from __future__ import annotations

@@ -12,10 +12,13 @@ import logging
 from collections.abc import MutableSequence
 from dataclasses import dataclass
 
+import msgspec
+
 from polyphase.core.clock import Clock
 from polyphase.core.errors import EngineFailed, InvalidRequest
 from polyphase.engines.batching.admission import check_lengths, check_request
 from polyphase.engines.batching.exports import BlockExports, can_use
+from polyphase.engines.batching.imports import PrefixImports
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
 from polyphase.engines.batching.pace import StepPace
 from polyphase.engines.batching.sampling_state import SamplingState
@@ -63,6 +66,7 @@ class EngineCore:
         self._scheduler = Scheduler(limits, self._cache)
         self._pace = _pace_of(limits)
         self.exports = BlockExports(self.pool, storage.shared, lease_ns)
+        self.imports = PrefixImports(self._cache, self.exports, lambda: self._scheduler.running_count)
         self._sequences: dict[str, Sequence] = {}
         self._cancelled: list[Sequence] = []  # during the current step
         self._leaving: list[Sequence] = []  # likewise
@@ -79,8 +83,18 @@ class EngineCore:
     def submit(self, request: Submit, source: BlockSource | None) -> None:
         check_request(request, self._card)
         self._refuse_if_unfit(request)
-        blocks = self._cache.open(request.token_ids, request.cache_salt)
-        self._add(self._new_sequence(request, list(request.token_ids), blocks, source))
+        imported = self.imports.claim(request.request_id, request.token_ids, request.cache_salt)
+        if imported is None:
+            self._add(self._new_sequence(request, list(request.token_ids), self._cache.open(request.token_ids, request.cache_salt), source))
+            return
+        imported.blocks.chain.extend(request.token_ids)
+        sequence = self._new_sequence(request, list(request.token_ids), imported.blocks, source)
+        sequence.imported = PhaseStats(
+            transferred_token_count=imported.pulled_count * self._card.block_size,
+            transferred_bytes=imported.pulled_count * self._card.block_bytes,
+            transfer_ms=imported.duration_ms,
+        )
+        self._add(sequence)
 
     def submit_imagined(self, request: Submit, names: BlockNames) -> None:
         """As `submit`, for a simulation: of the tokens only their number counts, and their blocks, the answer's included, are named so.
@@ -241,8 +255,11 @@ class EngineCore:
                 self._totals.computed_tokens += row.count
                 if computed_count >= (sequence.blocks.named_count + 1) * block_size:
                     self._cache.commit(sequence.blocks, sequence.token_ids, computed_count)
-                if sequence in samples and not sequence.is_cancelled:
-                    outputs.append(self._advance(sequence, samples[sequence]))
+                if sequence in samples:
+                    if not sequence.is_cancelled:
+                        outputs.append(self._advance(sequence, samples[sequence]))
+                elif sequence.request.with_parts and sequence.blocks.named_count > sequence.shown_count:
+                    outputs += self._show_blocks(sequence)
         cancelled, self._cancelled = self._cancelled, []
         for sequence in cancelled:
             if self._sequences.get(sequence.request.request_id) is sequence:  # it may have failed
@@ -295,9 +312,17 @@ class EngineCore:
         if sequence.first_step_ns is not None:
             return
         sequence.first_step_ns = now_ns
-        cached_count = min(sequence.computed_count, sequence.request.prompt_token_count)
+        imported, sequence.imported = sequence.imported or PhaseStats(), None
+        imported_count = min(imported.transferred_token_count, sequence.computed_count)  # some may have been evicted meanwhile
+        cached_count = max(0, min(sequence.computed_count, sequence.request.prompt_token_count) - imported_count)
         self._totals.cached_tokens += cached_count
-        sequence.stats = PhaseStats(cached_token_count=cached_count, queue_ms=(now_ns - sequence.arrived_ns) / 1e6)
+        self._totals.transferred_tokens += imported_count
+        sequence.stats = msgspec.structs.replace(
+            imported,
+            cached_token_count=cached_count,
+            transferred_token_count=imported_count,
+            queue_ms=(now_ns - sequence.arrived_ns) / 1e6,
+        )
 
     def _finish_pull(self, result: PullResult) -> None:
         sequence = result.pull.sequence
@@ -307,14 +332,12 @@ class EngineCore:
         if count > 0:
             sequence.computed_count = result.token_count
             self._totals.transferred_tokens += count
-            cached_count = sequence.stats.cached_token_count if sequence.stats is not None else 0
-            queue_ms = sequence.stats.queue_ms if sequence.stats is not None else 0.0
-            sequence.stats = PhaseStats(
-                cached_token_count=cached_count,
-                transferred_token_count=count,
-                transferred_bytes=result.byte_count,
-                transfer_ms=result.duration_ms,
-                queue_ms=queue_ms,
+            before = sequence.stats or PhaseStats()
+            sequence.stats = msgspec.structs.replace(
+                before,
+                transferred_token_count=before.transferred_token_count + count,
+                transferred_bytes=before.transferred_bytes + result.byte_count,
+                transfer_ms=before.transfer_ms + result.duration_ms,
             )
         self._give_up_offer(sequence)
 
@@ -327,7 +350,9 @@ class EngineCore:
     def _advance(self, sequence: Sequence, sampled: SampledToken | None) -> SequenceOutput:
         """Append the sampled token; end the sequence if it is time."""
         if sampled is None:
-            self._storage.zero(self.pool.disown(sequence.blocks.ids()))  # such numbers must not reach whoever gets the blocks next
+            spoilt = self.pool.disown(sequence.blocks.ids())  # such numbers must not reach whoever gets the blocks next
+            self.exports.before_writing(spoilt)
+            self._storage.zero(spoilt)
             return self._fail(sequence, "the model's output is not a number for this request")
         sequence.token_ids.append(sampled.token_id)
         sequence.sampling.note(sampled.token_id)
@@ -357,6 +382,14 @@ class EngineCore:
             offer = self._offer_blocks(sequence)
         self._remove(sequence)
         return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer)
+
+    def _show_blocks(self, sequence: Sequence) -> list[SequenceOutput]:
+        """To whoever will take the request over: what is computed of its prompt will not change any more."""
+        if not self.exports.can_offer or sequence.is_cancelled:
+            return []
+        first, sequence.shown_count = sequence.shown_count, sequence.blocks.named_count
+        part = self.exports.show(first, sequence.blocks.block_ids[first : sequence.shown_count])
+        return [SequenceOutput(request_id=sequence.request.request_id, part=part)]
 
     def _offer_blocks(self, sequence: Sequence) -> KvOffer | None:
         """None if no other process can read them; they are released with the sequence then."""

@@ -9,7 +9,7 @@ from polyphase.core.errors import KvError
 from polyphase.core.ids import BlockId
 from polyphase.engines.batching.storage import Generations
 from polyphase.kv import BlockPool, LeaseTable
-from polyphase.wire.kv import KvLayout, KvOffer
+from polyphase.wire.kv import KvLayout, KvOffer, KvPart
 from polyphase.wire.transfer import AgentCard
 
 
@@ -69,6 +69,13 @@ class BlockExports:
             generations=self._shared.generations(block_ids),
             token_count=token_count,
         )
+
+    def show(self, first_block: int, block_ids: Sequence[int]) -> KvPart:
+        """Tell where full blocks of a running sequence lie, which keeps them. Their generations end with re-use, as those of offers do."""
+        if self._shared is None or self.origin is None:
+            raise KvError("blocks are shown although no other process could read them")
+        self._offered.update(block_ids)
+        return KvPart(first_block, list(block_ids), self._shared.generations(block_ids), self.origin.agent, self.origin.region_id)
 
     def release(self, lease_id: str) -> bool:
         """Returns whether there was such a lease."""

@@ -36,6 +36,8 @@ class Sequence:
     is_cancelled: bool = False
     is_leaving: bool = False  # to be handed over when the step under way is finished
     stats: PhaseStats | None = None  # until the first output has carried it away
+    imported: PhaseStats | None = None  # what came from elsewhere before it was submitted, until it is admitted
+    shown_count: int = 0  # leading blocks that the worker it will be handed over to has been told of
     first_step_ns: int | None = None
     prompt_key: int | None = None  # a number for the prompt, of whoever computes the steps and wants it more than once
 

@@ -11,7 +11,7 @@ from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.outcome import StepOutcome
 from polyphase.engines.batching.scheduler import StepPlan
 from polyphase.engines.batching.stepping import StepLoop
-from polyphase.engines.interface import BlockSource, StepReport
+from polyphase.engines.interface import BlockSource, PrefixImport, StepReport
 from polyphase.engines.mock.assembly import assemble_mock
 from polyphase.engines.mock.machine import MockMachine, MockParts
 from polyphase.engines.mock.settings import MockSettings
@@ -31,13 +31,14 @@ def load_mock_engine(settings: MockSettings) -> MockEngine:
 
 
 class MockEngine:
-    """Implements `engines.interface.Engine` and `KvExporter`."""
+    """Implements `engines.interface.Engine`, `KvExporter` and `KvImporter`; what is imported takes no time."""
 
     def __init__(self, parts: MockParts, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
         self.machine = MockMachine(parts, self._clock)
         self.core = self.machine.core
         self._loop = StepLoop(self.core, self._clock, self._perform)
+        self.core.imports.on_arrival = self._loop.wake
         self._due_ns = 0  # when the last step should have ended
 
     @property
@@ -77,6 +78,11 @@ class MockEngine:
 
     def close(self) -> None:
         self.machine.storage.close()
+
+    # KvImporter.
+
+    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport:
+        return self.core.imports.open(request_id, cache_salt)
 
     # KvExporter.
 

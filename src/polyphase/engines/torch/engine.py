@@ -16,7 +16,7 @@ from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.outcome import StepOutcome
 from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
 from polyphase.engines.batching.stepping import StepLoop
-from polyphase.engines.interface import BlockSource, StepReport
+from polyphase.engines.interface import BlockSource, PrefixImport, StepReport
 from polyphase.engines.torch.execution import execute
 from polyphase.engines.torch.runner import ModelRunner
 from polyphase.engines.torch.storage import KvStorage
@@ -42,7 +42,7 @@ class EngineParts:
 
 
 class TorchEngine:
-    """Implements `engines.interface.Engine`, and `KvExporter` where its blocks are in shared memory."""
+    """Implements `engines.interface.Engine`, `KvImporter`, and `KvExporter` where its blocks are in shared memory."""
 
     def __init__(self, parts: EngineParts, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
@@ -59,6 +59,7 @@ class TorchEngine:
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._loop = StepLoop(self.core, self._clock, self._perform)
+        self.core.imports.on_arrival = self._loop.wake
         self._is_closed = False
 
     @property
@@ -109,6 +110,11 @@ class TorchEngine:
         self._thread.shutdown()
         self._runner.close()
         self._storage.close()
+
+    # KvImporter.
+
+    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport:
+        return self.core.imports.open(request_id, cache_salt)
 
     # KvExporter.
 
