@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 THREADS = 4  # reads at a time; a peer that does not answer holds one of them until the read's deadline
 MAX_STREAMS = 512  # then the least recently used is forgotten
 IDLE_S = 60.0  # without news of it, a request is not believed to come any more
-COMPLETE_TIMEOUT_S = 10.0  # computing is faster than waiting for longer than this
+PATIENCE_S, SLOWEST_BYTES_PER_S = 2.0, 100e6  # for an offer; whatever comes later than that, computing was faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +107,13 @@ class PullsAhead:
         last = _Blocks(0, offer.block_ids[:full_count], offer.generations[:full_count], source)
         self._enqueue(stream, last)
         assert stream.task is not None
+        patience_s = PATIENCE_S + full_count * self._layout.block_bytes / SLOWEST_BYTES_PER_S
         try:
-            async with asyncio.timeout(COMPLETE_TIMEOUT_S):
+            async with asyncio.timeout(patience_s):
                 await asyncio.shield(stream.task)
         except TimeoutError:
-            log.warning("request %s: its blocks were not here within %g s", request.request_id, COMPLETE_TIMEOUT_S)
+            with request_context(request.request_id):
+                log.warning("its offered blocks were not here within %.1f s and are computed here", patience_s)
             return False
         except TransferError as error:
             with request_context(request.request_id):
