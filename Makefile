@@ -9,15 +9,16 @@ VENV ?= .venv
 PIP_ARGS ?=
 ONCE ?=
 PYTEST_ARGS ?=
+SEED ?= 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check sanitize bench clean
+.PHONY: help venv demo test test-chaos check sanitize bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## the environment, with everything for development
 
@@ -36,6 +37,9 @@ demo: $(STAMP) ## serve the demo model over four processes and talk to it; ONCE=
 
 test: $(STAMP) ## all tests; PYTEST_ARGS="tests/unit -x" for some
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-chaos: $(STAMP) ## hundreds of faults over thousands of requests, some minutes; SEED=7 for others. The last line is JSON
+	@$(BIN)/python -m tests.chaos --seed $(SEED)
 
 check: $(STAMP) ## ruff, types, direction of imports
 	@$(BIN)/ruff check .

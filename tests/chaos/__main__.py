@@ -13,17 +13,19 @@ SCENES = {
         "torch",
         ("--prefill", "1", "--decode", "2", "--split-threshold", "64"),
         ["prefill-0", "decode-0", "decode-1"],
-        fault_count=200,
+        fault_count=180,
         request_count=700,
+        mean_interval_s=0.4,
     ),
     "mock": Scene(
         "mock",
         ("--engine", "mock", "--prefill", "2", "--decode", "4", "--split-threshold", "64", "--mock-speedup", "2", "--kv-memory", "512MiB"),
         ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2", "decode-3"],
-        fault_count=320,
+        fault_count=330,
         request_count=1400,
         client_count=16,
-        mean_interval_s=0.4,
+        salts=False,  # the mock engine's tokens follow from the names of the prompt's blocks
+        mean_interval_s=0.25,
     ),
 }
 
@@ -38,8 +40,6 @@ def main() -> int:
         outcome = play(SCENES[name], arguments.seed, is_verbose=True)
         sys.stderr.write(f"{name}: {json.dumps(outcome.summary())}\n")
         total.add(outcome)
-    for violation in total.violations:
-        sys.stderr.write(f"VIOLATION {violation}\n")
     sys.stdout.write(json.dumps({**total.summary(), "seed": arguments.seed}) + "\n")
     return 1 if total.violations else 0
 

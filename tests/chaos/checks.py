@@ -57,6 +57,22 @@ async def _not_at_rest(served: Deployment, worker_ids: list[str]) -> list[str]:
     return found
 
 
+EFFECTS = {
+    "moved": "leaves worker",
+    "migrated": "goes on elsewhere after",
+    "refused_for_role": "worker now, no longer",
+    "stalls": "stands still and gets no requests",
+    "connections_lost": "the connection to worker",
+    "offers_not_used": "computed here",
+}
+
+
+def effects(served: Deployment) -> dict[str, int]:
+    """What the faults led to, as far as the logs still tell: a chaos that leads to nothing says nothing."""
+    logs = served.logs()
+    return {name: len(re.findall(pattern, logs)) for name, pattern in EFFECTS.items()}
+
+
 def log_lines(served: Deployment) -> list[str]:
     """What only a bug writes: blocks freed twice, steps that failed."""
     return [f"log: {line}" for line in served.logs().splitlines() if BUGS.search(line)]

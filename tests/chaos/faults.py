@@ -13,14 +13,17 @@ import random
 import resource
 import signal
 import subprocess
+import time
+from array import array
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from polyphase.core.errors import ConfigurationError, WorkerLost
+from polyphase.core.errors import ConfigurationError, TransferError, WorkerLost
 from polyphase.runtime import switch_role
 from polyphase.testing import Deployment
 from polyphase.testing.connections import CannotCut, cut_connections
+from polyphase.transfer.layout import PAGE_BYTES, PoolLayout
 from polyphase.wire.cards import Role, WorkerEntry
 
 DISK_BYTES = 64 << 20
@@ -49,6 +52,7 @@ class Chaos:
         self.has_small_disk = has_small_disk
         self.stopped: dict[int, asyncio.Task[None]] = {}  # by pid
         self.filled: asyncio.Task[None] | None = None
+        self.reusing: asyncio.Task[None] | None = None
         self.counts: Counter[str] = Counter()
         self.unavailable: set[str] = set()
         self.log: list[str] = []
@@ -82,7 +86,7 @@ class Chaos:
     async def heal(self) -> None:
         """End what lasts."""
         await asyncio.sleep(0)  # what has just begun must get as far as its `finally`
-        lasting = [*self.stopped.values(), *([self.filled] if self.filled else [])]
+        lasting = [*self.stopped.values(), *(task for task in (self.filled, self.reusing) if task is not None)]
         for task in lasting:
             task.cancel()
         await asyncio.gather(*lasting, return_exceptions=True)
@@ -187,5 +191,55 @@ async def _hold_limit(chaos: Chaos, pid: int, seconds: float) -> None:
         chaos.filled = None
 
 
-FAULTS: dict[str, Fault] = {"kill": kill, "stop": stop, "role": role, "cut": cut, "full-disk": fill_disk}
-WEIGHTS = {"kill": 0.08, "stop": 0.14, "role": 0.5, "cut": 0.2, "full-disk": 0.08}
+async def reuse(chaos: Chaos) -> str | None:
+    """For a second, all of a worker's blocks look to readers as if they were given to somebody else while they are read."""
+    workers = chaos.workers()
+    if not workers or chaos.reusing is not None:
+        return None
+    victim = chaos.rng.choice(workers)
+    try:
+        address, block_count = _find_pool(victim.pid)
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+    chaos.reusing = asyncio.create_task(_hold_reuse(chaos, victim.pid, address, block_count))
+    return victim.worker_id
+
+
+def _find_pool(pid: int) -> tuple[int, int]:
+    """Address of a worker's KV pool in its own memory, and its block count. Raises: CannotCut; FileNotFoundError if it has none."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if "memfd:" not in line or "w" not in line.split()[1]:
+            continue
+        address = int(line.split("-")[0], 16)
+        try:
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory, contextlib.suppress(TransferError, OSError):
+                memory.seek(address)
+                return address, PoolLayout.unpack(memory.read(PAGE_BYTES)).block_count
+        except PermissionError as error:
+            raise CannotCut(f"the memory of process {pid} cannot be opened: {error}") from error
+    raise FileNotFoundError(f"process {pid} has no block pool")
+
+
+async def _hold_reuse(chaos: Chaos, pid: int, address: int, block_count: int) -> None:
+    try:
+        await asyncio.to_thread(_renew_all, pid, address + PAGE_BYTES, 8 * block_count)
+    finally:
+        chaos.reusing = None
+
+
+def _renew_all(pid: int, address: int, size: int) -> None:
+    """As fast as it goes. The pool is sealed against other processes: so through the worker's own memory."""
+    until_s = time.monotonic() + 1
+    with contextlib.suppress(OSError):  # it died meanwhile
+        while time.monotonic() < until_s:
+            with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+                memory.seek(address)
+                generations = array("Q", memory.read(size))
+                memory.seek(address)
+                memory.write(array("Q", (one + 1 for one in generations)).tobytes())
+            time.sleep(0.001)
+
+
+# A further kind, such as blocks corrupted on their way between hosts, is one more function here.
+FAULTS: dict[str, Fault] = {"kill": kill, "stop": stop, "role": role, "cut": cut, "full-disk": fill_disk, "reuse": reuse}
+WEIGHTS = {"kill": 0.1, "stop": 0.14, "role": 0.46, "cut": 0.16, "full-disk": 0.06, "reuse": 0.08}

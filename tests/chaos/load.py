@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 
@@ -45,7 +45,9 @@ async def fault_free(url: str, cases: list[Case]) -> list[Answer]:
 class Load:
     """`client_count` clients until told to stop; each request is random but for its case."""
 
-    def __init__(self, url: str, cases: list[Case], truth: list[Answer], seed: int, client_count: int) -> None:
+    def __init__(self, url: str, cases: list[Case], truth: list[Answer], seed: int, client_count: int, *, salts: bool) -> None:
+        """`salts`: some requests carry a salt of their own, which a model's tokens do not depend on."""
+        self._salts = salts
         self._url = url
         self._cases = cases
         self._truth = truth
@@ -67,11 +69,13 @@ class Load:
     async def _ask_again_and_again(self, client: httpx.AsyncClient, rng: random.Random) -> None:
         while not self._is_stopping:
             place = rng.randrange(len(self._cases))
-            leave_after = rng.randrange(1, 10) if rng.random() < 0.04 else None
+            leave_after = rng.randrange(1, 10) if rng.random() < 0.03 else None
             await self._ask(client, place, stream=rng.random() < 0.7, leave_after=leave_after, rng=rng)
 
     async def _ask(self, client: httpx.AsyncClient, place: int, *, stream: bool, leave_after: int | None, rng: random.Random) -> None:
         case, tally = self._cases[place], self.tally
+        if self._salts and rng.random() < 0.6:  # nothing of it is cached anywhere, so that it is computed, split and moved again
+            case = replace(case, body={**case.body, "cache_salt": f"{rng.getrandbits(64):x}"})
         try:
             status, answer = await ask(client, case, stream=stream, leave_after=leave_after if stream else None)
         except (httpx.HTTPError, ValueError) as error:

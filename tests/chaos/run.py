@@ -26,6 +26,7 @@ class Scene:
     client_count: int = 8
     mean_interval_s: float = 0.7
     longest_s: float = 1200.0
+    salts: bool = True
     weights: dict[str, float] = field(default_factory=lambda: dict(WEIGHTS))
 
 
@@ -37,6 +38,7 @@ class Outcome:
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     unavailable: set[str] = field(default_factory=set)
+    effects: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Outcome) -> None:
         self.requests += other.requests
@@ -45,6 +47,7 @@ class Outcome:
         self.faults += other.faults
         self.violations += other.violations
         self.unavailable |= other.unavailable
+        self.effects += other.effects
 
     def summary(self) -> dict[str, object]:
         return {
@@ -52,13 +55,15 @@ class Outcome:
             "requests": self.requests,
             "violations": len(self.violations),
             "by_kind": dict(sorted(self.faults.items())),
+            "effects": dict(sorted(self.effects.items())),
+            "clients_that_left": self.left,
             "refused_and_asked_again": self.refused,
             "unavailable": sorted(self.unavailable),
         }
 
 
 def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
-    """Clients that go away count as faults, too."""
+    """Raises: DeploymentFailed if it does not even start."""
     outcome = Outcome()
     shared_before = checks.shared_memory()
     served = Deployment("demo", *scene.options)
@@ -68,12 +73,13 @@ def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
         try:
             asyncio.run(_play(scene, seed, served, outcome, has_small_disk=has_small_disk, is_verbose=is_verbose))
             outcome.violations += checks.log_lines(served)
+            outcome.effects += Counter(checks.effects(served))
             logs = served.logs()
         finally:
             exit_code = served.stop()
         outcome.violations += checks.nothing_left(served, exit_code, shared_before)
         if outcome.violations and is_verbose:
-            sys.stderr.write(logs[-200_000:] + "\n")
+            sys.stderr.write("\n".join([logs, *(f"VIOLATION {violation}" for violation in outcome.violations)]) + "\n")
     finally:
         if has_small_disk:
             unmount(served.home)
@@ -84,13 +90,13 @@ def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
 async def _play(scene: Scene, seed: int, served: Deployment, outcome: Outcome, *, has_small_disk: bool, is_verbose: bool) -> None:
     cases = cases_of(seed)
     truth = await fault_free(served.url, cases)
-    load = Load(served.url, cases, truth, seed, scene.client_count)
+    load = Load(served.url, cases, truth, seed, scene.client_count, salts=scene.salts)
     chaos = Chaos(served, seed, scene.weights, scene.mean_interval_s, has_small_disk=has_small_disk)
     until_s = time.monotonic() + scene.longest_s
 
     def is_enough() -> bool:
         tally = load.tally
-        is_done = chaos.count + tally.left >= scene.fault_count and tally.answered + tally.left >= scene.request_count
+        is_done = chaos.count >= scene.fault_count and tally.answered + tally.left >= scene.request_count
         return is_done or time.monotonic() > until_s
 
     async with asyncio.TaskGroup() as tasks:
@@ -106,7 +112,7 @@ async def _play(scene: Scene, seed: int, served: Deployment, outcome: Outcome, *
                 reporter.cancel()
     tally = load.tally
     outcome.requests, outcome.refused, outcome.left = tally.answered + tally.left, tally.refused, tally.left
-    outcome.faults = chaos.counts + Counter({"client-left": tally.left})
+    outcome.faults = chaos.counts
     outcome.unavailable = chaos.unavailable
     outcome.violations += [f"{scene.name}: {violation}" for violation in tally.violations]
     outcome.violations += [f"{scene.name}: {violation}" for violation in await checks.at_rest(served, scene.worker_ids)]
@@ -118,4 +124,4 @@ async def _report(scene: Scene, tally: Tally, chaos: Chaos) -> None:
     while True:
         await asyncio.sleep(5)
         counts = f"{tally.answered} answers, {tally.refused} refused, {len(tally.violations)} violations"
-        sys.stderr.write(f"{scene.name}: {chaos.count + tally.left} faults, {counts}\n")
+        sys.stderr.write(f"{scene.name}: {chaos.count} faults, {counts}\n")

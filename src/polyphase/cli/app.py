@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from polyphase.cli.advisor_commands import add_advisor_commands
 from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
 from polyphase.wire.cards import Role
@@ -110,7 +111,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="TOKENS",
-            help="Prompts with fewer tokens to compute stay on the decode worker. [default: 256]",
+            help="Split every prompt with so many tokens to compute. [default: from 256 on, where it pays]",
             rich_help_panel=_ROUTER,
         ),
     ] = None,
@@ -296,6 +297,9 @@ def doctor() -> None:
     from polyphase.cli.doctor import show_checks
 
     raise typer.Exit(show_checks())
+
+
+add_advisor_commands(app)
 
 
 @app.command()

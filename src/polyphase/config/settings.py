@@ -95,7 +95,7 @@ class ServeSettings(BaseModel):
     router_picker: str = "best"
     router_temperature: float = Field(0.0, ge=0, le=100)
     session_idle: Duration = 600.0  # seconds; the router remembers for so long where a session was
-    split_threshold: int = Field(256, ge=0)  # tokens to compute from which prefill and decode are split
+    split_threshold: int | None = Field(None, ge=0)  # tokens to compute from which prefill and decode are split; None: where it pays
     split_fraction: float = Field(0.3, ge=0, le=1)  # of the prompt; where less is to compute, it is not split
     kv_flow: bool = True  # a split prompt's KV goes to the decode worker while the rest of it is computed
     labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = {}  # of this machine's workers, for example zone → eu-1

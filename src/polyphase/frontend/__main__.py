@@ -88,9 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--split-threshold",
         type=int,
-        default=split.min_uncached_tokens,
         metavar="TOKENS",
-        help="prompts with fewer tokens to compute are not split (default: %(default)s)",
+        help="prompts with fewer tokens to compute are not split, and all others are (default: from 256 on, where it pays)",
     )
     add(
         "--split-fraction",
@@ -187,7 +186,6 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
     """Raises: ConfigurationError."""
     for name, least in (
         ("port", 0),
-        ("split_threshold", 0),
         ("max_waiting_requests", 0),
         ("max_queued_requests", 0),
         ("max_queue_wait_s", 0.001),
@@ -201,6 +199,8 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
     ):
         if not getattr(flags, name) >= least:
             raise ConfigurationError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(flags, name)}")
+    if flags.split_threshold is not None and flags.split_threshold < 0:
+        raise ConfigurationError(f"--split-threshold must be at least 0, not {flags.split_threshold}")
     if flags.port > 65535:
         raise ConfigurationError(f"--port must be at most 65535, not {flags.port}")
     http = FrontendSettings(
@@ -211,7 +211,10 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         drain_timeout_s=flags.drain_timeout_s,
         admission=_admission(flags),
     )
-    split = SplitRule(flags.split_threshold, flags.split_fraction)
+    if flags.split_threshold is None:
+        split = SplitRule(min_uncached_fraction=flags.split_fraction, is_weighed=True)
+    else:
+        split = SplitRule(flags.split_threshold, flags.split_fraction)
     try:
         weights, filters = parse_weights(flags.router_weights), parse_names(flags.router_filters)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
         token_ids   | prompt | emitted so far |     what any worker needs to go on
 
-The dispatcher is the only one that changes a flight.
+Only the dispatcher changes a flight, with `sending` and `waiting`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class Flight:
     party: Party | None = None  # while it waits in the queue
     predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
     cause: str | None = None  # why the latest attempt was broken off
+    sent_ns: int = 0  # to the worker that has it now
+    failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
+    cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
 
     @property
     def is_over(self) -> bool:

@@ -13,7 +13,7 @@ class FrontendSettings:
     max_body_bytes: int = 45_000_000
     body_timeout_s: float = 60.0  # for a request's body to arrive
     request_timeout_s: float = 600.0  # from acceptance to the last token; then 504
-    migration_limit: int = 3  # how often one sequence may be taken up by another worker
+    migration_limit: int = 3  # how often one sequence may be taken up after a worker died, failed or stood still with it
     migration_patience_s: float = 5.0  # how long sequences wait for a worker to join, when the last one was lost
     move_patience_s: float = 30.0  # the same for one that its worker handed back unharmed
     kv_flow: bool = True  # prompts' KV goes to the decode worker while the rest is computed, not only at the end

@@ -21,10 +21,12 @@ from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usa
 from polyphase.router.filters import no_worker_serves
 from polyphase.router.indexes import DEFAULT_BELIEF_CAPACITY, DEFAULT_CAPACITY, PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Lineup, Standings
+from polyphase.router.pace import Paces
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import policy_of
 from polyphase.router.predictions import ExpectedPrefixes
 from polyphase.router.sessions import Sessions
+from polyphase.router.split import Side, reason_of, why_not_split, worth_of_split
 from polyphase.router.types import (
     BOTH,
     DECODE,
@@ -37,7 +39,6 @@ from polyphase.router.types import (
     Route,
     RouteRequest,
     RouterSettings,
-    SplitRule,
     WorkerFacts,
     WorkerView,
 )
@@ -91,6 +92,7 @@ class Router:
         self._known: dict[WorkerId, _Known] = {}
         self._standings: dict[str, Standings] = {}  # by model; made when first wanted
         self._expected = ExpectedPrefixes()
+        self.paces = Paces()
         self._sessions = Sessions(settings.sessions)
         self._turn = settings.first_turn
 
@@ -127,6 +129,7 @@ class Router:
         self.bookings.drop_worker(worker_id)
         self._standings.clear()
         self._expected.drop_worker(worker_id)
+        self.paces.drop_worker(worker_id)
 
     def replace_blocks(self, worker_id: WorkerId, epoch: Epoch, hashes: Iterable[SequenceHash]) -> None:
         """The worker holds exactly these."""
@@ -235,9 +238,16 @@ class Router:
         takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
         self._filter(request, DECODE, takers, is_required=True)
         decode = self._choose(request, DECODE, takers)
+        alone, helper = (Side(standings.views[choice.row], choice.uncached_tokens) for choice in (whole, prefill))
+        worth = None
+        if self._settings.split.is_weighed:
+            to_move = max(request.prompt_token_count - decode.placement.overlap_block_count * standings.block_size, 0)
+            worth = worth_of_split(alone, helper, standings.views[decode.row], to_move, self.paces)
+        reason = reason_of(worth, alone, helper, request.prompt_token_count)
+        if worth is not None and not worth.does_pay:
+            self._book(request, found, whole)
+            return Route(request.request_id, whole.placement, None, reason, "does-not-pay")
         self._book(request, found, decode, prefill)
-        to_compute = prefill.uncached_tokens
-        reason = f"split: {to_compute} of {request.prompt_token_count} prompt tokens to compute away from decoding requests"
         return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
 
     def has_headroom(self, request: RouteRequest) -> bool:
@@ -385,13 +395,3 @@ def _kept(
         if not rows and is_required:
             raise one.refusal(request, count)
     return rows
-
-
-def why_not_split(rule: SplitRule, request: RouteRequest, best: Placement, to_compute: int) -> tuple[str, str] | None:
-    """Why the `best` worker for the whole request does all of it, in short and in words; None if prefill belongs elsewhere."""
-    prompt = request.prompt_token_count
-    if to_compute < rule.min_uncached_tokens:
-        return "short-prompt", f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"
-    if to_compute < rule.min_uncached_fraction * prompt:
-        return "cached", f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {best.worker_id}"
-    return None

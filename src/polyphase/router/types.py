@@ -107,7 +107,7 @@ class Route(msgspec.Struct, frozen=True):
     decode: Placement
     prefill: Placement | None
     reason: str
-    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | no-prefill-worker
+    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker
 
 
 class Overlaps(Protocol):
@@ -220,6 +220,7 @@ class SplitRule:
 
     min_uncached_tokens: int = 256  # prompts with fewer tokens to compute stay on the decode worker
     min_uncached_fraction: float = 0.3  # and so do those that are mostly cached there
+    is_weighed: bool = False  # beyond that, only what pays by the paces measured is split; while they are unknown, everything
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from polyphase.transfer.runtime import Runtime, ThreadRuntime
 from polyphase.transfer.session import Session
 from polyphase.transfer.verdicts import Verdict
 from polyphase.transfer.wire import Wire
-from polyphase.wire.kv import KvLayout
+from polyphase.wire.layout import KvLayout, KvShape
 from polyphase.wire.transfer import AgentCard, RegionCard, decode_card, encode_card
 
 log = logging.getLogger(__name__)
@@ -159,20 +159,26 @@ class Agent:
 
     # Memory.
 
-    def register(self, memory: BlockMemory, layout: KvLayout | None = None) -> Region:
+    def register(self, memory: BlockMemory, layout: KvLayout | None = None, shape: KvShape | None = None) -> Region:
         """Let peers reach `memory`, through the backends that can.
+
+        `layout` and `shape` say what its blocks mean; without `shape`, peers can use them as they are only.
 
         Raises: ForeignDescriptor if no backend can do anything with it, or it is registered already; HandleReleased after `close`.
         Owner: the caller releases the region, and then its memory.
         """
         if layout is not None and layout.block_bytes != memory.block_bytes:
             raise ForeignDescriptor(f"the memory's blocks have {memory.block_bytes} bytes, but the layout says {layout.block_bytes}")
+        if shape is not None:
+            shape.check()
+            if shape.block_bytes != memory.block_bytes:
+                raise ForeignDescriptor(f"the memory's blocks have {memory.block_bytes} bytes, but the shape says {shape.block_bytes}")
         reasons = {name: backend.why_not(memory) for name, backend in self._backends.items()}
         reachable = [name for name, reason in reasons.items() if reason is None]
         usable = [name for name, backend in self._backends.items() if backend.moves(memory.kind)]
         if not usable:
             raise ForeignDescriptor(f"no backend of this agent moves {memory.kind} memory: {reasons}")
-        region = Region(self, memory, layout, reachable, usable)
+        region = Region(self, memory, layout, shape, reachable, usable)
         with self._lock:
             self._check()
             if region.region_id in self._regions:
@@ -275,6 +281,9 @@ class Agent:
         except asyncio.CancelledError:
             made.add_done_callback(lambda done: None if done.exception() else done.result().release())
             raise
+
+    def submit(self, task: Callable[[], None]) -> None:
+        self.runtime.submit(task)
 
     def call_at(self, at_ns: int, task: Callable[[], None]) -> Timer:
         return self.runtime.call_at(at_ns, task)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from polyphase.core.errors import ForeignDescriptor, HandleReleased, KvError
 from polyphase.transfer.blocks import BlockMemory, HostBlocks, LocalBlocks, checked_ids
 from polyphase.transfer.lending import OnEnd
-from polyphase.wire.kv import KvLayout
+from polyphase.wire.layout import KvLayout, KvShape
 from polyphase.wire.transfer import BlockOffer, RegionCard
 
 if TYPE_CHECKING:
@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 class Region:
     """Memory under registration. Owner: the caller of `Agent.register` releases it, and only then the memory."""
 
-    def __init__(self, agent: Agent, memory: BlockMemory, layout: KvLayout | None, reachable: Sequence[str], usable: Sequence[str]) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        memory: BlockMemory,
+        layout: KvLayout | None,
+        shape: KvShape | None,
+        reachable: Sequence[str],
+        usable: Sequence[str],
+    ) -> None:
         self.agent = agent
         self.memory = memory
         region_id = getattr(memory, "pool_id", None) or secrets.token_hex(16)
-        self.card = RegionCard(region_id, memory.kind, memory.block_count, memory.block_bytes, list(reachable), layout)
+        self.card = RegionCard(region_id, memory.kind, memory.block_count, memory.block_bytes, list(reachable), layout, shape)
         self.usable_backends = tuple(usable)  # for this agent's own end of a transfer
+        self._host_blocks = memory if isinstance(memory, HostBlocks) else None
         self._is_released = False
         self._users: set[object] = set()
         self._lock = threading.Lock()
@@ -39,9 +48,9 @@ class Region:
     @property
     def host_blocks(self) -> HostBlocks:
         """Raises: ForeignDescriptor if this is not memory that the processor can address."""
-        if not isinstance(self.memory, HostBlocks):
+        if self._host_blocks is None:
             raise ForeignDescriptor(f"region {self.region_id} is {self.memory.kind} memory, where host memory is needed")
-        return self.memory
+        return self._host_blocks
 
     def blocks(self, block_ids: Iterable[int]) -> LocalBlocks:
         """A list of blocks, checked once. Raises: ForeignDescriptor, HandleReleased."""

@@ -157,9 +157,9 @@ class Transfer:
         rest = self._given_up
         if rest is None:
             rest = next((verdict for kind, verdict in _VERDICT_OF if isinstance(error, kind)), Verdict.REFUSED)
-        for place, verdict in enumerate(job.verdicts):
-            if verdict == Verdict.PENDING:
-                job.verdicts[place] = rest
+        found = job.verdicts.tobytes()
+        if Verdict.PENDING in found:
+            job.verdicts[:] = found.replace(bytes([Verdict.PENDING]), bytes([rest]))
         with self._lock:
             self._left -= 1
             has_ended = self._left == 0

@@ -1,6 +1,7 @@
 """A connection between two agents, used by one thread at a time: frames, descriptors that ride along, and long runs of bytes.
 
-Every call ends by the connection's deadline. A wire on which a call failed has lost its place and is closed.
+Every call ends by the connection's deadline, for which the kernel is given the time that is left: one system call for a whole chunk, where
+a socket that Python watches over needs two for each part of it. A wire on which a call failed has lost its place and is closed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from polyphase.core.errors import (
 from polyphase.wire.transfer import Frame, Refusal, decode_frame, encode_frame, frame_length
 
 MAX_BUFFERS = 256  # in one call; the kernel takes 1024
+_TIME = struct.Struct("@ll")  # struct timeval
 _INT_BYTES = struct.calcsize("i")
 _REFUSALS: dict[str, type[TransferError]] = {
     kind.code: kind for kind in (TransferError, TransferRefused, PeerLost, TransferTimeout, StaleDescriptor, ForeignDescriptor)
@@ -43,6 +45,7 @@ class Wire:
     """Owner: whoever holds it closes it. `deadline_ns` is set before a conversation and holds for each of its calls."""
 
     def __init__(self, sock: socket.socket, clock: Clock, peer: str) -> None:
+        sock.settimeout(None)
         self.socket = sock
         self.peer = peer  # for messages
         self.deadline_ns = 0
@@ -57,12 +60,12 @@ class Wire:
         data = encode_frame(frame)
         if fds:
             with self._failing_well():
+                self._arm(socket.SO_SNDTIMEO)
                 sent = socket.send_fds(self.socket, [data], list(fds))
             data = data[sent:]
             if not data:
                 return
-        with self._failing_well():
-            self.socket.sendall(data)
+        self.send_buffers([memoryview(data)])
 
     def receive(self) -> Frame:
         """Raises: PeerLost, TransferTimeout, WireError."""
@@ -89,7 +92,7 @@ class Wire:
 
     def _send_batch(self, batch: list[memoryview]) -> None:
         while batch:
-            self._arm()
+            self._arm(socket.SO_SNDTIMEO)
             sent = self.socket.sendmsg(batch)
             batch = _rest(batch, sent)
 
@@ -101,8 +104,8 @@ class Wire:
                 batch = buffers[start : start + MAX_BUFFERS]
                 start += len(batch)
                 while batch:
-                    self._arm()
-                    received, _, _, _ = self.socket.recvmsg_into(batch)
+                    self._arm(socket.SO_RCVTIMEO)
+                    received, _, _, _ = self.socket.recvmsg_into(batch, 0, socket.MSG_WAITALL)
                     if received == 0:
                         raise PeerLost(f"{self.peer} closed the connection")
                     batch = _rest(batch, received)
@@ -110,7 +113,7 @@ class Wire:
     def _fill(self, view: memoryview) -> None:
         with self._failing_well():
             while view:
-                self._arm()
+                self._arm(socket.SO_RCVTIMEO)
                 received = self._receive_into(view)
                 if received == 0:
                     raise PeerLost(f"{self.peer} closed the connection")
@@ -118,7 +121,7 @@ class Wire:
 
     def _receive_into(self, view: memoryview) -> int:
         if not self._is_unix:
-            return self.socket.recv_into(view)
+            return self.socket.recv_into(view, 0, socket.MSG_WAITALL)
         received, ancillary, _, _ = self.socket.recvmsg_into([view], socket.CMSG_SPACE(4 * _INT_BYTES))
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -129,19 +132,18 @@ class Wire:
                 self._fds.extend(fds)
         return received
 
-    def _arm(self) -> None:
-        """Before each system call: what is left of the time."""
-        left_s = (self.deadline_ns - self._clock.now_ns()) / 1e9
-        if left_s <= 0:
+    def _arm(self, option: int) -> None:
+        """Before each system call: what is left of the time. `option`: SO_RCVTIMEO or SO_SNDTIMEO."""
+        left_us = (self.deadline_ns - self._clock.now_ns()) // 1000
+        if left_us <= 0:
             raise TimeoutError
-        self.socket.settimeout(left_s)
+        self.socket.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(*divmod(left_us, 1_000_000)))
 
     @contextlib.contextmanager
     def _failing_well(self) -> Iterator[None]:
         try:
-            self._arm()
             yield
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             self.close()
             raise TransferTimeout(f"{self.peer} did not answer in time") from None
         except (OSError, ValueError) as error:  # ValueError: closed by another thread

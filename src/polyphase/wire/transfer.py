@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from polyphase.core.errors import TransferRefused, WireError
-from polyphase.wire.layout import KvLayout
+from polyphase.wire.layout import KvLayout, KvShape
 
 CARD_VERSION = 1  # raised with every change that an agent of the version before would misread
 MAX_CARD_BYTES = 1 << 20
@@ -27,6 +27,7 @@ class RegionCard(msgspec.Struct, frozen=True):
     block_bytes: int
     backends: list[str]  # through which a peer can reach this memory
     layout: KvLayout | None = None  # None: bytes without a meaning to others
+    shape: KvShape | None = None  # for peers whose blocks have another one
 
 
 class BackendCard(msgspec.Struct, frozen=True):

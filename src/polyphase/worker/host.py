@@ -28,7 +28,6 @@ from polyphase.core.errors import (
     Overloaded,
     PolyphaseError,
     Refused,
-    TransferError,
     WorkerLost,
 )
 from polyphase.engines.interface import BlockSource, Engine, StepReport
@@ -226,7 +225,7 @@ class WorkerHost:
                 source = await self._sources.open(request.offer)
                 if self._ahead is not None and not await self._ahead.complete(request, request.offer, source):
                     source = None
-            except TransferError as error:
+            except PolyphaseError as error:
                 with request_context(request.request_id):
                     log.warning("its offered blocks cannot be read and are computed here: %s", error)
             if source is None:

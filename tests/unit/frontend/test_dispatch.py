@@ -113,7 +113,7 @@ class DispatchMachine(RuleBasedStateMachine):
             assert self.dispatcher.active_count == 0
             assert self.router.bookings.total().is_zero()
             assert self.timers.pending == []
-            assert not self.dispatcher._by_wire_id
+            assert not self.dispatcher._sending._by_wire_id
             assert all(not life.running.keys() - self.missed for life in self.lives.values())
         finally:
             asyncio.get_running_loop = self.original
@@ -403,14 +403,14 @@ class DispatchMachine(RuleBasedStateMachine):
     def who_waits_is_known_to_wait(self) -> None:
         room = self.dispatcher.waiting_room
         waiting = [flight for flight in self.flights if flight.party is not None]
-        stranded = [flight for flight, _ in self.dispatcher._stranded.values()]
-        assert len(room) <= 3 + 1, "only one that was put back may be too many"
+        stranded = self.dispatcher._waiting.stranded
+        assert all(len(lane.queue) <= 3 for lane in room._lanes.values()), "each queue has its limit"
         assert all(flight.stage is Stage.WAITING for flight in waiting + stranded)
         assert len({id(flight.party) for flight in waiting}) == len(room)
         for flight in self.flights:
             is_waiting = (flight in waiting) + (flight in stranded)
             assert is_waiting == (flight.stage is Stage.WAITING), flight
-        assert bool(waiting or stranded) == (self.dispatcher._tick_timer is not None), "the timer runs only while something waits"
+        assert bool(waiting or stranded) == self.dispatcher._waiting.is_watched, "the timer runs only while something waits"
         self.router.bookings.check()
 
     @invariant()
@@ -454,7 +454,7 @@ def test_what_could_not_be_sent_to_a_worker_is_not_lost_with_it() -> None:
         one.router.remove_worker(WorkerId("prefill-1"))
         one.dispatcher.worker_lost(WorkerId("prefill-1"), Epoch(life.epoch))
         assert waiting.party is not None
-        assert not one.dispatcher._stranded
+        assert not one.dispatcher._waiting.stranded
         assert waiting.record.migrations == 0
 
 
@@ -464,8 +464,21 @@ def test_what_strands_at_its_start_is_watched() -> None:
         one.join("prefill-0")
         one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
         one.start(length=3, count=3, priority=0, tenant="a", patience_s=30)
-        assert one.dispatcher._stranded
-        assert one.dispatcher._tick_timer is not None
+        assert one.dispatcher._waiting.stranded
+        assert one.dispatcher._waiting.is_watched
+
+
+def test_what_a_stalled_worker_or_a_broken_connection_strands_is_watched() -> None:
+    for breaks in ("worker_stalled", "connection_lost"):
+        with machine() as one:
+            one.join("prefill-0")
+            one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+            one.deaf.add("prefill-0")
+            reason = ("no step for a while",) if breaks == "worker_stalled" else ()
+            getattr(one.dispatcher, breaks)(WorkerId("prefill-0"), Epoch(one.lives["prefill-0"].epoch), *reason)
+            assert one.dispatcher._waiting.stranded
+            assert one.dispatcher._waiting.is_watched
+            one.lives["prefill-0"].running.clear()  # what it ran before nobody could tell it to stop
 
 
 def test_whoever_takes_a_prompt_over_hears_of_its_blocks_while_it_is_computed() -> None:

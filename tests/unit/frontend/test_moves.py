@@ -192,6 +192,20 @@ async def test_the_only_worker_keeps_what_it_has_and_gets_no_more(stack: Stack) 
         assert ids_of(await ask(stack, max_tokens=5)) == told(stack.story, 5)
 
 
+async def test_cut_connections_are_not_the_request_s_fault(stack: Stack) -> None:
+    """More of them than a request may have workers that failed it."""
+    worker = await stack.add("worker-0")
+    slow(worker)
+    path = Path(worker.entry.request_endpoint.removeprefix("ipc://"))
+    async with open_stream(stack) as stream:
+        for turn in range(5):
+            await stream.read(5 * turn + 3)
+            assert cut_connections(os.getpid(), path) == 1
+        await stream.read()
+    assert (stream.ids, stream.finish, stream.error) == (told(stack.story), "length", None)
+    assert (await stack.record(stream.response.headers["x-request-id"]))["migrations"] == 5
+
+
 @pytest.mark.parametrize("count", [1, 2])
 async def test_a_cut_connection_loses_no_token(stack: Stack, count: int) -> None:
     workers = [await stack.add(f"worker-{number}") for number in range(count)]

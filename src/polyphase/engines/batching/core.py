@@ -223,6 +223,7 @@ class EngineCore:
         """So many of the steps for which the plan holds are done, and not the last one of them."""
         self._totals.steps += step_count
         self._totals.generated_tokens += step_count * len(self._scheduler.coasting)
+        self._totals.computed_tokens += step_count * len(self._scheduler.coasting)
         self._scheduler.coasting.count(step_count)
 
     def wake_due(self) -> list[Row]:
@@ -232,6 +233,7 @@ class EngineCore:
     def finish_coasting(self) -> None:
         """Count the step that is to be finished next for those that coast on."""
         self._totals.generated_tokens += len(self._scheduler.coasting)
+        self._totals.computed_tokens += len(self._scheduler.coasting)
         self._scheduler.coasting.count(1)
 
     def finish_step(self, outcome: StepOutcome, plan: StepPlan) -> StepReport:

@@ -57,6 +57,9 @@ class Services(Protocol):
     def call_at(self, at_ns: int, task: Callable[[], None]) -> Timer:
         """Run a short task at a time of `clock`."""
 
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run soon, on a thread that it may block for a while."""
+
     def dial(self, theirs: AgentCard, purpose: str, session_id: bytes, deadline_ns: int) -> Wire:
         """A greeted connection to a peer's `Backend.serve` of the same name. Owner: the caller.
 

@@ -182,6 +182,7 @@ class ShmLink:
                     pool = self._pools[region.region_id] = OpenedPool.from_fd(fd, region)
                 finally:
                     os.close(fd)
+                self._services.submit(pool.map_pages)
         return pool
 
     def write(self, job: Job) -> None:

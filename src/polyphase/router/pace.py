@@ -1,0 +1,66 @@
+"""How fast workers compute prompts and blocks travel between them, learnt from what they report of each request.
+
+    first token of a prompt computed there      ms per token, by worker
+    blocks pulled from another worker           ms per token, by pair of workers
+    first token after a hand-over               what the hand-over took besides: messages, and a step
+
+A pair or a worker that nothing is known of is taken to be like the others. Values in, values out; no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from polyphase.core.ids import WorkerId
+
+WEIGHT = 0.2  # of the newest figure in a mean
+LEAST_TOKENS = 64  # fewer say more of the step around them than of their own cost
+
+
+@dataclass(slots=True)
+class Mean:
+    """Of the latest figures; None before the first."""
+
+    value: float | None = None
+
+    def note(self, figure: float) -> None:
+        self.value = figure if self.value is None else self.value + WEIGHT * (figure - self.value)
+
+
+@dataclass(slots=True)
+class Paces:
+    _prefill: dict[WorkerId, Mean] = field(default_factory=dict)
+    _any_prefill: Mean = field(default_factory=Mean)
+    _transfer: dict[tuple[WorkerId, WorkerId], Mean] = field(default_factory=dict)
+    _any_transfer: Mean = field(default_factory=Mean)
+    _hand_over: Mean = field(default_factory=Mean)
+
+    def note_prefill(self, worker_id: WorkerId, token_count: int, duration_ms: float) -> None:
+        """So many tokens were computed in this time, from leaving the worker's queue to the first token's arrival."""
+        if token_count >= LEAST_TOKENS and duration_ms > 0:
+            self._prefill.setdefault(worker_id, Mean()).note(duration_ms / token_count)
+            self._any_prefill.note(duration_ms / token_count)
+
+    def note_transfer(self, source: WorkerId, target: WorkerId, token_count: int, transfer_ms: float, rest_ms: float) -> None:
+        """`rest_ms`: from the hand-over to the next token's arrival, without the transfer and the time in the queue."""
+        if token_count >= LEAST_TOKENS:
+            self._transfer.setdefault((source, target), Mean()).note(transfer_ms / token_count)
+            self._any_transfer.note(transfer_ms / token_count)
+            self._hand_over.note(max(rest_ms, 0.0))
+
+    def drop_worker(self, worker_id: WorkerId) -> None:
+        """Its next life may run on something else."""
+        self._prefill.pop(worker_id, None)
+        self._transfer = {pair: mean for pair, mean in self._transfer.items() if worker_id not in pair}
+
+    def prefill_ms_per_token(self, worker_id: WorkerId) -> float | None:
+        mean = self._prefill.get(worker_id)
+        return self._any_prefill.value if mean is None else mean.value
+
+    def transfer_ms_per_token(self, source: WorkerId, target: WorkerId) -> float | None:
+        mean = self._transfer.get((source, target))
+        return self._any_transfer.value if mean is None else mean.value
+
+    @property
+    def hand_over_ms(self) -> float | None:
+        return self._hand_over.value
