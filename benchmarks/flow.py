@@ -1,8 +1,8 @@
 """What is left to do for a hand-over when the prompt is computed, with the flow of KV and without.
 
-Two torch engines with the demo model in this process, one thread each, prompts of 512, 2,000 and 8,000 tokens that nothing is cached of, over
-shared memory and over TCP on loopback. `…_mb_left`: KV that has not arrived when the offer comes; it depends on the sizes of the chunks
-only. `…_wait_ms`: from the offer until the decode engine can take the request. `peer` is the same without the flow.
+Two torch engines with the demo model in this process, one thread each, prompts of 512, 2,000 and 8,000 tokens that nothing is cached of,
+over shared memory and over TCP on loopback. `…_mb_left`: KV that has not arrived when the offer comes; it depends on the sizes of the
+chunks only. `…_wait_ms`: from the offer until the decode engine can take the request. `peer` is the same without the flow.
 """
 
 from __future__ import annotations

@@ -107,6 +107,7 @@ class PullsAhead:
         last = _Blocks(0, offer.block_ids[:full_count], offer.generations[:full_count], source)
         self._enqueue(stream, last)
         assert stream.task is not None
+        began_s = time.monotonic()
         patience_s = PATIENCE_S + full_count * self._layout.block_bytes / SLOWEST_BYTES_PER_S
         try:
             async with asyncio.timeout(patience_s):
@@ -119,6 +120,8 @@ class PullsAhead:
             with request_context(request.request_id):
                 log.warning("what is missing of its offered blocks is computed here: %s", error.message)
             return False
+        finally:
+            stream.target.note_wait((time.monotonic() - began_s) * 1e3)
         return True
 
     def forget(self, request_id: str) -> None:
@@ -175,7 +178,7 @@ class PullsAhead:
             try:
                 source = source or await self._source_of(blocks)
             except BaseException:
-                stream.target.settle(room, 0, 0.0)
+                stream.target.settle(room, 0)
                 raise
             good_count = await self._fill(stream.target, room, blocks, source)
             if good_count < len(room.block_ids):
@@ -190,14 +193,13 @@ class PullsAhead:
         first = room.first_block - blocks.first_block
         part = slice(first, first + len(room.block_ids))
 
-        def read() -> tuple[int, float]:
-            began_ns, verdicts = time.monotonic_ns(), b""
+        def read() -> int:
+            verdicts = b""
             # No more than a part of this prompt is lost by whatever a source may raise.
             with contextlib.suppress(TransferError, OSError, ValueError, BufferError):
                 verdicts = source.read_blocks(blocks.block_ids[part], blocks.generations[part], self._memory, room.block_ids)
-            good_count = len(verdicts) - len(verdicts.lstrip(bytes([Verdict.DONE])))
-            return good_count, (time.monotonic_ns() - began_ns) / 1e6
+            return len(verdicts) - len(verdicts.lstrip(bytes([Verdict.DONE])))
 
         reading = asyncio.get_running_loop().run_in_executor(self._threads, read)
-        reading.add_done_callback(lambda done: target.settle(room, *done.result()))
-        return (await asyncio.shield(reading))[0]
+        reading.add_done_callback(lambda done: target.settle(room, done.result()))
+        return await asyncio.shield(reading)
