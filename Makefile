@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-chaos check sanitize bench clean
+.PHONY: help venv demo test test-chaos check sanitize bench headlines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: $(STAMP) ## every benchmark, its table on the terminal
 	@for script in benchmarks/*.py; do \
 	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
 	done
+
+headlines: $(STAMP) ## docs/headlines.md: well-known claims, asked of the advisor
+	@$(BIN)/python tools/headlines.py > docs/headlines.tmp && mv docs/headlines.tmp docs/headlines.md
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

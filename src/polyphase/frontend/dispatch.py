@@ -54,7 +54,7 @@ class Dispatcher:
         self._clock = clock or MonotonicClock()
         self.predictions = Predictions(router, metrics, self._clock)
         self._sending = Sending(router, send, metrics, self.predictions, self._clock, has_kv_flow=settings.kv_flow)
-        self.waiting_room = WaitingRoom(router, metrics, settings.admission, settings.migration_patience_s)
+        self.waiting_room = WaitingRoom(router, self._sending.refusals, metrics, settings.admission, settings.migration_patience_s)
         self._waiting = Waiting(self._sending, self.waiting_room, metrics, self._clock, self._finish)
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
 
