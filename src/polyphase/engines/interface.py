@@ -67,8 +67,11 @@ class PrefixImport(Protocol):
         None: all are there, or blocks before `first_block` are missing, or others need the memory more.
         """
 
-    def settle(self, room: Room, good_count: int, duration_ms: float) -> None:
+    def settle(self, room: Room, good_count: int) -> None:
         """The first `good_count` blocks of the room hold what belongs there, and nobody writes to any of them any more."""
+
+    def note_wait(self, duration_ms: float) -> None:
+        """The request was there, and waited so long for its blocks."""
 
     def close(self) -> None:
         """Idempotent."""

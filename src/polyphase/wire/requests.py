@@ -169,7 +169,7 @@ class PhaseStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_token_count: int = 0  # prompt tokens found in the prefix cache
     transferred_token_count: int = 0
     transferred_bytes: int = 0
-    transfer_ms: float = 0.0  # part of which may have passed while the prompt was still being computed elsewhere
+    transfer_ms: float = 0.0  # that the request waited for it; not what was pulled while the prompt was being computed elsewhere
     queue_ms: float = 0.0  # from arrival to the first step that computed something for it
 
 
