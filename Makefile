@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-chaos test-engines check sanitize bench headlines clean
+.PHONY: help venv demo test test-chaos test-engines test-nixl test-cuda check sanitize bench headlines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,13 @@ test-engines: $(STAMP) ## Polyphase before a real vLLM (CPU): 2.3 GB in ENGINES,
 	@ENGINE_PYTHON=$(ENGINES)/vllm/bin/python ENGINE_MODEL=$(ENGINES)/tiny timeout $(ENGINES_LIMIT_S) \
 	  $(BIN)/python -m pytest tests/engines/real_vllm.py $(PYTEST_ARGS)
 
+test-nixl: $(STAMP) ## the transfer library over NIXL, which is fetched (90 MB) into build/nixl; no GPU needed
+	@test -d build/nixl/nixl || $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --target build/nixl nixl nixl-cu12
+	@POLYPHASE_REQUIRE_NIXL=1 PYTHONPATH=build/nixl $(BIN)/python -m pytest tests/nixl $(PYTEST_ARGS)
+
+test-cuda: $(STAMP) ## the transfer library between device memories; needs a GPU
+	@POLYPHASE_REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/cuda $(PYTEST_ARGS)
+
 check: $(STAMP) ## ruff, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -60,7 +67,7 @@ sanitize: $(STAMP) ## tests of the C++ extension, built with the address and und
 
 bench: $(STAMP) ## every benchmark, its table on the terminal
 	@for script in benchmarks/*.py; do \
-	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
+	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py|*_cuda.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
 	done
 
 headlines: $(STAMP) ## docs/headlines.md: well-known claims, asked of the advisor
