@@ -18,6 +18,7 @@ from polyphase.router import (
     AdmissionQueue,
     AdmissionSettings,
     EvictReason,
+    Queued,
     Refusals,
     Rejected,
     Router,
@@ -127,8 +128,7 @@ class WaitingRoom:
         self._lanes[key] = lane
         party = self._parties[ticket] = Party(flights, ticket, lane)
         self._metrics.queued_requests.labels(lane.model).inc()
-        expected = "" if outcome.expected_wait_ns is None else f"; expected to wait {outcome.expected_wait_ns / 1e9:.1f} s"
-        detail = f"every worker is busy, {outcome.requests_before} wait already{expected}"
+        detail = f"every worker is busy, and {_who_waits(outcome)}"
         for flight in flights:
             flight.party = party
             flight.record.queued_ns = now_ns
@@ -234,6 +234,14 @@ class WaitingRoom:
         for flight in party.flights:
             flight.party = None
         return party
+
+
+def _who_waits(queued: Queued) -> str:
+    count, wait_ns = queued.requests_before, queued.expected_wait_ns
+    if not count:
+        return "nobody waits before it"
+    expected = "" if wait_ns is None else f"; its turn was expected in {wait_ns / 1e9:.1f} s"
+    return f"{count} {'waits' if count == 1 else 'wait'} already{expected}"
 
 
 def _urgency(lane: Lane) -> int:
