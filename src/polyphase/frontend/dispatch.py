@@ -54,7 +54,7 @@ class Dispatcher:
         self._clock = clock or MonotonicClock()
         self.predictions = Predictions(router, metrics, self._clock)
         self._sending = Sending(router, send, metrics, self.predictions, self._clock, has_kv_flow=settings.kv_flow)
-        self.waiting_room = WaitingRoom(router, metrics, settings.admission, settings.migration_patience_s)
+        self.waiting_room = WaitingRoom(router, self._sending.refusals, metrics, settings.admission, settings.migration_patience_s)
         self._waiting = Waiting(self._sending, self.waiting_room, metrics, self._clock, self._finish)
         self._flights: dict[RequestId, Flight] = {}  # by sequence id
 
@@ -255,8 +255,7 @@ class Dispatcher:
         """Its worker has handed it back, unfinished and unharmed: on to another one, which may take what was computed."""
         what = f"with {offer.token_count} tokens of KV" if offer is not None else "with nothing computed"
         log.info("%s: leaves worker %s after %d tokens, %s", flight.wire_id, flight.worker_id, len(flight.emitted), what)
-        flight.record.history.note(now_ns, "moved", flight.worker_id, what)
-        flight.cause = self._why_moved(flight)
+        flight.set_back(now_ns, "moved", self._why_moved(flight), what)
         flight.record.moves += 1
         flight.metrics.moves.inc()
         flight.offer = offer
@@ -284,7 +283,7 @@ class Dispatcher:
         if isinstance(cause, ConnectionLost):  # no fault of the request's, unless it turns out that the worker died
             flight.cut_from = (flight.worker_id, flight.epoch)
         elif flight.failure_count >= self._settings.migration_limit:
-            log.warning("%s: given up, %d workers failed it: %s", flight.wire_id, self._settings.migration_limit, cause.message)
+            log.warning("%s: given up, since %d workers failed it before: %s", flight.wire_id, flight.failure_count, cause.message)
             self._finish(flight, End(error=cause))
             return
         else:
@@ -300,7 +299,8 @@ class Dispatcher:
     def _turn_away(self, flight: Flight, failure: WireFailure, now_ns: int) -> None:
         """The worker cannot take it now: no fault, and no migration. With what the refusal says, another choice is made at once."""
         worker_id = flight.worker_id
-        flight.record.history.note(now_ns, "refused", worker_id, failure.message)
+        flight.set_back(now_ns, "refused", failure.message)
+        flight.record.refusals += 1
         self.metrics.refusals.labels(worker_id).inc()
         self._sending.refusals.note(worker_id, failure.code, now_ns)
         if failure.code == Draining.code:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.frontend.hints import NO_HINTS, RoutingHints
-from polyphase.frontend.history import Attempt
+from polyphase.frontend.history import Attempt, Setback
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import ModelMetrics
 from polyphase.frontend.predictions import Prediction
@@ -80,7 +80,6 @@ class Flight:
     deadline: asyncio.TimerHandle | None = None
     party: Party | None = None  # while it waits in the queue
     predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
-    cause: str | None = None  # why the latest attempt was broken off
     sent_ns: int = 0  # to the worker that has it now
     failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
     cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
@@ -158,7 +157,7 @@ class Flight:
 
     def note_route(self, route: Route, now_ns: int, *, is_split: bool) -> None:
         token_count = len(self.job.prompt_ids) + len(self.emitted)
-        self.record.history.add(Attempt(route, now_ns, token_count, self.job.block_size, is_split, self.cause))
+        self.record.history.add(Attempt(route, now_ns, token_count, self.job.block_size, is_split))
 
     def note_stats(self, stats: PhaseStats, now_ns: int) -> None:
         record, is_prefill = self.record, self.stage is Stage.PREFILL
@@ -168,6 +167,10 @@ class Flight:
             took = f"{stats.transferred_token_count} tokens of KV in {stats.transfer_ms:.1f} ms"
             record.history.note(now_ns, "transferred", self.worker_id, took)
 
+    def set_back(self, now_ns: int, event: str, cause: str, detail: str | None = None) -> None:
+        """Its worker will not finish it. `detail` for the timeline, if it is another than the cause."""
+        self.record.history.attempts[-1].setback = Setback(event, self.worker_id, cause)
+        self.record.history.note(now_ns, event, self.worker_id, detail or cause)
+
     def note_break(self, now_ns: int, cause: str) -> None:
-        self.cause = cause
-        self.record.history.note(now_ns, "broken off", self.worker_id, cause)
+        self.set_back(now_ns, "broken off", cause)

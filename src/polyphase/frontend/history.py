@@ -1,7 +1,8 @@
 """What happened to one sequence, kept for people who ask why: each attempt with the route's candidates, and the moments in between.
 
-    attempt 1   route ─ sent ─ first token ─ broken off (cause)
-    attempt 2   route ─ sent ─ … ─ end
+    attempt 1   route ─ sent ─ refused (why)
+    attempt 2   route ─ sent ─ first token ─ broken off (why)
+    attempt 3   route ─ sent ─ … ─ end
 
 Written by the dispatcher as things happen, read by `/debug/requests/{id}` and, from there, by `polyphase explain`.
 """
@@ -9,7 +10,7 @@ Written by the dispatcher as things happen, read by `/debug/requests/{id}` and, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from polyphase.router import Candidate, Leg, Placement, Route
@@ -34,6 +35,15 @@ class Moment:
         return {"at_ms": at_ms, "event": self.event, "worker": self.worker, "detail": self.detail}
 
 
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """Why an attempt came to nothing or was not finished, at this worker. `cause` is a phrase for a person."""
+
+    event: str  # refused | moved | broken off
+    worker: str
+    cause: str
+
+
 @dataclass(slots=True)
 class Attempt:
     """One route, and what came of it. `is_split`: the prefill leg is used; it is not where handed-over blocks wait already."""
@@ -43,7 +53,7 @@ class Attempt:
     token_count: int  # of prompt and output, as of the route
     block_size: int
     is_split: bool
-    cause: str | None = None  # why the attempt before it was broken off
+    setback: Setback | None = None
     prefill_stats: PhaseStats | None = None
     decode_stats: PhaseStats | None = None
 
@@ -52,6 +62,11 @@ class Attempt:
             self.prefill_stats = stats
         else:
             self.decode_stats = stats
+
+    @property
+    def has_report(self) -> bool:
+        """Whether an engine has told of it."""
+        return self.prefill_stats is not None or self.decode_stats is not None
 
     @property
     def prompt_leg(self) -> Placement:
@@ -69,7 +84,7 @@ class Attempt:
             "split": self.is_split,
             "tokens": self.token_count,
             "block_size": self.block_size,
-            "cause": self.cause,
+            "setback": None if self.setback is None else asdict(self.setback),
             "legs": [self._leg(placement, stats) for placement, stats in self._legs()],
         }
 
@@ -106,9 +121,9 @@ class History:
         self.attempts.append(attempt)
 
     def note(self, now_ns: int, event: str, worker: str | None = None, detail: str | None = None) -> None:
-        """The first moments and the last one are kept."""
+        """The first half and the latest moments are kept."""
         if len(self.moments) >= MAX_MOMENTS:
-            self.moments.pop()
+            del self.moments[MAX_MOMENTS // 2]
         self.moments.append(Moment(now_ns, event, worker, detail))
 
 

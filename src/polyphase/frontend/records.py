@@ -33,6 +33,7 @@ class SequenceRecord:
     last_token_ns: int = 0
     gaps_ms: list[float] = field(default_factory=list)  # time between tokens, at this frontend
     migrations: int = 0  # after a worker was lost, failed or stood still
+    refusals: int = 0  # by workers that had no room for it, or were not what they had been taken for
     moves: int = 0  # handed over by a worker that drains or has another role
     ended_ns: int = 0
 
@@ -49,8 +50,9 @@ class SequenceRecord:
 
     @property
     def predicted_cached_tokens(self) -> int:
-        """Where the prompt is computed."""
-        attempt = self.attempt
+        """Where the prompt is computed; once an engine has reported its own figure, in that attempt."""
+        reported = (attempt for attempt in self.history.attempts if attempt.has_report)
+        attempt = next(reported, self.attempt)
         return attempt.predicted_cached_tokens(attempt.prompt_leg) if attempt else 0
 
     @property
@@ -83,7 +85,8 @@ class SequenceRecord:
         return gap_ms
 
     def note_stats(self, stats: PhaseStats) -> None:
-        if not self.first_token_ns:
+        """With the first tokens, or with the last ones: servers tell at the end what they had cached. Of a later worker, it is no news."""
+        if not self.first_token_ns or (self.stats is None and not self.migrations and not self.moves):
             self.stats = stats
         self.transferred_tokens += stats.transferred_token_count
         self.kv_bytes_moved += stats.transferred_bytes
@@ -133,6 +136,7 @@ class RequestRecord:
             "ttft_ms": _rounded(first.ttft_ms) if first else None,
             "itl_ms_mean": _rounded(sum(gaps) / len(gaps)) if gaps else None,
             "itl_ms_p99": _rounded(gaps[math.ceil(0.99 * len(gaps)) - 1]) if gaps else None,
+            "refusals": sum(sequence.refusals for sequence in self.sequences),
             "moves": sum(sequence.moves for sequence in self.sequences),
             "migrations": sum(sequence.migrations for sequence in self.sequences),
             "choices": len(self.sequences),

@@ -73,7 +73,7 @@ class Sending:
             flight.worker_id, flight.epoch = NOBODY, NEVER  # so that nothing that becomes of the last one concerns it
             started = time.perf_counter()
             request = self.request_of(flight, hashes)
-            route = self.refusals.route(self._router.route, request, self._clock.now_ns())
+            route = self.refusals.route(self._router.route, request, self._clock.now_ns(), self._router.has_headroom)
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
             self._rename(flight)

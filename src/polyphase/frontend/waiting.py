@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from polyphase.core.clock import Clock
 from polyphase.core.errors import Draining, Evicted, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, RoleChanged, WorkerLost
@@ -23,12 +23,19 @@ from polyphase.frontend.inbox import End
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.sending import Sending
 from polyphase.frontend.terms import Terms
-from polyphase.frontend.waiting_room import Lane, Party, WaitingRoom
+from polyphase.frontend.waiting_room import PROBE_NS, LaneKey, Party, WaitingRoom
 from polyphase.router import EvictReason
 
 log = logging.getLogger(__name__)
 
 RETRY_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Stranded:
+    flight: Flight
+    cause: PolyphaseError  # for which it was broken off or sent back
+    tried_ns: int  # when a worker was last looked for
 
 
 class Waiting:
@@ -40,12 +47,13 @@ class Waiting:
         self._metrics = metrics
         self._clock = clock
         self._finish = finish
-        self._stranded: dict[RequestId, tuple[Flight, PolyphaseError]] = {}  # with what they were broken off or sent back for
+        self._stranded: dict[RequestId, _Stranded] = {}
+        self._probed_ns = 0  # when one was last sent on that a worker would rather not have
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def stranded(self) -> list[Flight]:
-        return [flight for flight, _ in self._stranded.values()]
+        return [stranded.flight for stranded in self._stranded.values()]
 
     @property
     def is_watched(self) -> bool:
@@ -85,7 +93,7 @@ class Waiting:
                 error = cause if isinstance(cause, Refused | RequestError) else lost_for_want_of_room(cause, refusal)
                 self._finish(flight, End(error=error))
                 return False
-            self._stranded[flight.job.sequence_id] = (flight, cause)
+            self._stranded[flight.job.sequence_id] = _Stranded(flight, cause, self._clock.now_ns())
             return not has_no_worker
         self._stranded.pop(flight.job.sequence_id, None)
         return False
@@ -95,17 +103,12 @@ class Waiting:
         if not self._stranded and not self._room:
             self._watch()
             return
-        held: set[str] = set()  # models without room for one that goes first
-        for flight, cause in list(self._stranded.values()):
-            if flight.job.model not in held and not flight.is_over:
-                is_stranded = self.depart_again(flight, cause)
-                # What was tried in vain on some workers may wait for the others; the queue need not wait with it.
-                if is_stranded and not (flight.tried or flight.avoided):
-                    held.add(flight.job.model)
-        skipped: set[Lane] = set()
-        while (party := self._room.take(self._clock.now_ns(), skipped, held)) is not None:
+        skipped: set[LaneKey] = set()  # of workers without room for one that goes first
+        for stranded in list(self._stranded.values()):
+            self._try_stranded(stranded, skipped)
+        while (party := self._room.take(self._clock.now_ns(), skipped)) is not None:
             if not self._send_party(party):
-                skipped.add(party.lane)
+                skipped.add(party.lane.key)
         self._watch()
 
     def leave(self, flight: Flight, now_ns: int) -> None:
@@ -121,6 +124,26 @@ class Waiting:
         self._room.leave(flight, now_ns)
         self._evict(replace(party, flights=[flight]), EvictReason.DEADLINE, now_ns)
         return True
+
+    def _try_stranded(self, stranded: _Stranded, skipped: set[LaneKey]) -> None:
+        """Send it on if there may be room. If not, those that wait for the same workers wait behind it."""
+        flight, cause = stranded.flight, stranded.cause
+        if flight.is_over:
+            return
+        request, now_ns = self._sending.request_of(flight), self._clock.now_ns()
+        try:
+            key = self._room.key_of(request)
+            # Who was refused for want of room waits for headroom, or it would go back and forth with each report.
+            is_ready = not isinstance(cause, Overloaded) or self._room.has_headroom(request, now_ns)
+        except NoWorkers:
+            self.depart_again(flight, cause)
+            return
+        if not is_ready and now_ns - max(stranded.tried_ns, self._probed_ns) >= PROBE_NS:
+            is_ready, self._probed_ns = True, now_ns  # a worker's own answer brings its true load
+        must_wait = key in skipped or not is_ready or self.depart_again(flight, cause)
+        # What was tried in vain on some workers may wait for the others; the queue need not wait with it.
+        if must_wait and not request.excluded:
+            skipped.add(key)
 
     def _depart_together(self, flights: Sequence[Flight]) -> None:
         """Once the first of them is on its way, the others have been promised as much. Raises: NoWorkers, Overloaded; then none is."""
@@ -160,9 +183,10 @@ class Waiting:
         now_ns = self._clock.now_ns()
         for party, reason in self._room.turn_out(now_ns):
             self._evict(party, reason, now_ns)
-        for flight, cause in list(self._stranded.values()):
-            if flight.leave_by_ns is not None and now_ns >= flight.leave_by_ns:
-                self._give_up(flight, cause)
+        for stranded in list(self._stranded.values()):
+            leave_by_ns = stranded.flight.leave_by_ns
+            if leave_by_ns is not None and now_ns >= leave_by_ns:
+                self._give_up(stranded.flight, stranded.cause)
         self.let_in()
 
     def _watch(self) -> None:

@@ -18,6 +18,8 @@ from polyphase.router import (
     AdmissionQueue,
     AdmissionSettings,
     EvictReason,
+    Queued,
+    Refusals,
     Rejected,
     Router,
     RouteRequest,
@@ -59,8 +61,11 @@ class LaneView:
 
 
 class WaitingRoom:
-    def __init__(self, router: Router, metrics: Metrics, settings: AdmissionSettings, no_worker_patience_s: float) -> None:
+    def __init__(
+        self, router: Router, refusals: Refusals, metrics: Metrics, settings: AdmissionSettings, no_worker_patience_s: float
+    ) -> None:
         self._router = router
+        self._refusals = refusals
         self._metrics = metrics
         self._settings = settings
         self._patience_ns = int(no_worker_patience_s * 1e9)
@@ -75,19 +80,28 @@ class WaitingRoom:
 
     def must_wait(self, request: RouteRequest) -> bool:
         """Whether others wait for the same workers, or all of these are saturated. Raises: NoWorkers."""
-        if not self._router.has_headroom(request):
+        if not self.has_headroom(request, request.now_ns):
             return True
         if not self._parties:
             return False
-        lane = self._lanes.get(self._key(request))
+        lane = self._lanes.get(self.key_of(request))
         return lane is not None and len(lane.queue) > 0
+
+    def has_headroom(self, request: RouteRequest, now_ns: int) -> bool:
+        """Whether a worker would begin with it soon that has not refused something a moment ago. Raises: NoWorkers."""
+        return self._refusals.has_headroom(self._router.has_headroom, request, now_ns)
+
+    def key_of(self, request: RouteRequest) -> LaneKey:
+        """What it has in common with those that wait for the same workers. Raises: NoWorkers."""
+        labels = tuple(sorted(request.required_labels.items()))
+        return (request.model, self._router.waits_for_prefill(request), labels)
 
     def enter(self, flights: list[Flight], request: RouteRequest, terms: Terms, now_ns: int) -> Party | None:
         """Let them wait; `request` is that of the first one.
 
         Returns: a party that had to go for it, which the caller answers. Raises: Overloaded if they had better not wait; NoWorkers.
         """
-        key = self._key(request)
+        key = self.key_of(request)
         lane = self._lanes.get(key)
         if lane is None:
             lane = Lane(key, request.model, request, AdmissionQueue(self._settings), now_ns)
@@ -114,8 +128,7 @@ class WaitingRoom:
         self._lanes[key] = lane
         party = self._parties[ticket] = Party(flights, ticket, lane)
         self._metrics.queued_requests.labels(lane.model).inc()
-        expected = "" if outcome.expected_wait_ns is None else f"; expected to wait {outcome.expected_wait_ns / 1e9:.1f} s"
-        detail = f"every worker is busy, {outcome.requests_before} wait already{expected}"
+        detail = f"every worker is busy, and {_who_waits(outcome)}"
         for flight in flights:
             flight.party = party
             flight.record.queued_ns = now_ns
@@ -132,13 +145,13 @@ class WaitingRoom:
                 party.lane.queue.remove(party.ticket, now_ns)
                 self._out(party.ticket)
 
-    def take(self, now_ns: int, skipped: Collection[Lane], held_models: Collection[str]) -> Party | None:
-        """The next party that a worker has headroom for, the most urgent first; it waits no longer.
+    def take(self, now_ns: int, skipped: Collection[LaneKey]) -> Party | None:
+        """The next party that a worker has headroom for, the most urgent first; it waits no longer. `skipped` lanes are left alone.
 
-        `skipped` lanes and `held_models` are left alone. Owner: the caller sends it, or puts it back.
+        Owner: the caller sends it, or puts it back.
         """
         for lane in self._busy_lanes():
-            if lane in skipped or lane.model in held_models or not self._can_move(lane, now_ns):
+            if lane.key in skipped or not self._can_move(lane, now_ns):
                 continue
             ticket = lane.queue.take(now_ns)
             assert ticket is not None
@@ -203,7 +216,7 @@ class WaitingRoom:
 
     def _can_move(self, lane: Lane, now_ns: int) -> bool:
         try:
-            has_headroom = self._router.has_headroom(lane.probe)
+            has_headroom = self.has_headroom(lane.probe, now_ns)
         except NoWorkers:
             lane.deserted_ns = now_ns if lane.deserted_ns is None else lane.deserted_ns
             return False
@@ -222,9 +235,13 @@ class WaitingRoom:
             flight.party = None
         return party
 
-    def _key(self, request: RouteRequest) -> LaneKey:
-        labels = tuple(sorted(request.required_labels.items()))
-        return (request.model, self._router.waits_for_prefill(request), labels)
+
+def _who_waits(queued: Queued) -> str:
+    count, wait_ns = queued.requests_before, queued.expected_wait_ns
+    if not count:
+        return "nobody waits before it"
+    expected = "" if wait_ns is None else f"; its turn was expected in {wait_ns / 1e9:.1f} s"
+    return f"{count} {'waits' if count == 1 else 'wait'} already{expected}"
 
 
 def _urgency(lane: Lane) -> int:

@@ -172,15 +172,13 @@ class AdmissionQueue:
             before += share.tokens_before(ticket)
         if not before:
             return 0
-        rate = self._rate.tokens_per_s(now_ns)
-        if rate is None:
-            return None
-        return int(min(before / max(rate, 1e-3), 1e6) * 1e9)
+        rate = self._tokens_per_s(now_ns)
+        return None if rate is None else int(min(before / rate, 1e6) * 1e9)
 
     def drain_time_s(self, now_ns: int) -> float | None:
         """Until all that waits now is taken; None if that is unknown."""
-        rate = self._rate.tokens_per_s(now_ns)
-        return None if rate is None else self.tokens / max(rate, 1e-3)
+        rate = self._tokens_per_s(now_ns)
+        return None if rate is None else self.tokens / rate
 
     def retry_after_s(self, now_ns: int) -> int:
         """When it makes sense to come again: what waits now is done by then."""
@@ -196,6 +194,11 @@ class AdmissionQueue:
         assert len(self._deadlines) <= _slack(len(self._tickets)), "deadlines of those that left pile up"
         for share in self._classes.values():
             share.check()
+
+    def _tokens_per_s(self, now_ns: int) -> float | None:
+        """As if at least one of those that wait went now: where each takes two seconds, a second without any says nothing."""
+        rate = self._rate.tokens_per_s(self.tokens // max(len(self._tickets), 1), now_ns)
+        return None if rate is None else max(rate, 1e-3)
 
     def _displaced_by(self, ticket: Ticket) -> Ticket | None:
         if not self._priorities or ticket.priority > self._priorities[-1]:

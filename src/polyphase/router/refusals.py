@@ -1,6 +1,6 @@
 """What follows from a worker's refusal: another choice, with its true load.
 
-    full      left out of routing until its next load report, or for `FULL_FOR_NS`; then the router judges anew
+    full      left out of routing until its next load report, or for `FULL_FOR_NS`, as if it had no headroom; then the router judges anew
     busier    more waits there than this router believed when it chose: it chooses once more, by what is true; perhaps the same one
     draining  and another role than was known: not this one again before the registry's news is here, which is the dispatcher's care
 
@@ -45,15 +45,41 @@ class Refusals:
         """Its load is known again, or it is another life of the worker."""
         self._full.pop(worker_id, None)
 
-    def route(self, route: Callable[[RouteRequest], Route], request: RouteRequest, now_ns: int) -> Route:
-        """`route` is the router's. Raises: NoWorkers; Overloaded, also when only workers that refused are left."""
-        if not self._full:
+    def has_headroom(self, has_headroom: Callable[[RouteRequest], bool], request: RouteRequest, now_ns: int) -> bool:
+        """Whether a worker that did not refuse has it; `has_headroom` is the router's. Raises: NoWorkers."""
+        if not has_headroom(request):
+            return False
+        full = self._believed_full(now_ns)
+        if not full:
+            return True
+        try:
+            return has_headroom(replace(request, excluded=request.excluded | full))
+        except NoWorkers:
+            return False
+
+    def route(
+        self,
+        route: Callable[[RouteRequest], Route],
+        request: RouteRequest,
+        now_ns: int,
+        has_headroom: Callable[[RouteRequest], bool] | None = None,
+    ) -> Route:
+        """Both are the router's; the second tells where no worker would do from where only workers that refused are left.
+
+        Raises: NoWorkers; Overloaded, also when only workers that refused are left.
+        """
+        full = self._believed_full(now_ns)
+        if not full:
             return route(request)
-        full = {worker_id for worker_id, until_ns in self._full.items() if until_ns > now_ns}
         try:
             return route(replace(request, excluded=request.excluded | full))
         except NoWorkers:
             if full <= request.excluded:
                 raise
+            if has_headroom is not None:
+                has_headroom(request)  # raises NoWorkers
         names = ", ".join(sorted(full - request.excluded))
         raise Overloaded(f"no worker has room; refused by {names} a moment ago", retry_after_s=2, request_id=request.request_id)
+
+    def _believed_full(self, now_ns: int) -> set[WorkerId]:
+        return {worker_id for worker_id, until_ns in self._full.items() if until_ns > now_ns} if self._full else set()

@@ -226,7 +226,7 @@ class Router:
         helpers = self._helpers(request, standings, found)
         if helpers is None:
             self._book(request, found, whole)
-            reason = "whole: no prefill worker is available beside the decode workers"
+            reason = "whole: no prefill worker is available"
             return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker")
         against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens)
         if against is not None:

@@ -32,10 +32,10 @@ class ServiceRate:
         self._advance(now_ns)
         self._tokens += tokens
 
-    def tokens_per_s(self, now_ns: int) -> float | None:
-        """None while too little is known. A standstill makes it fall."""
+    def tokens_per_s(self, next_tokens: int, now_ns: int) -> float | None:
+        """None while too little is known. A standstill makes it fall. But `next_tokens` count as if they went now."""
         self._advance(now_ns)
-        return self._tokens / self._seconds if self._seconds >= LEAST_S else None
+        return max(self._tokens, next_tokens) / self._seconds if self._seconds >= LEAST_S else None
 
     def _advance(self, now_ns: int) -> None:
         if self._since_ns is None:

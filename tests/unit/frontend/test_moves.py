@@ -56,7 +56,8 @@ async def test_a_stream_moves_with_its_blocks(stack: Stack, how: str) -> None:
     assert submit.offer.worker_id == first.worker_id
     record = await stack.record(stream.response.headers["x-request-id"])
     assert (record["moves"], record["migrations"], record["decode_worker"]) == (1, 0, second.worker_id)
-    assert record["routes"][-1]["cause"] == f"worker {first.worker_id} {'is a prefill worker now' if how == 'role' else 'drains'}"
+    cause = f"worker {first.worker_id} {'is a prefill worker now' if how == 'role' else 'drains'}"
+    assert record["routes"][-2]["setback"] == {"event": "moved", "worker": first.worker_id, "cause": cause}
     await wait_for(lambda: stack.is_at_rest)
     assert first.leases == set()
     assert 'model_move_total{model="tiny"} 1.0' in (await stack.get("/metrics")).text

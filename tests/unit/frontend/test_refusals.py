@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from polyphase.core.errors import Busier
+from polyphase.core.errors import Busier, NoWorkers, Overloaded
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.flight import Flight, Job
+from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Router, RouterSettings, WorkerFacts
+from polyphase.router import Refusals, Router, RouteRequest, RouterSettings, WorkerFacts
 from polyphase.router.refusals import CHOICES
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load
@@ -81,10 +82,11 @@ class Frontend:
     def send(self, worker_id: str, message: Message) -> None:
         self.workers[worker_id].take(self.dispatcher, message)
 
-    def start(self) -> Flight:
+    def start(self, hints: RoutingHints = NO_HINTS) -> Flight:
         ids = [len(self.flights)] * PROMPT_TOKENS
         name = RequestId(f"{self.name}-{len(self.flights)}")
-        job = Job(name, 0, "m", 16, ids, sequence_hashes(ids, 16), SamplingParams(seed=1), StopConditions(max_tokens=1))
+        hashes, stop = sequence_hashes(ids, 16), StopConditions(max_tokens=1)
+        job = Job(name, 0, "m", 16, ids, hashes, SamplingParams(seed=1), stop, hints=hints)
         self.flights += self.dispatcher.start([job], Inbox())
         return self.flights[-1]
 
@@ -143,6 +145,76 @@ async def test_a_refusal_brings_the_true_load(settings: FrontendSettings) -> Non
     for flight in (filler, *second.flights):
         (first if flight is filler else second).dispatcher.cancel(flight)
     assert second.router.bookings.total().is_zero()
+
+
+async def test_what_was_refused_waits_for_room_and_not_for_the_next_refusal(settings: FrontendSettings) -> None:
+    """A burst at three frontends for one worker: what it refuses does not go to and fro with each of its reports."""
+    worker = SharedWorker("w", QueueLimits(max_waiting_requests=9, max_waiting_prefill_tokens=10**6))
+    frontends = [Frontend(name, {"w": worker}, settings) for name in ("f", "g", "h")]
+    flights = [frontend.start() for _ in range(20) for frontend in frontends]
+    for _ in flights:
+        for _ in range(4):  # an engine's steps
+            for frontend in frontends:
+                frontend.router.report_load(WorkerId("w"), Epoch(1), worker.load())
+                frontend.dispatcher.worker_reported(WorkerId("w"))
+            await asyncio.sleep(0)
+        await wait_for(lambda: worker.waiting)
+        worker.finish_one()
+        await asyncio.sleep(0)
+    await wait_for(lambda: all(flight.is_over for flight in flights))
+    assert all(flight.record.completion_tokens == 1 for flight in flights)
+    assert worker.refused <= 8 * len(flights)
+
+
+async def test_nothing_is_sent_to_the_busy_because_the_others_have_refused(settings: FrontendSettings) -> None:
+    """One worker is saturated, and one has just refused: a fresh request waits in the queue, as if both were."""
+    workers = {"busy": SharedWorker("busy", QueueLimits(100, 10**6)), "full": SharedWorker("full", QueueLimits(0, 10**6))}
+    frontend = Frontend("f", workers, settings)
+    frontend.router.report_load(
+        WorkerId("busy"), Epoch(1), Load(running_count=9, waiting_count=99, waiting_prefill_tokens=5000, block_count=1000)
+    )
+    refused = frontend.start()
+    await wait_for(lambda: workers["full"].refused)
+    await asyncio.sleep(0)
+    others = [frontend.start() for _ in range(3)]
+    assert [flight.party is not None for flight in others] == [True] * 3
+    assert not [flight for flight in others if flight.attempts]
+    for flight in (refused, *others):
+        frontend.dispatcher.cancel(flight)
+    assert frontend.router.bookings.total().is_zero()
+
+
+async def test_who_is_refused_holds_up_only_those_that_wait_for_the_same_workers(settings: FrontendSettings) -> None:
+    """It insists on a worker in zone x, which is full; others need not wait behind it when one elsewhere has room."""
+    workers = {"x": SharedWorker("x", QueueLimits(0, 10**6)), "y": SharedWorker("y", QueueLimits(100, 10**6))}
+    frontend = Frontend("f", workers, settings)
+    x, y = (view.facts for view in frontend.router.workers())
+    frontend.router.upsert_worker(replace(x, labels={"zone": "x"}))
+    for name in workers:
+        frontend.router.report_load(WorkerId(name), Epoch(1), Load(running_count=9, waiting_count=9, block_count=1000))
+    ordinary = frontend.start()
+    assert ordinary.party is not None
+    frontend.router.report_load(WorkerId("x"), Epoch(1), Load(block_count=1000))
+    held = frontend.start(RoutingHints(required_labels={"zone": "x"}))
+    await wait_for(lambda: workers["x"].refused)
+    frontend.router.report_load(WorkerId("y"), Epoch(1), Load(block_count=1000))
+    frontend.dispatcher.worker_reported(WorkerId("y"))
+    assert ordinary.worker_id == y.worker_id
+    assert held.attempts >= 1
+    for flight in (ordinary, held):
+        frontend.dispatcher.cancel(flight)
+
+
+def test_full_workers_do_not_hide_that_no_worker_is_there() -> None:
+    """What one model's workers refused says nothing of another model, whose last worker is gone."""
+    router, refusals = Router(RouterSettings()), Refusals()
+    router.upsert_worker(WorkerFacts(WorkerId("a"), Epoch(1), "m", Role.BOTH, 16, 1000, 512, 8, False))
+    refusals.note(WorkerId("a"), Overloaded.code, 0)
+    with pytest.raises(Overloaded, match="refused by a a moment ago"):
+        refusals.route(router.route, RouteRequest(RequestId("r"), "m", [], 1, 1), 1, router.has_headroom)
+    with pytest.raises(NoWorkers):
+        refusals.route(router.route, RouteRequest(RequestId("r"), "other", [], 1, 1), 1, router.has_headroom)
+    assert router.bookings.total().is_zero()
 
 
 def test_limits_of_a_worker() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.history import MAX_ATTEMPTS, MAX_MOMENTS, Attempt, History
+from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Candidate, Leg, Placement, Route
 from polyphase.wire.cards import Role
 from polyphase.wire.requests import PhaseStats
@@ -30,7 +31,7 @@ async def test_a_split_request_is_told_of_leg_by_leg(stack: Stack) -> None:
     await wait_for(lambda: stack.is_at_rest)
     page = await stack.record(headers["x-request-id"])
     (route,) = page["routes"]
-    assert (route["split"], route["rule"], route["cause"], route["tokens"]) == (True, "split", None, len(prompt))
+    assert (route["split"], route["rule"], route["setback"], route["tokens"]) == (True, "split", None, len(prompt))
     prefill, decode = route["legs"]
     assert {row["worker"] for row in prefill["candidates"]} == {"p-0", "p-1"}
     assert [row["worker"] for row in prefill["candidates"] if row["is_chosen"]] == [page["prefill_worker"]]
@@ -61,8 +62,8 @@ async def test_a_migration_keeps_both_routes_and_the_cause(stack: Stack) -> None
     migrated = [page for page in pages if page["migrations"]]
     assert migrated
     for page in migrated:
-        assert page["routes"][0]["cause"] is None
-        assert page["routes"][1]["cause"] == "the engine raised"
+        assert (page["routes"][0]["setback"]["event"], page["routes"][0]["setback"]["cause"]) == ("broken off", "the engine raised")
+        assert page["routes"][1]["setback"] is None
         assert page["routes"][1]["tokens"] == 5
         assert "broken off" in [moment["event"] for moment in page["timeline"]]
 
@@ -76,7 +77,23 @@ def test_history_is_bounded() -> None:
     assert len(history.attempts) == MAX_ATTEMPTS
     assert (history.attempts[0].at_ns, history.attempts[-1].at_ns) == (0, 999)
     assert len(history.moments) == MAX_MOMENTS
-    assert history.moments[-1].detail == "stop"
+    assert [moment.at_ns for moment in history.moments[-2:]] == [999, 1000], "what came of it in the end is what one wants to know"
+    assert history.moments[0].at_ns == 0
+
+
+def test_after_a_migration_the_prediction_is_still_that_of_the_report() -> None:
+    """Headers and records show both; the second attempt finds what the first one computed, and that is no hit."""
+    sequence = SequenceRecord(started_ns=0)
+    here = Placement(Leg.BOTH, WorkerId("v"), Epoch(1), 0, (Candidate(WorkerId("v"), 1.0, 0, 0, 0, 0),))
+    nothing = Route(RequestId("r"), here, None, "whole: short", "short-prompt")
+    sequence.history.add(Attempt(nothing, 1, 40, 16, is_split=False))
+    assert sequence.predicted_cached_tokens == 0
+    stats = PhaseStats(cached_token_count=0)
+    sequence.note_stats(stats)
+    sequence.history.attempts[0].note_stats(stats, of_prefill_leg=False)
+    sequence.note_tokens(1, 2)
+    sequence.history.add(Attempt(WHOLE, 3, 41, 16, is_split=False))
+    assert (sequence.predicted_cached_tokens, sequence.cached_tokens) == (0, 0)
 
 
 def test_predicted_and_reported_stand_side_by_side() -> None:

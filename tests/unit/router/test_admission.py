@@ -208,6 +208,20 @@ def test_nobody_is_rejected_for_a_pace_that_is_not_known(arrivals: Arrivals) -> 
     assert outcome.expected_wait_ns is None
 
 
+def test_nobody_is_rejected_because_the_first_one_takes_its_time(arrivals: Arrivals) -> None:
+    """Nothing has left for a second: where each takes two, the next one goes in a moment. A long standstill says more."""
+    queue = queue_of()
+    for _ in range(5):
+        queue.offer(arrivals.ticket(cost=500), 0)
+    early = queue.offer(arrivals.ticket(cost=500, priority=1, now_s=1, deadline_s=11), 1 * S)
+    assert isinstance(early, Queued)
+    assert early.expected_wait_ns is not None
+    assert 2 * S < early.expected_wait_ns < 6 * S
+    late = queue.offer(arrivals.ticket(cost=500, priority=1, now_s=9, deadline_s=19), 9 * S)
+    assert isinstance(late, Rejected)
+    assert 15 <= late.retry_after_s <= 60
+
+
 def test_those_whose_time_has_come_leave(arrivals: Arrivals) -> None:
     queue = queue_of()
     soon, later, gone = arrivals.ticket(deadline_s=1), arrivals.ticket(deadline_s=2), arrivals.ticket(deadline_s=0.5)
@@ -222,18 +236,18 @@ def test_those_whose_time_has_come_leave(arrivals: Arrivals) -> None:
 
 def test_pace_counts_only_time_in_which_something_waits() -> None:
     rate = ServiceRate()
-    assert rate.tokens_per_s(0) is None
+    assert rate.tokens_per_s(0, 0) is None
     rate.start(0)
     for second in range(1, 31):
         rate.note(500, second * S)
-    assert rate.tokens_per_s(30 * S) == pytest.approx(500, rel=0.06)
+    assert rate.tokens_per_s(0, 30 * S) == pytest.approx(500, rel=0.06)
     rate.stop(30 * S)
     rate.start(1000 * S)
-    assert rate.tokens_per_s(1000 * S) == pytest.approx(500, rel=0.06)
+    assert rate.tokens_per_s(0, 1000 * S) == pytest.approx(500, rel=0.06)
     for second in range(1001, 1041):
         rate.note(100, second * S)
-    assert rate.tokens_per_s(1040 * S) == pytest.approx(100, rel=0.2)
-    stalled = rate.tokens_per_s(1060 * S)
+    assert rate.tokens_per_s(0, 1040 * S) == pytest.approx(100, rel=0.2)
+    stalled = rate.tokens_per_s(0, 1060 * S)
     assert stalled is not None
     assert stalled < 20
 
