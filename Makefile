@@ -3,6 +3,7 @@
 #   PYTHON=python3.12     which Python to use, 3.11 or later
 #   PIP_ARGS="..."        further arguments for pip, for example --index-url of a mirror or of another build of torch
 #   VENV=.venv            where the environment goes
+#   ENGINES=...           where stock engines are installed for test-engines, ~/.cache/polyphase-engines if not said
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,15 +11,17 @@ PIP_ARGS ?=
 ONCE ?=
 PYTEST_ARGS ?=
 SEED ?= 1
+ENGINES ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/polyphase-engines
+ENGINES_LIMIT_S ?= 1800
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-chaos check sanitize bench clean
+.PHONY: help venv demo test test-chaos test-engines test-nixl test-cuda check sanitize bench headlines clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## the environment, with everything for development
 
@@ -41,6 +44,19 @@ test: $(STAMP) ## all tests; PYTEST_ARGS="tests/unit -x" for some
 test-chaos: $(STAMP) ## hundreds of faults over thousands of requests, some minutes; SEED=7 for others. The last line is JSON
 	@$(BIN)/python -m tests.chaos --seed $(SEED)
 
+test-engines: $(STAMP) ## Polyphase before a real vLLM (CPU): 2.3 GB in ENGINES, resumable, then some minutes; PYTEST_ARGS="-k kill" for some
+	@$(PYTHON) tools/install_vllm.py $(ENGINES)/vllm $(PIP_ARGS) > /dev/null
+	@test -f $(ENGINES)/tiny/config.json || $(BIN)/python tools/make_tiny_model.py $(ENGINES)/tiny
+	@ENGINE_PYTHON=$(ENGINES)/vllm/bin/python ENGINE_MODEL=$(ENGINES)/tiny timeout $(ENGINES_LIMIT_S) \
+	  $(BIN)/python -m pytest tests/engines/real_vllm.py $(PYTEST_ARGS)
+
+test-nixl: $(STAMP) ## the transfer library over NIXL, which is fetched (90 MB) into build/nixl; no GPU needed
+	@test -d build/nixl/nixl || $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --target build/nixl nixl nixl-cu12
+	@POLYPHASE_REQUIRE_NIXL=1 PYTHONPATH=build/nixl $(BIN)/python -m pytest tests/nixl $(PYTEST_ARGS)
+
+test-cuda: $(STAMP) ## the transfer library between device memories; needs a GPU
+	@POLYPHASE_REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/cuda $(PYTEST_ARGS)
+
 check: $(STAMP) ## ruff, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -51,8 +67,11 @@ sanitize: $(STAMP) ## tests of the C++ extension, built with the address and und
 
 bench: $(STAMP) ## every benchmark, its table on the terminal
 	@for script in benchmarks/*.py; do \
-	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
+	  case $$script in */harness.py|*/peer*.py|*/dynamo_formula.py|*_cuda.py) ;; *) echo "== $$script"; $(BIN)/python $$script || exit 1 ;; esac; \
 	done
+
+headlines: $(STAMP) ## docs/headlines.md: well-known claims, asked of the advisor
+	@$(BIN)/python tools/headlines.py > docs/headlines.tmp && mv docs/headlines.tmp docs/headlines.md
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 EXTENSION = "polyphase.core._native"
-SOURCES = ("module.cpp", "prefix_index.cpp", "block_copy.cpp", "block_copy_binding.cpp")
+SOURCES = ("module.cpp", "prefix_index.cpp", "block_copy.cpp", "block_copy_binding.cpp", "block_stream.cpp", "xxh3_wide.cpp")
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]

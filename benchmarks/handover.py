@@ -1,7 +1,8 @@
 """What it costs to hand a request from one worker to another: at its first token, in the middle, after a death; and to switch a role.
 
 - One prefill and one decode worker against one worker that does both, one request at a time, the real torch engine: TTFT and the gap
-  to the second token, which holds the hand-over, for prompts of 512, 2,000 and 8,000 tokens. Both deployments are up, and asked in turn.
+  to the second token, which holds the hand-over, for prompts of 512, 2,000 and 8,000 tokens. The same without the flow, that is with all
+  KV pulled when the prompt is done. All three deployments are up, and asked in turn.
 - Two decode workers with streams on both: one is given another role and back; from the wish to the moment when nothing is left there that
   the role is not for, and the longest pause that a moved stream saw.
 - The same two workers: one is killed (-9) while it writes; time from its death to the next token of each of its streams.
@@ -140,12 +141,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=8, help="workers killed (default 8)")
     options = parser.parse_args()
     figures: dict[str, Figure] = {}
-    with STDERR.status("split and whole"), Deployment("demo", *SPLIT) as split, Deployment("demo", *ONE) as one:
-        times = asyncio.run(one_by_one({"split": split.url, "one": one.url}, options.rounds))
+    with (
+        STDERR.status("split and whole"),
+        Deployment("demo", *SPLIT) as split,
+        Deployment("demo", *SPLIT, "--kv-flow", "off") as at_end,
+        Deployment("demo", *ONE) as one,
+    ):
+        times = asyncio.run(one_by_one({"split": split.url, "at_end": at_end.url, "one": one.url}, options.rounds))
     for length in PROMPT_TOKENS:
         for figure, value_of in (("ttft", lambda t: t.ttft_ms), ("second_token_gap", lambda t: t.itl_ms[0])):
             medians = {name: percentile([value_of(t) for t in times[name][length]], 0.5) for name in times}
             figures[f"{figure}_ms_{length}"] = Figure(medians["split"], "ms", peer=medians["one"])
+            figures[f"{figure}_without_flow_ms_{length}"] = Figure(medians["at_end"], "ms", peer=medians["one"])
     with STDERR.status("two decode workers"), Deployment("demo", *PAIR) as served:
         switched_ms, gaps_ms = asyncio.run(switch_roles(served, options.switches))
         migrated_ms = asyncio.run(kill_workers(served, options.kills))

@@ -4,10 +4,10 @@
     python benchmarks/transfer.py --install-peer     # makes an environment with NIXL for this and later runs; no GPU and no CUDA needed
 
 The owner of the blocks is another process; the reader copies with `Session.fetch`, on its own thread. Each round reads the same list of
-blocks in turn with ours, with the bare loops, and with NIXL (READ over its default transport, progress thread off, memory registered
-once, lists prepared once, in processes of its own). Rates are bytes over the CPU time of all threads of the reading process, which other
-work on the machine disturbs less than wall time; medians over the rounds. Every round draws other blocks out of pools of 1 GiB, so that
-little of them is in the cache.
+blocks with ours, with the bare loops, and with NIXL (READ over its default transport, progress thread off, memory registered once, lists
+prepared once, in processes of its own), who take turns in being first. Rates are bytes over the CPU time of all threads of the reading
+process, which other work on the machine disturbs less than wall time; medians over the rounds. Every round draws other blocks out of
+pools of 1 GiB, so that little of them is in the cache.
 
 `*_of_limit` divides by the faster of two bare C loops over the same lists: memcpy, and 32-byte non-temporal stores. `tcp_of_socket`
 compares CPU time of both ends for the same blocks between the same two processes: ours, which checks each block, against sendmsg and
@@ -29,13 +29,14 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import peer
 from harness import STDERR, Figure, arguments, percentile, report
 from polyphase.core import native
-from polyphase.transfer import Agent, SharedPool
+from polyphase.transfer import Agent, LocalBlocks, RemoteBlocks, SharedPool
 from polyphase.transfer.backends.shm import ShmBackend
 from polyphase.transfer.backends.tcp import TcpBackend
 
@@ -166,17 +167,26 @@ def measure_shape(
         for number in range(rounds + 1):
             sources, targets = rng.sample(range(block_count), count), rng.sample(range(block_count), count)
             remote, local = session.blocks(owner.region_id, sources, [1] * count), region.blocks(targets)
-            began = time.process_time_ns()
-            outcome = session.fetch(remote, local)
-            took = {"ours": time.process_time_ns() - began}
-            outcome.require()
             from_ids, to_ids = array("Q", sources), array("Q", targets)
-            for name, loop in loops.items():
+
+            def ours(remote: RemoteBlocks = remote, local: LocalBlocks = local) -> int:
                 began = time.process_time_ns()
-                loop(address(pool.blocks), to_ids.buffer_info()[0], address(bare.blocks), from_ids.buffer_info()[0], count, block_bytes)
-                took[name] = time.process_time_ns() - began
+                outcome = session.fetch(remote, local)
+                took = time.process_time_ns() - began
+                outcome.require()
+                return took
+
+            def bare_copy(loop: Callable[..., None], to: array[int] = to_ids, from_: array[int] = from_ids) -> int:
+                began = time.process_time_ns()
+                loop(address(pool.blocks), to.buffer_info()[0], address(bare.blocks), from_.buffer_info()[0], count, block_bytes)
+                return time.process_time_ns() - began
+
+            contenders: dict[str, Callable[[], int]] = {"ours": ours}
+            contenders |= {name: partial(bare_copy, loop) for name, loop in loops.items()}
             if nixl is not None:
-                took["nixl"] = int(nixl.ask({"sources": sources, "targets": targets})["cpu_ns"])
+                contenders["nixl"] = lambda job={"sources": sources, "targets": targets}: int(nixl.ask(job)["cpu_ns"])  # type: ignore[misc]
+            order = list(contenders)
+            took = {name: contenders[name]() for name in order[number % len(order) :] + order[: number % len(order)]}
             if number:  # the first maps and faults
                 for name, duration_ns in took.items():
                     rates.setdefault(name, []).append(count * block_bytes / duration_ns)

@@ -1,5 +1,5 @@
 // Long copies bypass the cache (non-temporal stores): a block of KV is read by somebody else, later, and what a plain store costs is that
-// the target's lines are first fetched to be overwritten. See docs/adr/0010 for the figures.
+// the target's lines are first fetched to be overwritten. See docs/adr/0015 for the figures.
 #include "block_copy.h"
 
 #include <atomic>

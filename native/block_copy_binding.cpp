@@ -1,10 +1,12 @@
 // One call copies a whole list of blocks; everything is checked before the first byte moves, and the interpreter lock is free meanwhile.
 #include "block_copy_binding.h"
 
-#include <algorithm>
+#include <cerrno>
 #include <string>
 
 #include "block_copy.h"
+#include "block_stream.h"
+#include "xxh3_wide.h"
 
 namespace py = pybind11;
 
@@ -77,11 +79,44 @@ size_t copy(py::handle target, py::handle target_ids, py::handle source, py::han
     return copy_blocks(job);
 }
 
+// Returns the sums as little-endian words, or how the stream ended early: "late" or "closed". Raises OSError for the rest.
+py::object stream(py::handle memory, py::handle ids, size_t block_bytes, int fd, int64_t deadline_ns, bool sends) {
+    if (block_bytes == 0) throw py::value_error("block_bytes is 0");
+    const Bytes bytes(memory, "memory", sends ? PyBUF_SIMPLE : PyBUF_WRITABLE);
+    const Words which(ids, "ids");
+    check_ids(which, bytes.size(), block_bytes, "memory");
+    std::string sums(which.size() * 8, '\0');
+    StreamEnd end;
+    int failure = 0;
+    {
+        const py::gil_scoped_release others_may_run;
+        const BlockStream job{fd, bytes.data(), which.data(), which.size(), block_bytes, deadline_ns, reinterpret_cast<uint64_t*>(sums.data())};
+        end = sends ? send_blocks(job) : receive_blocks(job);
+        failure = errno;
+    }
+    switch (end) {
+        case StreamEnd::kDone: return py::bytes(sums);
+        case StreamEnd::kLate: return py::str("late");
+        case StreamEnd::kClosed: return py::str("closed");
+        case StreamEnd::kFailed: break;
+    }
+    errno = failure;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+}
+
+py::int_ sum(py::handle data) {
+    const Bytes bytes(data, "data", PyBUF_SIMPLE);
+    return py::int_(xxh3_64_wide(bytes.data(), bytes.size()));
+}
+
 }  // namespace
 
 void bind_block_copy(py::module_& module) {
     module.def("copy_blocks", &copy, py::arg("target"), py::arg("target_ids"), py::arg("source"), py::arg("source_ids"), py::arg("block_bytes"),
                py::arg("generations"), py::arg("expected"), py::arg("verdicts"), py::arg("stop"));
+    module.def("stream_blocks", &stream, py::arg("memory"), py::arg("ids"), py::arg("block_bytes"), py::arg("fd"), py::arg("deadline_ns"), py::arg("sends"));
+    module.def("sum_block", &sum, py::arg("data"));
     module.def("copy_method", &copy_method);
 }
 

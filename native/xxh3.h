@@ -125,6 +125,21 @@ inline void take_stripe(uint64_t* lanes, const unsigned char* data, const unsign
     }
 }
 
+inline void begin_lanes(uint64_t* lanes) {
+    const uint64_t first[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3, kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
+    std::memcpy(lanes, first, sizeof first);
+}
+
+// The last 64 bytes, and the lanes folded into one word.
+inline uint64_t end_lanes(uint64_t* lanes, const unsigned char* data, size_t size, const unsigned char* secret) {
+    take_stripe(lanes, data + size - kStripeBytes, secret + kSecretBytes - kStripeBytes - 7);
+    uint64_t sum = size * kPrime64_1;
+    for (size_t i = 0; i < 4; ++i) {
+        sum += folded_product(lanes[2 * i] ^ read64(secret + 11 + 16 * i), lanes[2 * i + 1] ^ read64(secret + 11 + 16 * i + 8));
+    }
+    return avalanche(sum);
+}
+
 inline uint64_t hash_long(const unsigned char* data, size_t size, uint64_t seed) {
     alignas(64) unsigned char secret[kSecretBytes];
     for (size_t at = 0; at < kSecretBytes; at += 16) {
@@ -132,7 +147,8 @@ inline uint64_t hash_long(const unsigned char* data, size_t size, uint64_t seed)
         std::memcpy(secret + at, &low, 8);
         std::memcpy(secret + at + 8, &high, 8);
     }
-    uint64_t lanes[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3, kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
+    uint64_t lanes[8];
+    begin_lanes(lanes);
     const size_t stripe_count = (size - 1) / kStripeBytes;
     for (size_t stripe = 0; stripe < stripe_count; ++stripe) {
         const size_t in_block = stripe % kStripesPerBlock;
@@ -144,12 +160,7 @@ inline uint64_t hash_long(const unsigned char* data, size_t size, uint64_t seed)
             lanes[i] *= kPrime32_1;
         }
     }
-    take_stripe(lanes, data + size - kStripeBytes, secret + kSecretBytes - kStripeBytes - 7);
-    uint64_t sum = size * kPrime64_1;
-    for (size_t i = 0; i < 4; ++i) {
-        sum += folded_product(lanes[2 * i] ^ read64(secret + 11 + 16 * i), lanes[2 * i + 1] ^ read64(secret + 11 + 16 * i + 8));
-    }
-    return avalanche(sum);
+    return end_lanes(lanes, data, size, secret);
 }
 
 }  // namespace xxh3

@@ -37,7 +37,7 @@ class Inquiry:
     precisions: tuple[str, ...] = ()
     servings: tuple[Serving, ...] = tuple(Serving)
     speculation: Speculation = NO_SPECULATION
-    version: str = ""
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +210,6 @@ def option_at(calibration: Calibration, found: Found, candidates: Candidates, ro
     question = question_of(decode, prefill, float(c.concurrency[row]), inquiry.traffic)
     one = c.take(np.array([row]))
     gpus = int(one.gpu_count[0])
-    # A search knows of prefill queues that do not end (`search.rate_matched`); its TTFT then is longer than the estimate's.
-    found_estimate = estimate(calibration, question)
-    if one.ttft_ms[0] > found_estimate.ttft_ms.value * 1.001:
-        found_estimate = found_estimate.with_ttft(float(one.ttft_ms[0]), question)
     tok_s = float(one.requests_per_s(inquiry.traffic)[0]) * inquiry.traffic.osl
     board_w = sum(p.setting.accelerator.board_w * p.workers * p.mapping.gpu_count for p in (decode, prefill) if p) * float(one.units[0])
     return Option(
@@ -226,7 +222,7 @@ def option_at(calibration: Calibration, found: Found, candidates: Candidates, ro
         idle_gpus=int(one.pool_gpus[0]) - gpus,
         power_kw=float(one.power_kw[0]),
         dollars_per_hour=float(one.dollars_per_hour[0]),
-        estimate=found_estimate,
+        estimate=estimate(calibration, question),
         requests_per_s=tok_s / inquiry.traffic.osl,
         tok_s_per_gpu=tok_s / gpus,
         tok_s_per_mw=tok_s / float(one.power_kw[0]) * 1e3,

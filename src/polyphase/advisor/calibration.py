@@ -52,8 +52,10 @@ class Calibration:
 
     def version_of(self, setting: Setting) -> str:
         """The engine's version that an estimate is for, where the question leaves it open."""
+        if setting.version is not None:
+            return setting.version
         pair = f"{setting.backend}/{setting.model_key}/{setting.accelerator.name}"
-        return setting.version or self.versions.get(pair) or self.versions.get(setting.backend, "")
+        return self.versions.get(pair, self.versions.get(setting.backend, ""))
 
     def weights(self, quantity: str, setting: Setting) -> Floats:
         """Of the terms of `itl` or `ttft`, in their order."""

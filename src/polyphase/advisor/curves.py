@@ -79,6 +79,12 @@ class PrefillCurves:
         total += step * itl_ms + self.weights[_T["concurrency"]] * concurrency
         return np.asarray(total * np.exp(lookup(self.log_residual, rows, np.maximum(waiting, 1.0))))
 
+    def saturated(self, rows: Index, ttft_ms: Floats, waiting: Floats, itl_ms: Floats) -> Floats:
+        """TTFT of prefill workers of their own: what they cannot do in time waits with them, not in decode, so that no more requests come
+        through than they can prefill. `ttft_ms`, `waiting`, `itl_ms`: [n], as for `ttft_ms`.
+        """
+        return np.maximum(ttft_ms, waiting * self.service_ms[rows] - self.osl * itl_ms)
+
 
 def prefill_curves(calibration: Calibration, setting: Setting, mappings: Mappings, traffic: Traffic) -> PrefillCurves:
     count = len(mappings)

@@ -39,7 +39,7 @@ class Setting:
     accelerator: Accelerator
     precision: Precision
     backend: str
-    version: str = ""  # empty: not known
+    version: str | None = None  # of the engine; None: whichever was measured most, empty: a measurement that did not say
     serving: Serving = Serving.AGGREGATED
     speculation: Speculation = NO_SPECULATION
 
@@ -59,7 +59,6 @@ class Traffic:
     cached_tokens: float = 0.0  # of the prompt, found in the engine's prefix cache
     context_tokens: float = 0.0  # that a decode step sees on average
     longest_tokens: float = 0.0  # of a whole request
-    long_isl: float = 0.0  # of the tenth longest prompt in a hundred
 
     @property
     def seen_tokens(self) -> float:

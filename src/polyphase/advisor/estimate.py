@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,9 +49,6 @@ class Figure:
     def covers(self, measured: float) -> bool:
         return self.low <= measured <= self.high
 
-    def times(self, factor: float) -> Figure:
-        return Figure(self.value * factor, self.low * factor, self.high * factor, self.deviation)
-
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -64,12 +61,6 @@ class Estimate:
     @property
     def tok_s_per_user(self) -> float:
         return 1e3 / self.itl_ms.value
-
-    def with_ttft(self, ttft_ms: float, question: Question) -> Estimate:
-        """The same with a longer TTFT, of requests that wait for prefill workers; intervals keep their proportions."""
-        ttft = self.ttft_ms.times(ttft_ms / self.ttft_ms.value)
-        tok_s, _ = _throughput(question, ttft, self.itl_ms)
-        return replace(self, ttft_ms=ttft, tok_s=self.tok_s.times(tok_s / self.tok_s.value))
 
 
 def estimate(calibration: Calibration, question: Question) -> Estimate:
@@ -85,6 +76,8 @@ def estimate(calibration: Calibration, question: Question) -> Estimate:
     prefill = _prefill(calibration, prefill_setting, prefill_mapping, traffic)
     itl_ms = decode.itl_ms(_FIRST, batch)
     ttft_ms = prefill.ttft_ms(_FIRST, waiting, np.array([q.concurrency]), itl_ms)
+    if q.prefill_mapping:
+        ttft_ms = prefill.saturated(_FIRST, ttft_ms, waiting, itl_ms)
     basis = calibration.basis(q.setting)
     itl = _figure(float(itl_ms[0]), _deviation(calibration, q.setting, q.mapping, batch, traffic, "itl"), calibration.scale("itl", basis))
     ttft_deviation = _deviation(calibration, prefill_setting, prefill_mapping, waiting, traffic, "ttft")

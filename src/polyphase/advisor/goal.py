@@ -64,6 +64,4 @@ def traffic_from_requests(
     share = share / share.sum()
     mean_isl, mean_osl = float(share @ isl), float(share @ osl)
     context = float(share @ (osl * (isl + osl / 2)) / mean_osl)
-    order = np.argsort(isl)
-    long_isl = float(isl[order][np.searchsorted(np.cumsum(share[order]), 0.9).clip(max=len(isl) - 1)])
-    return Traffic(mean_isl, mean_osl, cached_share * mean_isl, context, float(isl.max() + osl.max()), long_isl)
+    return Traffic(mean_isl, mean_osl, cached_share * mean_isl, context, float((isl + osl).max()))

@@ -7,6 +7,7 @@ file of the form shipped here, an accelerator as TOML.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,10 +36,17 @@ class Library:
         """Raises: ConfigurationError with the nearest names."""
         key = name.strip().lower()
         named = {hub.lower(): own for hub, own in self.hub_names.items()}
-        shape = self.models.get(named.get(key, key))
+        shape = self.models.get(named.get(key, key)) or self._variant(key)
         if shape is None:
             raise unknown("model", name, [*self.models, *self.hub_names], "A folder with its config.json will do as well.")
         return shape
+
+    def _variant(self, key: str) -> ModelShape | None:
+        """Quantised and tuned variants of a known model, whoever made them: `acme/DeepSeek-R1-0528-FP4-v2` is as large as DeepSeek-R1."""
+        if "/" not in key:
+            return None
+        plain = {_plain(hub): own for hub, own in self.hub_names.items()} | {own: own for own in self.models}
+        return self.models.get(plain.get(_plain(key), ""))
 
     def accelerator(self, name: str) -> Accelerator:
         """Raises: ConfigurationError with the nearest names."""
@@ -53,6 +61,16 @@ class Library:
 
     def with_accelerator(self, accelerator: Accelerator) -> Library:
         return Library(self.models, {**self.accelerators, accelerator.name: accelerator}, self.hub_names)
+
+
+_VARIANT = re.compile(r"-(fp8|fp4|nvfp4|mxfp4|mxfp8|bf16|int4|int8|awq|gptq|w4a16|w8a8|instruct|chat|it|base|dynamic|block|\d{4}|v\d)$")
+
+
+def _plain(hub_name: str) -> str:
+    name = hub_name.lower().rpartition("/")[2]
+    while (shorter := _VARIANT.sub("", name)) != name:
+        name = shorter
+    return name
 
 
 @cache

@@ -19,6 +19,7 @@ from polyphase.core.errors import ConfigurationError
 
 OVERLOADED_TTFT_MS = 10_000.0
 _CONCURRENCY = re.compile(r"silicon_concurrency=(\d+)")
+_ENGINES = {"trt": "trtllm", "sglang": "sglang", "vllm": "vllm"}  # also under another's name, as in dynamo-trt
 _ONE_NODE = 8  # InferenceX's aggregated runs; larger ones are disaggregated deployments with their accelerators added up, TP 72 for example
 _LAYOUT = ("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
 REQUIRED_COLUMNS = ("backend", "model_path", "system", "mode", "isl", "osl", "silicon_ttft_ms", "silicon_tpot_ms")
@@ -147,6 +148,7 @@ def _setting(row: Mapping[str, str | None], library: Library, serving: Serving) 
     model, system, backend = _text(row, "model_path"), _text(row, "system"), _text(row, "backend").lower()
     if not backend:
         raise _Unusable("no backend")
+    backend = next((known for mark, known in _ENGINES.items() if mark in backend), backend)
     try:
         shape = library.model(model)
     except ConfigurationError:

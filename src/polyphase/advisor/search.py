@@ -252,8 +252,7 @@ def rate_matched(decode: Engines, prefill: Engines, pairs: Pairs, fleet: Fleet, 
             continue
         waiting = concurrency[keep] / (count[keep] * ranks[keep])
         ttft_ms = prefill.prefill.ttft_ms(pairs.prefill[keep], waiting, concurrency[keep], itl_ms[keep])
-        # No queue is longer than the requests there are: what prefill cannot do in time waits there, not in decode.
-        ttft_ms = np.maximum(ttft_ms, waiting * service[keep] - traffic.osl * itl_ms[keep])
+        ttft_ms = prefill.prefill.saturated(pairs.prefill[keep], ttft_ms, waiting, itl_ms[keep])
         accelerators = fleet.pools[decode.pool].accelerator, fleet.pools[prefill.pool].accelerator
         gpus = units[keep] * decode_gpus[keep], units[keep] * prefill_gpus[keep]
         parts.append(

@@ -42,6 +42,7 @@ _SERVER = "Server"
 _ROUTER = "Router"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
+_SERVED = "Engines that are servers of their own (vllm); see docs/engines.md"
 _QUEUE = "Waiting requests"
 
 
@@ -173,7 +174,7 @@ def serve(
         typer.Option(metavar="NAME=WEIGHT,…", help="Shares while requests wait. [default: 1 each]", rich_help_panel=_QUEUE),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="torch, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
+        str | None, typer.Option(help="torch, vllm, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: auto]", rich_help_panel=_ENGINE)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: auto]", rich_help_panel=_ENGINE)] = None,
@@ -181,7 +182,7 @@ def serve(
         str | None, typer.Option(metavar="SIZE", help="KV cache per worker, such as 2GiB. [default: what fits]", rich_help_panel=_ENGINE)
     ] = None,
     block_size: Annotated[
-        str | None, typer.Option(metavar="TOKENS", help="Tokens in a KV block. [default: 16]", rich_help_panel=_ENGINE)
+        str | None, typer.Option(metavar="TOKENS", help="Tokens in a KV block. [default: 16; vllm: its own]", rich_help_panel=_ENGINE)
     ] = None,
     context_length: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Prompt and output together. [default: the model's]", rich_help_panel=_ENGINE)
@@ -194,6 +195,17 @@ def serve(
     ] = None,
     threads: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Threads of each worker. [default: its share of the cores]", rich_help_panel=_ENGINE)
+    ] = None,
+    attach: Annotated[
+        str | None, typer.Option(metavar="URL,…", help="Engine servers that run already, a worker for each.", rich_help_panel=_SERVED)
+    ] = None,
+    engine_python: Annotated[
+        str | None,
+        typer.Option(metavar="PROGRAM", help="Python of the environment that the engine is installed in.", rich_help_panel=_SERVED),
+    ] = None,
+    engine_command: Annotated[str | None, typer.Option(metavar="COMMAND", help="In place of vllm serve.", rich_help_panel=_SERVED)] = None,
+    engine_args: Annotated[
+        str | None, typer.Option(metavar="FLAGS", help="Further flags of the engine's server, as in a shell.", rich_help_panel=_SERVED)
     ] = None,
     mock_model: Annotated[
         str | None,

@@ -167,7 +167,17 @@ def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width:
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
     notes = shortcomings(answer.entry.role for answer in answers.values() if answer is not None and not answer.entry.is_draining)
-    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *(Text(line, "yellow") for line in notes + remarks))
+    engines = [Text(line, "dim") for line in engine_lines(answers)]
+    return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *engines, *(Text(line, "yellow") for line in notes + remarks))
+
+
+def engine_lines(answers: Answers) -> list[str]:
+    """One line for each kind of engine, with what it can; where several differ, with its workers."""
+    kinds: dict[str, list[str]] = {}
+    for worker_id, status in sorted(answers.items()):
+        if status is not None and status.engine:
+            kinds.setdefault(f"engine {status.engine}: {', '.join(status.abilities) or 'no further abilities'}", []).append(worker_id)
+    return [f"{kind} ({', '.join(worker_ids)})" if len(kinds) > 1 else kind for kind, worker_ids in kinds.items()]
 
 
 def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:

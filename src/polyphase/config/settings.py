@@ -26,8 +26,8 @@ def _check_name(name: str) -> str:
 
 
 def _check_engine(engine: str) -> str:
-    if engine not in ("torch", "mock") and ":" not in engine:
-        raise ValueError(f"there is no engine {engine!r}; write torch, mock, or module:function of an engine of your own")
+    if engine not in ("torch", "vllm", "mock") and ":" not in engine:
+        raise ValueError(f"there is no engine {engine!r}; write torch, vllm, mock, or module:function of an engine of your own")
     return engine
 
 
@@ -115,11 +115,17 @@ class ServeSettings(BaseModel):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_memory: Size | None = None  # bytes, per worker
-    block_size: int = Field(16, ge=1, le=1024)  # tokens
+    block_size: int | None = Field(None, ge=1, le=1024)  # tokens
     context_length: int | None = Field(None, ge=1)
     max_batch_tokens: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)  # per worker
+
+    # Of engines that are servers of their own.
+    attach: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = ()  # URLs of running ones, a worker for each
+    engine_python: str | None = None  # interpreter of their environment
+    engine_command: str | None = None  # in place of the stock command, for example `vllm serve`
+    engine_args: str | None = None  # further flags of theirs, as in a shell
 
     mock_model: str | None = None  # what the mock engine imagines; None: its defaults
     mock_accelerator: str | None = None
@@ -138,6 +144,24 @@ class ServeSettings(BaseModel):
             policy_of(self.router_policy, parts_of(self.router_policy))
         except ConfigurationError as error:
             raise ValueError(error.message) from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_served_engine(self) -> Self:
+        is_served = self.engine not in ("torch", "mock")
+        if not is_served and (self.attach or self.engine_python or self.engine_command or self.engine_args):
+            raise ValueError(
+                f"attach, engine_python, engine_command and engine_args are for engines that are servers of their own, "
+                f"and {self.engine} is none; write for example --engine vllm"
+            )
+        if self.engine == "vllm" and self.prefill:
+            raise ValueError(
+                "vllm workers cannot hand over from prefill to decode yet; write --workers 2 in place of --prefill and --decode"
+            )
+        if self.attach and (self.engine_python or self.engine_command or self.engine_args):
+            raise ValueError("a server that is attached to runs already: engine_python, engine_command and engine_args start one")
+        if self.attach and (self.workers or self.decode):
+            raise ValueError("attach makes a worker for each address; leave --workers and --decode away")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,7 @@
-"""What a worker asks of an engine.
+"""What a worker asks of an engine, whether it computes in this process or is a server elsewhere.
+
+`Engine` is what all must do: tokens in, tokens out, abort, load, and a card with capacity, block size and limits. Abilities that not all
+have are Protocols of their own, such as `KvExporter`, announced by the card. `polyphase.testing.engines` has the tests that all must pass.
 
 An engine is driven on the worker's event loop: `submit` and `abort` are called between steps or during one, never from another
 thread, and return at once. `run` performs steps until it is cancelled and reports each one. Heavy work happens in a thread of the
@@ -7,6 +10,7 @@ engine's own, so that the loop is never blocked for longer than a bookkeeping st
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -63,8 +67,11 @@ class PrefixImport(Protocol):
         None: all are there, or blocks before `first_block` are missing, or others need the memory more.
         """
 
-    def settle(self, room: Room, good_count: int, duration_ms: float) -> None:
+    def settle(self, room: Room, good_count: int) -> None:
         """The first `good_count` blocks of the room hold what belongs there, and nobody writes to any of them any more."""
+
+    def note_wait(self, duration_ms: float) -> None:
+        """The request was there, and waited so long for its blocks."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -107,13 +114,18 @@ class Engine(Protocol):
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Step until cancelled; `on_step` is called on the loop after each step, also for steps that only free or cancel.
 
-        A step that raises ends each request that it held in an `error` output and the engine goes on.
+        A step that raises ends each request that it held in an `error` output and the engine goes on. A step counts only what the engine
+        did: frontends take a worker whose steps stand still for stuck.
+
+        Raises: EngineFailed if the engine has ended for good; then the worker ends too, and says why.
+        Cancel: what runs is kept for the next `run` or forgotten, as the engine says; whoever cancels answers for it.
         """
 
     def close(self) -> None:
         """Free memory, threads and files. Not called while `run` is active."""
 
 
+@runtime_checkable
 class KvExporter(Protocol):
     """Optional ability: other workers can read this engine's blocks."""
 
@@ -129,3 +141,23 @@ class KvExporter(Protocol):
 
     def release_lease(self, lease_id: str) -> None:
         """Unpin the blocks of a lease; unknown ids (released, run out) are ignored."""
+
+
+class Ability(enum.StrEnum):
+    """What not every engine can; `polyphase status` shows which a worker has."""
+
+    KV_EVENTS = "kv-events"  # it tells which blocks it holds
+    HAND_OVER = "hand-over"  # `KvExporter`: its blocks go to other workers
+    PRIORITY = "priority"
+    EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
+
+
+def abilities_of(engine: Engine) -> list[Ability]:
+    card = engine.card
+    has = {
+        Ability.KV_EVENTS: card.publishes_events,
+        Ability.HAND_OVER: card.can_hand_over,
+        Ability.PRIORITY: card.keeps_priorities,
+        Ability.EXACT_MIGRATION: card.resumes_sampling,
+    }
+    return [ability for ability, is_there in has.items() if is_there]

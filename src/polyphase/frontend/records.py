@@ -85,7 +85,8 @@ class SequenceRecord:
         return gap_ms
 
     def note_stats(self, stats: PhaseStats) -> None:
-        if not self.first_token_ns:
+        """With the first tokens, or with the last ones: servers tell at the end what they had cached. Of a later worker, it is no news."""
+        if not self.first_token_ns or (self.stats is None and not self.migrations and not self.moves):
             self.stats = stats
         self.transferred_tokens += stats.transferred_token_count
         self.kv_bytes_moved += stats.transferred_bytes

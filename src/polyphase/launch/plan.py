@@ -25,6 +25,7 @@ class WorkerPlan:
     worker_id: str
     role: Role
     share: Share | None = None  # of a GPU
+    attach: str | None = None  # to this running engine server
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def plan_deployment(settings: ServeSettings, cores: int | None = None, gpus: Seq
     Raises: ConfigurationError if the model is no folder and no possible name.
     """
     model = resolve_model(settings.model)
-    if settings.device not in ("auto", "cuda") or settings.engine == "mock":
+    if settings.device not in ("auto", "cuda") or settings.engine == "mock" or settings.attach:
         gpus = ()
     elif gpus is None:
         gpus = find_gpus(os.environ)
@@ -71,6 +72,8 @@ def plan_deployment(settings: ServeSettings, cores: int | None = None, gpus: Seq
 
 
 def _workers(settings: ServeSettings, gpus: Sequence[Gpu]) -> tuple[WorkerPlan, ...]:
+    if settings.attach:
+        return tuple(WorkerPlan(f"worker-{number}", Role.BOTH, attach=url) for number, url in enumerate(settings.attach))
     if settings.decode:
         counts = {Role.PREFILL: settings.prefill or 0, Role.DECODE: settings.decode}
         named = [(f"{role}-{number}", role) for role, count in counts.items() for number in range(count)]
@@ -143,6 +146,9 @@ def _worker(plan: DeploymentPlan, group: Sequence[WorkerPlan], run_folder: Path)
         "max-running": settings.max_running,
         "thread-count": plan.threads_per_worker,
         "drain-timeout-s": settings.drain_timeout,
+        "attach": worker.attach,
+        "engine-python": settings.engine_python,
+        "engine-command": settings.engine_command,
         "mock-model": settings.mock_model,
         "mock-accelerator": settings.mock_accelerator,
         "mock-speedup": settings.mock_speedup,
@@ -150,7 +156,9 @@ def _worker(plan: DeploymentPlan, group: Sequence[WorkerPlan], run_folder: Path)
     environment = _environment(plan.threads_per_worker)
     if share is not None:
         environment["CUDA_VISIBLE_DEVICES"] = share.gpu.index
-    return ProcessSpec(worker.worker_id, ProcessKind.WORKER, _command("polyphase.worker", flags), environment)
+    # One word, because the value begins with dashes itself.
+    further = (f"--engine-args={settings.engine_args}",) if settings.engine_args else ()
+    return ProcessSpec(worker.worker_id, ProcessKind.WORKER, (*_command("polyphase.worker", flags), *further), environment)
 
 
 def _command(module: str, flags: dict[str, object]) -> tuple[str, ...]:

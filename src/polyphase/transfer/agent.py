@@ -275,7 +275,7 @@ class Agent:
                 return
             made.set_result(session)
 
-        self.runtime.submit(connect)
+        self.runtime.serve(connect)
         try:
             return await asyncio.shield(asyncio.wrap_future(made))
         except asyncio.CancelledError:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], None]
 
-MAX_COPY_THREADS = 4
+MAX_COPY_THREADS = 16  # most of them sleep on a slow peer
 MAX_SERVING_THREADS = 32
 
 
@@ -32,6 +32,9 @@ class Runtime(Protocol):
 
     def submit(self, task: Task) -> None:
         """Run soon; it may take as long as a transfer."""
+
+    def serve(self, task: Task) -> None:
+        """Run soon, on behalf of a peer, which may be slow or dead; never in the way of this agent's own transfers."""
 
     def call_at(self, at_ns: int, task: Task) -> Timer:
         """Run a short task at a time of `clock`, or never if the timer is cancelled before."""
@@ -59,7 +62,6 @@ class ThreadRuntime:
         self._copying.submit(task)
 
     def serve(self, task: Task) -> None:
-        """Run soon, on behalf of a peer, which may be slow; never in the way of this agent's own transfers."""
         self._serving.submit(task)
 
     def call_at(self, at_ns: int, task: Task) -> Timer:

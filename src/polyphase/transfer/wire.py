@@ -49,7 +49,7 @@ class Wire:
         self.socket = sock
         self.peer = peer  # for messages
         self.deadline_ns = 0
-        self._clock = clock
+        self.clock = clock
         self._is_unix = sock.family == socket.AF_UNIX
         self._fds: list[int] = []
         self.is_closed = False
@@ -59,7 +59,7 @@ class Wire:
         """Raises: PeerLost, TransferTimeout."""
         data = encode_frame(frame)
         if fds:
-            with self._failing_well():
+            with self.failing_well():
                 self._arm(socket.SO_SNDTIMEO)
                 sent = socket.send_fds(self.socket, [data], list(fds))
             data = data[sent:]
@@ -83,7 +83,7 @@ class Wire:
 
     def send_buffers(self, buffers: list[memoryview]) -> None:
         """All bytes of all buffers, from where they lie. Raises: as `send`."""
-        with self._failing_well():
+        with self.failing_well():
             start = 0
             while start < len(buffers):
                 batch = buffers[start : start + MAX_BUFFERS]
@@ -98,7 +98,7 @@ class Wire:
 
     def receive_buffers(self, buffers: list[memoryview]) -> None:
         """Fill all buffers, in order. Raises: as `receive`."""
-        with self._failing_well():
+        with self.failing_well():
             start = 0
             while start < len(buffers):
                 batch = buffers[start : start + MAX_BUFFERS]
@@ -111,7 +111,7 @@ class Wire:
                     batch = _rest(batch, received)
 
     def _fill(self, view: memoryview) -> None:
-        with self._failing_well():
+        with self.failing_well():
             while view:
                 self._arm(socket.SO_RCVTIMEO)
                 received = self._receive_into(view)
@@ -134,13 +134,14 @@ class Wire:
 
     def _arm(self, option: int) -> None:
         """Before each system call: what is left of the time. `option`: SO_RCVTIMEO or SO_SNDTIMEO."""
-        left_us = (self.deadline_ns - self._clock.now_ns()) // 1000
+        left_us = (self.deadline_ns - self.clock.now_ns()) // 1000
         if left_us <= 0:
             raise TimeoutError
         self.socket.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(*divmod(left_us, 1_000_000)))
 
     @contextlib.contextmanager
-    def _failing_well(self) -> Iterator[None]:
+    def failing_well(self) -> Iterator[None]:
+        """What a call on the socket raises becomes what this class says, and closes the wire."""
         try:
             yield
         except (TimeoutError, BlockingIOError):
@@ -149,7 +150,7 @@ class Wire:
         except (OSError, ValueError) as error:  # ValueError: closed by another thread
             self.close()
             raise PeerLost(f"the connection to {self.peer} broke: {error}") from error
-        except (PeerLost, WireError):
+        except (PeerLost, TransferTimeout, WireError):
             self.close()
             raise
 

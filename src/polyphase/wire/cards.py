@@ -48,6 +48,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     max_running: int  # sequences in one step
     can_hand_over: bool  # its blocks can be read by another worker
     publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
+    keeps_priorities: bool = True  # among the requests that wait there
+    resumes_sampling: bool = True  # a sampled request that moved here goes on with the tokens that it would have had
     block_bytes: int
     default_temperature: float | None = None  # from the model's generation_config.json
     default_top_p: float | None = None
@@ -61,4 +63,6 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     load: Load
     uptime_s: float
     rss_bytes: int
+    engine: str = ""
+    abilities: list[str] = []  # as `engines.interface.Ability`
     misplaced_count: int = 0  # requests that run here and are not what the role is for: after a change of role, until they have moved

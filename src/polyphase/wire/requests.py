@@ -164,12 +164,12 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class PhaseStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the first token cost at this worker; sent with the first output of a request."""
+    """What the first token cost at this worker; sent once, with the first output of a request or, by engines that are servers, the last."""
 
     cached_token_count: int = 0  # prompt tokens found in the prefix cache
     transferred_token_count: int = 0
     transferred_bytes: int = 0
-    transfer_ms: float = 0.0  # part of which may have passed while the prompt was still being computed elsewhere
+    transfer_ms: float = 0.0  # that the request waited for it; not what was pulled while the prompt was being computed elsewhere
     queue_ms: float = 0.0  # from arrival to the first step that computed something for it
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import uvloop
 
-from polyphase.core.errors import ConfigurationError
+from polyphase.core.errors import ConfigurationError, EngineFailed
 from polyphase.engines.interface import Engine
 from polyphase.observe import configure_logging
 from polyphase.runtime import Lease, Registry, WorkerPaths
@@ -28,7 +28,7 @@ from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
 from polyphase.worker.engines import load_engine
-from polyphase.worker.host import HostSettings, WorkerHost
+from polyphase.worker.host import HostSettings, WorkerHost, engine_failure
 from polyphase.worker.options import WorkerOptions, parse_options
 from polyphase.worker.room import QueueLimits
 from polyphase.worker.transfer import join_transfer
@@ -53,6 +53,9 @@ def main() -> int:
     except ConfigurationError as error:
         log.error("%s", error.message)
         return EXIT_CONFIGURATION
+    except EngineFailed as error:
+        log.error("the worker broke down: %s", error.message)
+        return EXIT_BROKEN
     except Exception:
         log.exception("the worker broke down")
         return EXIT_BROKEN
@@ -107,6 +110,10 @@ async def _host_all(lives: Sequence[_Life], options: WorkerOptions, lifeline: Li
             async with asyncio.TaskGroup() as tasks:
                 for host, life in zip(hosts, lives, strict=True):
                     tasks.create_task(host.run(), name=life.worker_id)
+        except BaseExceptionGroup as group:
+            if (told := engine_failure(group)) is not None:
+                raise told from None
+            raise
         finally:
             watch.cancel()
 
@@ -126,9 +133,9 @@ async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> Worker
     )
     agent, region = stack.enter_context(join_transfer(engine, entry, str(paths.pool_socket), options.transfer))
     log.info("warming up")
-    await warm_up(engine)
+    events = await warm_up(engine)
     limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
-    return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits))
+    return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits, tuple(events)))
 
 
 def _drain_on_signals(hosts: Sequence[WorkerHost], lives: Sequence[_Life]) -> None:

@@ -11,12 +11,15 @@ from polyphase.core.errors import ConfigurationError
 from polyphase.engines.interface import Engine, KvExporter, KvImporter
 from polyphase.worker.options import EngineOptions
 
+BLOCK_SIZE = 16  # tokens, of engines of our own
+MAX_RUNNING = 64
+
 
 def load_engine(name: str, options: EngineOptions) -> Engine:
     """Load the model and allocate what the engine needs.
 
     Args:
-        name: `torch`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
+        name: `torch`, `vllm`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
     Owner: the caller closes the engine.
@@ -25,16 +28,19 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
         return _load_torch(options)
     if name == "mock":
         return _load_mock(options)
+    if name == "vllm":
+        return _load_vllm(options)
     if ":" in name:
         return _foreign_loader(name)(options)
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, mock, or module:function of an engine's loader")
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, mock, or module:function of an engine's loader")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
     try:
         from polyphase.engines.torch import TorchSettings, load_torch_engine
 
-        wanted = {field.name: getattr(options, field.name) for field in fields(TorchSettings)}
+        told = {field.name: getattr(options, field.name) for field in fields(TorchSettings)}
+        wanted = {**told, "block_size": options.block_size or BLOCK_SIZE, "max_running": options.max_running or MAX_RUNNING}
         engine: Engine = load_torch_engine(TorchSettings(**wanted))
     except ModuleNotFoundError as error:
         raise ConfigurationError(
@@ -54,13 +60,37 @@ def _load_mock(options: EngineOptions) -> Engine:
             shape=options.mock_model,
             accelerator=options.mock_accelerator,
             speedup=options.mock_speedup,
-            block_size=options.block_size,
+            block_size=options.block_size or BLOCK_SIZE,
             kv_bytes=options.kv_bytes,
             max_batch_tokens=options.max_batch_tokens,
-            max_running=options.max_running,
+            max_running=options.max_running or MAX_RUNNING,
             max_waiting=options.max_waiting,
             context_length=options.context_length,
             lease_s=options.lease_s,
+        )
+    )
+
+
+def _load_vllm(options: EngineOptions) -> Engine:
+    from polyphase.engines.vllm import VllmSettings
+    from polyphase.engines.vllm.assembly import load_vllm_engine
+
+    return load_vllm_engine(
+        VllmSettings(
+            model=options.model,
+            name=options.name,
+            folder=options.run_folder / "engines" / options.worker_id,
+            attach=options.attach,
+            python=options.engine_python,
+            command=options.engine_command,
+            arguments=options.engine_args,
+            device=options.device,
+            dtype=options.dtype,
+            block_size=options.block_size,
+            kv_bytes=options.kv_bytes,
+            context_length=options.context_length,
+            max_batch_tokens=options.max_batch_tokens,
+            max_running=options.max_running,
         )
     )
 

@@ -30,12 +30,12 @@ from polyphase.core.errors import (
     Refused,
     WorkerLost,
 )
-from polyphase.engines.interface import BlockSource, Engine, StepReport
+from polyphase.engines.interface import BlockSource, Engine, StepReport, abilities_of
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
 from polyphase.transfer import Agent, LeaseEnd, Region
 from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
-from polyphase.wire.events import Load
+from polyphase.wire.events import KvEvent, Load
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import (
     Answer,
@@ -80,6 +80,7 @@ class HostSettings:
     agent: Agent  # stays the caller's
     region: Region | None  # the engine's blocks, registered with it; None: nobody can read them
     limits: QueueLimits | None = None  # None: the engine alone refuses
+    early_events: tuple[KvEvent, ...] = ()  # from before there was a stream
 
 
 class WorkerHost:
@@ -141,14 +142,17 @@ class WorkerHost:
                     "lease": self._lease.renew(),
                 }
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
+                self._publisher.publish(list(self._settings.early_events), self._engine.load())
                 self._lease.publish(self._entry)
                 log.info("ready: serving %s as %s worker", self._entry.model, self._entry.role)
                 await self._until_drained()
                 self._fail_all(failure)
                 for task in running:
                     task.cancel()
-        except BaseExceptionGroup:
-            failure = EngineFailed(f"worker {self._entry.worker_id} broke down")
+        except BaseExceptionGroup as group:
+            told = engine_failure(group)
+            why = f": {told.message}" if told is not None else ""
+            failure = EngineFailed(f"worker {self._entry.worker_id} broke down{why}")
             raise
         finally:
             self._fail_all(failure)
@@ -315,6 +319,8 @@ class WorkerHost:
             load=self._engine.load(),
             uptime_s=uptime_s(),
             rss_bytes=rss_bytes(),
+            engine=self._engine.card.engine,
+            abilities=[str(ability) for ability in abilities_of(self._engine)],
             misplaced_count=self._live.count_misplaced(self._entry.role),
         )
 
@@ -456,6 +462,15 @@ class WorkerHost:
         for output in outputs:
             if output.offer is not None and self._exporter is not None:
                 self._exporter.release_lease(output.offer.lease_id)
+
+
+def engine_failure(group: BaseExceptionGroup[BaseException]) -> EngineFailed | None:
+    """What the engine itself said of its end, somewhere in a group; None if it said nothing."""
+    for error in group.exceptions:
+        found = engine_failure(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, EngineFailed):
+            return found
+    return None
 
 
 def _failed(request_id: str, error: PolyphaseError, load: Load | None = None) -> SequenceOutput:

@@ -19,10 +19,10 @@ class EngineOptions:
     name: str | None
     device: str
     dtype: str
-    block_size: int
+    block_size: int | None
     kv_bytes: int | None
     max_batch_tokens: int | None
-    max_running: int
+    max_running: int | None
     max_waiting: int
     context_length: int | None
     thread_count: int | None
@@ -30,6 +30,12 @@ class EngineOptions:
     mock_model: str = "llama-3.1-8b"
     mock_accelerator: str = "h100"
     mock_speedup: float = 1.0
+    run_folder: Path = Path()  # of the deployment; private
+    worker_id: str = ""
+    attach: str | None = None  # the remaining ones are for engines that are servers of their own
+    engine_python: str | None = None
+    engine_command: str | None = None
+    engine_args: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="names of further workers like it, divided by commas, that live in the same process; for engines that compute nothing",
     )
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
-    parser.add_argument("--engine", default="torch", help="torch, mock, or module:function that loads another (default: torch)")
+    parser.add_argument("--engine", default="torch", help="torch, vllm, mock, or module:function that loads another (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
     parser.add_argument(
         "--max-waiting-prefill-tokens",
@@ -111,14 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--name", help="under which the model is served (default: the folder's or the hub's name)")
     engine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     engine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: float32 on cpu, the checkpoint's on cuda)")
-    engine.add_argument("--block-size", type=_count, default=16, help="tokens in a KV block (default: 16)")
+    engine.add_argument("--block-size", type=_count, help="tokens in a KV block (default: 16; that of vllm is its own)")
     engine.add_argument("--kv-bytes", type=_count, help="memory of the KV cache in bytes (default: what suits model and machine)")
     engine.add_argument("--max-batch-tokens", type=_count, help="tokens in a step (default: 512 on cpu, 2048 on cuda)")
-    engine.add_argument("--max-running", type=_count, default=64, help="sequences in a step (default: 64)")
+    engine.add_argument("--max-running", type=_count, help="sequences in a step (default: 64; vllm: 256)")
     engine.add_argument("--max-waiting", type=_count, default=1024, help="requests that may wait; more are refused (default: 1024)")
     engine.add_argument("--context-length", type=_count, help="tokens of prompt and output together (default: the model's)")
     engine.add_argument("--thread-count", type=_count, help="threads that compute (default: all cores, up to 8)")
     engine.add_argument("--lease-s", type=_seconds, default=30.0, help="how long handed-over blocks are kept (default: 30)")
+    served = parser.add_argument_group("engines that are servers of their own")
+    served.add_argument("--attach", metavar="URL", help="a server that runs already, such as http://127.0.0.1:8000; else one is started")
+    served.add_argument("--engine-python", metavar="PROGRAM", help="interpreter of the environment in which the engine is installed")
+    served.add_argument("--engine-command", metavar="COMMAND", help="in place of 'vllm serve', to which the flags are added")
+    served.add_argument("--engine-args", default="", metavar="FLAGS", help="further flags of the engine's server, as in a shell")
     mock = parser.add_argument_group("mock engine")
     mock.add_argument("--mock-model", default="llama-3.1-8b", help="the imagined model, a name or its figures (default: llama-3.1-8b)")
     mock.add_argument("--mock-accelerator", default="h100", help="what it runs on, such as h100, 4xh100 or figures (default: h100)")

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 THREADS = 4  # reads at a time; a peer that does not answer holds one of them until the read's deadline
 MAX_STREAMS = 512  # then the least recently used is forgotten
 IDLE_S = 60.0  # without news of it, a request is not believed to come any more
-COMPLETE_TIMEOUT_S = 10.0  # computing is faster than waiting for longer than this
+PATIENCE_S, SLOWEST_BYTES_PER_S = 2.0, 100e6  # for an offer; whatever comes later than that, computing was faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +107,21 @@ class PullsAhead:
         last = _Blocks(0, offer.block_ids[:full_count], offer.generations[:full_count], source)
         self._enqueue(stream, last)
         assert stream.task is not None
+        began_s = time.monotonic()
+        patience_s = PATIENCE_S + full_count * self._layout.block_bytes / SLOWEST_BYTES_PER_S
         try:
-            async with asyncio.timeout(COMPLETE_TIMEOUT_S):
+            async with asyncio.timeout(patience_s):
                 await asyncio.shield(stream.task)
         except TimeoutError:
-            log.warning("request %s: its blocks were not here within %g s", request.request_id, COMPLETE_TIMEOUT_S)
+            with request_context(request.request_id):
+                log.warning("its offered blocks were not here within %.1f s and are computed here", patience_s)
             return False
         except TransferError as error:
             with request_context(request.request_id):
                 log.warning("what is missing of its offered blocks is computed here: %s", error.message)
             return False
+        finally:
+            stream.target.note_wait((time.monotonic() - began_s) * 1e3)
         return True
 
     def forget(self, request_id: str) -> None:
@@ -173,7 +178,7 @@ class PullsAhead:
             try:
                 source = source or await self._source_of(blocks)
             except BaseException:
-                stream.target.settle(room, 0, 0.0)
+                stream.target.settle(room, 0)
                 raise
             good_count = await self._fill(stream.target, room, blocks, source)
             if good_count < len(room.block_ids):
@@ -188,14 +193,13 @@ class PullsAhead:
         first = room.first_block - blocks.first_block
         part = slice(first, first + len(room.block_ids))
 
-        def read() -> tuple[int, float]:
-            began_ns, verdicts = time.monotonic_ns(), b""
+        def read() -> int:
+            verdicts = b""
             # No more than a part of this prompt is lost by whatever a source may raise.
             with contextlib.suppress(TransferError, OSError, ValueError, BufferError):
                 verdicts = source.read_blocks(blocks.block_ids[part], blocks.generations[part], self._memory, room.block_ids)
-            good_count = len(verdicts) - len(verdicts.lstrip(bytes([Verdict.DONE])))
-            return good_count, (time.monotonic_ns() - began_ns) / 1e6
+            return len(verdicts) - len(verdicts.lstrip(bytes([Verdict.DONE])))
 
         reading = asyncio.get_running_loop().run_in_executor(self._threads, read)
-        reading.add_done_callback(lambda done: target.settle(room, *done.result()))
-        return (await asyncio.shield(reading))[0]
+        reading.add_done_callback(lambda done: target.settle(room, done.result()))
+        return await asyncio.shield(reading)

@@ -91,7 +91,7 @@ class OfferSources:
             session = await self._agent.connect_async(agent, CONNECT_TIMEOUT_S)
         finally:
             del self._meeting[life]
-        log.info("met agent %s: its blocks are read by %s. %s", agent.agent_id, session.backend, session.why())
+        log.info("met agent %s: its blocks are read by %s. %s", agent.agent_id, session.backend, session.why().replace("\n", "; "))
         if self._is_closed:
             session.release()
             raise TransferError("this process is closing and meets no more agents")

@@ -6,14 +6,17 @@ import asyncio
 
 from polyphase.core.errors import ModelLoadError, PolyphaseError
 from polyphase.engines.interface import Engine, StepReport
+from polyphase.wire.events import KvEvent
 from polyphase.wire.requests import FinishReason, SamplingParams, SequenceOutput, StopConditions, Submit
 
 TIMEOUT_S = 300.0
 REQUEST_ID = "warm-up"
 
 
-async def warm_up(engine: Engine) -> None:
+async def warm_up(engine: Engine) -> list[KvEvent]:
     """Compute a few tokens. No full block of prompt is left in the cache.
+
+    Returns: KV events meanwhile, to be published: an engine that ran before us tells what it holds.
 
     Raises: ModelLoadError if the engine fails at it.
     """
@@ -28,7 +31,10 @@ async def warm_up(engine: Engine) -> None:
     )
     last: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
 
+    events: list[KvEvent] = []
+
     def on_step(report: StepReport) -> None:
+        events.extend(report.events)
         for output in report.outputs:
             if output.finish_reason is not None and not last.done():
                 last.set_result(output)
@@ -52,3 +58,4 @@ async def warm_up(engine: Engine) -> None:
     if output.finish_reason is FinishReason.ERROR:
         reason = output.failure.message if output.failure else "no reason given"
         raise ModelLoadError(f"the model cannot compute its first token: {reason}")
+    return events

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from polyphase.cli.status import _index, _queues, _streams, _warnings, ask_frontend, format_age, format_count
+from polyphase.cli.status import _index, _queues, _streams, _warnings, ask_frontend, engine_lines, format_age, format_count
 from polyphase.launch.run_folder import DeploymentRecord, RunFolder
 from polyphase.runtime import PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.runtime.paths import ensure_private_folder
@@ -158,3 +158,15 @@ def test_the_index_and_broken_streams_are_told() -> None:
     index["forgotten_block_count"] = 70_000
     assert _index(page)[0].endswith("; 70.0k were forgotten for want of room")
     assert _index({"error": 1}) == _index([]) == _streams([]) == []
+
+
+def test_engines_and_what_they_can() -> None:
+    def status(engine: str, *abilities: str) -> WorkerStatus:
+        entry = WorkerEntry(
+            worker_id="w", epoch=1, role=Role.BOTH, model="m", pid=1, host="h", request_endpoint="ipc:///r", event_endpoint="ipc:///e"
+        )
+        return WorkerStatus(entry=entry, load=Load(), uptime_s=1, rss_bytes=1, engine=engine, abilities=list(abilities))
+
+    vllm, torch = status("vllm", "kv-events"), status("torch", "kv-events", "hand-over")
+    assert engine_lines({"a": vllm, "b": vllm, "gone": None}) == ["engine vllm: kv-events"]
+    assert engine_lines({"a": vllm, "b": torch}) == ["engine vllm: kv-events (a)", "engine torch: kv-events, hand-over (b)"]

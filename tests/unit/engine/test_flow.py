@@ -242,6 +242,23 @@ class TestTrouble:
         flow.check_end()
         flow.agents.close()
 
+    async def test_blocks_that_were_wiped_are_not_taken(self, flow: Flow, peer_of: PeerOf) -> None:
+        """Numbers broke at the prefill worker after it had told of blocks: zeros are no KV."""
+        prompt, real = prompt_of(200), flow.ahead
+        flow.ahead = _Deaf()  # type: ignore[assignment]
+        flow.begin("a", prompt)
+        await flow.step("a", prompt)
+        spoil_blocks(flow.prefill.kv_memory, flow.parts[0].block_ids)
+        assert run_all(flow.prefill).reason("a") is FinishReason.ERROR
+        flow.ahead = real
+        flow.ahead.add(PullAhead("a", prompt[:64], flow.parts[0]))
+        await flow.settle("a")
+        flow.ahead.forget("a")
+        flow.decode.submit(submit("b", prompt, COUNT))
+        answers = run_all(flow.decode)
+        assert answers.stats("b").cached_token_count == 0
+        assert answers.tokens("b") == peer_of("llama").greedy(prompt, COUNT)
+
     async def test_parts_that_do_not_fit_are_ignored(self, flow: Flow) -> None:
         prompt = prompt_of(300)
         flow.begin("a", prompt)

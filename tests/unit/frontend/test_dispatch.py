@@ -25,11 +25,12 @@ from polyphase.frontend.terms import Terms
 from polyphase.router import AdmissionSettings, Router, RouterSettings, SplitRule, WorkerFacts
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import KvOffer, KvPart
 from polyphase.wire.requests import (
     Cancel,
     FinishReason,
     HandOver,
+    PullAhead,
     ReleaseLease,
     SamplingParams,
     SequenceOutput,
@@ -54,6 +55,7 @@ class Life:
     running: dict[str, Submit] = field(default_factory=dict)
     leases: set[str] = field(default_factory=set)
     role: Role = Role.BOTH
+    ahead: list[str] = field(default_factory=list)  # requests of whose blocks it was told
     asked: set[str] = field(default_factory=set)  # requests that it is to hand over
 
 
@@ -135,6 +137,10 @@ class DispatchMachine(RuleBasedStateMachine):
                 life.leases.discard(lease_id)
             case HandOver(request_id):
                 life.asked.add(request_id)
+            case PullAhead(request_id, token_ids, part):
+                assert request_id not in life.running, "it is told of blocks that it has been offered already"
+                assert len(token_ids) == 16 * len(part.block_ids)
+                life.ahead.append(request_id)
             case _:
                 raise AssertionError(message)
 
@@ -308,6 +314,23 @@ class DispatchMachine(RuleBasedStateMachine):
             life.running[submit.request_id] = Submit(**{**fields, "token_ids": continued, "offer": None})
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, token_ids=ids, finish_reason=finish, offer=offer))
 
+    @rule(data=st.data(), first_block=st.integers(0, 4))
+    def tell_of_blocks(self, data: st.DataObject, first_block: int) -> None:
+        """While a prompt is computed; whoever is to take it over hears of it, and nothing else changes."""
+        chosen = self.some_running(data)
+        if chosen is None or not chosen[1].with_parts:
+            return
+        worker_id, submit = chosen
+        heard = {name: len(life.ahead) for name, life in self.lives.items()}
+        self.tell(worker_id, submit.request_id, first_block)
+        others = [name for name, life in self.lives.items() if len(life.ahead) > heard[name]]
+        assert worker_id not in others
+        assert len(others) <= 1
+
+    def tell(self, worker_id: str, request_id: str, first_block: int = 0) -> None:
+        part = KvPart(first_block, [7, 8], [1, 1], AGENT, "pool")
+        self.report(worker_id, SequenceOutput(request_id=request_id, part=part))
+
     @rule(data=st.data(), is_retryable=st.booleans(), gives_up=st.booleans())
     def fail(self, data: st.DataObject, is_retryable: bool, gives_up: bool) -> None:
         chosen = self.some_running(data)
@@ -456,3 +479,17 @@ def test_what_a_stalled_worker_or_a_broken_connection_strands_is_watched() -> No
             assert one.dispatcher._waiting.stranded
             assert one.dispatcher._waiting.is_watched
             one.lives["prefill-0"].running.clear()  # what it ran before nobody could tell it to stop
+
+
+def test_whoever_takes_a_prompt_over_hears_of_its_blocks_while_it_is_computed() -> None:
+    with machine() as one:
+        one.join("prefill-0")
+        one.join("decode-0")
+        one.start(length=100, count=1, priority=0, tenant="a", patience_s=30)
+        one.tell("prefill-0", "r0")
+        one.tell("prefill-0", "r0", first_block=2)
+        assert one.lives["decode-0"].ahead == ["r0", "r0"]
+        assert one.flights[0].stage is Stage.PREFILL
+        one.dispatcher.cancel(one.flights[0])
+        one.tell("prefill-0", "r0", first_block=4)
+        assert one.lives["decode-0"].ahead == ["r0", "r0"]

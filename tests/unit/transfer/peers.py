@@ -62,6 +62,7 @@ class PeerProcess:
         host: str | None = None,
         token: str = "",
         prefix: Sequence[str] = (),
+        code: str = OWNER,
     ) -> None:
         options = {
             "block_count": block_count,
@@ -72,7 +73,7 @@ class PeerProcess:
             "token": token,
         }
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-c", OWNER, json.dumps(options)],
+            [*prefix, sys.executable, "-c", code, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -85,6 +86,8 @@ class PeerProcess:
     def hear(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
+        while line and not line.startswith(b"{"):  # libraries that log to standard output
+            line = self.process.stdout.readline()
         if not line:
             assert self.process.stderr is not None
             raise AssertionError(f"the peer ended:\n{self.process.stderr.read().decode()}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from polyphase.core.errors import ForeignDescriptor, HandleReleased, KvError, PeerLost, StaleDescriptor, TransferError
 from polyphase.transfer import Agent, Region, Session, SharedPool, Transfer, Verdict
@@ -19,6 +19,7 @@ from polyphase.transfer.backends.memory import Faults, MemoryNetwork
 from polyphase.wire.transfer import BlockOffer
 
 BLOCKS, WIDTH = 6, 64
+RARELY = st.integers(0, 5)  # what it draws must be 0
 DEADLINE_S = 0.5
 SLACK_NS = 50_000_000  # a backend notices a stop within so long
 
@@ -32,7 +33,6 @@ class Life:
     region: Region
     content: dict[int, bytes] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)  # by peers, so that the model does not know what they hold
-    is_registered: bool = True
     is_alive: bool = True
 
 
@@ -43,6 +43,7 @@ class Given:
     content: list[bytes]
     expires_at_ns: int
     ends: list[str] = field(default_factory=list)
+    takers: list[tuple[Life, int]] = field(default_factory=list)  # and when
 
 
 @dataclass
@@ -56,12 +57,13 @@ class Posted:
 
 
 class Lives(RuleBasedStateMachine):
-    given = Bundle("given")
-
     @initialize(seed=st.integers(0, 10**6), faults=st.sampled_from(["none", "few", "many"]))
     def begin(self, seed: int, faults: str) -> None:
         odds = {"none": 0.0, "few": 0.05, "many": 0.3}[faults]
-        self.network = MemoryNetwork(seed, Faults(lose=odds, corrupt=odds, stall=odds / 3, reorder=seed % 2 == 0))
+        self.network = MemoryNetwork(
+            seed,
+            Faults(odds, odds, odds / 3, seed % 2 == 0, (1_000, 20_000_000), (1_000, 5_000_000)),
+        )
         self.lives: dict[str, Life] = {}
         self.sessions: dict[tuple[str, str], Session] = {}
         self.offers: list[Given] = []
@@ -105,28 +107,49 @@ class Lives(RuleBasedStateMachine):
 
     # What agents do.
 
-    @rule(name=st.sampled_from("abc"), block_ids=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=4, unique=True), target=given)
-    def offer(self, name: str, block_ids: list[int]) -> Given | None:
+    @rule(
+        name=st.sampled_from("abc"),
+        block_ids=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=4, unique=True),
+        ttl_ms=st.sampled_from([20, 100, 1000]),
+    )
+    def offer(self, name: str, block_ids: list[int], ttl_ms: int) -> None:
         life = self.lives[name]
-        ttl_ms = 300
         made = Given(None, life, [], 0)  # type: ignore[arg-type]
-        if not life.is_registered:
-            with pytest.raises(HandleReleased):
-                life.region.offer(block_ids, 1)
-            return None
-        block_ids = [block_id for block_id in block_ids if block_id not in life.written] or [block_ids[0]]
-        if block_ids[0] in life.written:
-            return None
+        block_ids = [block_id for block_id in block_ids if block_id not in life.written]
+        if not block_ids:
+            return
         made.offer = life.region.offer(block_ids, ttl_ms / 1000, lambda _, why: made.ends.append(why.reason))
         made.content = [life.content[block_id] for block_id in block_ids]
         made.expires_at_ns = self._now() + ttl_ms * 1_000_000
         self.offers.append(made)
-        return made
 
-    @rule(made=given, reader=st.sampled_from("abc"), order=st.permutations(range(BLOCKS)))
-    def read(self, made: Given | None, reader: str, order: list[int]) -> None:
-        if made is None:
+    @rule(back=st.integers(0, 2), reader=st.sampled_from("abc"), order=st.permutations(range(BLOCKS)))
+    def read(self, back: int, reader: str, order: list[int]) -> None:
+        if not self.offers:
             return
+        self._read(self.offers[max(0, len(self.offers) - 1 - back)], reader, order)
+
+    @rule(
+        name=st.sampled_from("abc"),
+        reader=st.sampled_from("abc"),
+        block_ids=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=4, unique=True),
+        order=st.permutations(range(BLOCKS)),
+        pause_ms=st.sampled_from([0, 5, 15, 30]),
+        is_rewritten=st.booleans(),
+    )
+    def race(self, name: str, reader: str, block_ids: list[int], order: list[int], pause_ms: int, is_rewritten: bool) -> None:
+        """A lease ends while its blocks are read, and the owner may put other content into them at once."""
+        before = len(self.offers)
+        self.offer(name, block_ids, pause_ms + 1)
+        if len(self.offers) == before:
+            return
+        self._read(self.offers[-1], reader, order)
+        self.network.run((pause_ms + 2) * 1_000_000)
+        for block_id in self.offers[-1].offer.block_ids if is_rewritten else []:
+            if self.lives[name].region.generations([block_id])[0] in self.offers[-1].offer.generations:
+                self.rewrite(name, block_id)
+
+    def _read(self, made: Given, reader: str, order: list[int]) -> None:
         name = made.offer.agent.agent_id
         life = self.lives[reader]
         session = self._session(reader, name)
@@ -141,19 +164,19 @@ class Lives(RuleBasedStateMachine):
         if len(places) < len(made.content):
             return
         remote = session.take(made.offer)
-        if not life.is_registered:
-            with pytest.raises(HandleReleased):
-                life.region.blocks(places)
-            return
+        made.takers.append((life, self._now()))
         life.region.renew(places)
         life.written.update(places)
         transfer = session.read(remote, life.region.blocks(places), DEADLINE_S)
         self.posted.append(Posted(transfer, life, places, made.content, self._now() + int(DEADLINE_S * 1e9)))
 
-    @rule(made=consumes(given), reader=st.sampled_from("abc"))
-    def give_back(self, made: Given | None, reader: str) -> None:
-        session = self.sessions.get((reader, made.offer.agent.agent_id)) if made is not None else None
-        if made is not None and session is not None and not session.is_released and session.peer.epoch == made.offer.agent.epoch:
+    @rule(back=st.integers(0, 5), reader=st.sampled_from("abc"))
+    def give_back(self, back: int, reader: str) -> None:
+        if not self.offers:
+            return
+        made = self.offers[max(0, len(self.offers) - 1 - back)]
+        session = self.sessions.get((reader, made.offer.agent.agent_id))
+        if session is not None and not session.is_released and session.peer.epoch == made.offer.agent.epoch:
             session.give_back(made.offer.lease_id)
 
     @rule(name=st.sampled_from("abc"), block_id=st.integers(0, BLOCKS - 1))
@@ -162,8 +185,6 @@ class Lives(RuleBasedStateMachine):
         life = self.lives[name]
         if any(block_id in posted.targets for posted in self.posted if posted.reader is life and not posted.is_checked):
             return
-        if not life.is_registered:
-            return
         if block_id in life.region.pinned():
             with pytest.raises(KvError, match="under lease"):
                 life.region.renew([block_id])
@@ -171,24 +192,31 @@ class Lives(RuleBasedStateMachine):
         life.region.renew([block_id])
         self._fill(life, block_id)
 
-    @rule(which=st.integers(0, 20))
-    def cancel(self, which: int) -> None:
+    @rule(which=st.integers(0, 20), chance=RARELY)
+    def cancel(self, which: int, chance: int) -> None:
+        if chance:
+            return
         running = [posted for posted in self.posted if not posted.is_checked]
         if running:
             running[which % len(running)].transfer.cancel()
 
-    @rule(name=st.sampled_from("abc"))
-    def release_region(self, name: str) -> None:
+    @rule(name=st.sampled_from("abc"), chance=RARELY)
+    def release_region(self, name: str, chance: int) -> None:
+        """And register the same memory again."""
+        if chance:
+            return
         life = self.lives[name]
-        if life.is_registered:
-            life.is_registered = False
-            life.region.release()
-        else:
+        released = life.region
+        released.release()
+        for use in (released.release, lambda: released.blocks([0]), lambda: released.offer([0], 1)):
             with pytest.raises(HandleReleased):
-                life.region.release()
+                use()
+        life.region = life.agent.register(life.pool)
 
-    @rule(pair=st.sampled_from([("a", "b"), ("b", "c"), ("c", "a")]))
-    def release_session(self, pair: tuple[str, str]) -> None:
+    @rule(pair=st.sampled_from([("a", "b"), ("b", "c"), ("c", "a")]), chance=RARELY)
+    def release_session(self, pair: tuple[str, str], chance: int) -> None:
+        if chance:
+            return
         session = self.sessions.pop(pair, None)
         if session is None:
             return
@@ -198,9 +226,11 @@ class Lives(RuleBasedStateMachine):
         else:
             session.release()
 
-    @rule(name=st.sampled_from("abc"), is_tidy=st.booleans())
-    def die(self, name: str, is_tidy: bool) -> None:
+    @rule(name=st.sampled_from("abc"), is_tidy=st.booleans(), chance=RARELY)
+    def die(self, name: str, is_tidy: bool, chance: int) -> None:
         """kill -9, or an orderly end; then a next life."""
+        if chance:
+            return
         life = self.lives[name]
         life.is_alive = False
         if is_tidy:
@@ -209,10 +239,16 @@ class Lives(RuleBasedStateMachine):
             self.network.crash(name)
         for key in [key for key in self.sessions if key[0] == name]:
             del self.sessions[key]
+        died_ns = self._now()
         self.graves.append(life)
         self._be_born(name)
+        self.network.run(20_000_000)
+        for made in self.offers:
+            dead = [taker for taker, taken_ns in made.takers if not taker.is_alive and taken_ns < died_ns - 10_000_000]
+            if made.owner.is_alive and dead and len(dead) == len(made.takers):
+                assert made.ends, "a dead reader's lease was kept"
 
-    @rule(duration_ms=st.integers(1, 200))
+    @rule(duration_ms=st.sampled_from([1, 5, 20, 20, 100]))
     def let_time_pass(self, duration_ms: int) -> None:
         self.network.run(duration_ms * 1_000_000)
 
@@ -252,8 +288,7 @@ class Lives(RuleBasedStateMachine):
                 assert self._now() <= made.expires_at_ns, "a lease outlived its time"
         for life in self.lives.values():
             expected = {b for made in self.offers if made.owner is life and not made.ends for b in made.offer.block_ids}
-            if life.is_registered:
-                assert life.region.pinned() == expected
+            assert life.region.pinned() == expected
 
     def teardown(self) -> None:
         if not hasattr(self, "network"):
@@ -276,4 +311,4 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestLives.settings = settings(max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))

@@ -192,7 +192,7 @@ async def test_help_and_flags_need_no_engine() -> None:
     script = (
         "import sys; from polyphase.worker.options import parse_options; import polyphase.worker.__main__;"
         "o = parse_options(['--run-folder','/x','--worker-id','a','--model','m','--lease-s','2.5','--kv-bytes','4096']);"
-        "assert o.engine_options.lease_s == 2.5 and o.engine_options.kv_bytes == 4096 and o.engine_options.max_running == 64;"
+        "assert o.engine_options.lease_s == 2.5 and o.engine_options.kv_bytes == 4096 and o.engine_options.max_running is None;"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=asyncio.subprocess.PIPE)

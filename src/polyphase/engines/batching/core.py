@@ -92,7 +92,7 @@ class EngineCore:
         sequence.imported = PhaseStats(
             transferred_token_count=imported.pulled_count * self._card.block_size,
             transferred_bytes=imported.pulled_count * self._card.block_bytes,
-            transfer_ms=imported.duration_ms,
+            transfer_ms=imported.waited_ms,
         )
         self._add(sequence)
 

@@ -31,7 +31,7 @@ class PrefixImport:
         self.token_ids: list[int] = []
         self.count = 0  # leading blocks that were here when looked for last
         self.pulled_count = 0
-        self.duration_ms = 0.0
+        self.waited_ms = 0.0
 
     def extend(self, token_ids: Sequence[int]) -> None:
         self.token_ids.extend(token_ids)
@@ -49,7 +49,7 @@ class PrefixImport:
         self._imports.exports.before_writing(block_ids)
         return Room(self.count, block_ids)
 
-    def settle(self, room: Room, good_count: int, duration_ms: float) -> None:
+    def settle(self, room: Room, good_count: int) -> None:
         cache, chain = self._imports.cache, self.blocks.chain
         good = slice(room.first_block, room.first_block + good_count)
         block_ids = [BlockId(block_id) for block_id in room.block_ids]
@@ -58,12 +58,14 @@ class PrefixImport:
         cache.pool.release(block_ids)
         self.count = max(self.count, good.stop)
         self.pulled_count += good_count
-        self.duration_ms += duration_ms
         self._imports.note_arrival(self, good_count)
         # A prefix is of use from its beginning only, so its beginning must not be forgotten before what has just arrived.
         prefix = cache.pool.match(chain.keys[: good.stop])
         cache.pool.retain(prefix)
         cache.pool.release(prefix)
+
+    def note_wait(self, duration_ms: float) -> None:
+        self.waited_ms += duration_ms
 
     def close(self) -> None:
         self._imports.forget(self)

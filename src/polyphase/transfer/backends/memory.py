@@ -92,6 +92,9 @@ class MemoryRuntime:
         if not self._is_closed:
             self._scheduler.spawn(task)
 
+    def serve(self, task: Callable[[], None]) -> None:
+        self.submit(task)
+
     def call_at(self, at_ns: int, task: Callable[[], None]) -> Timer:
         timer = Timer(task)
         self._scheduler.call_at(at_ns, timer.fire)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import os
 import threading
-from array import array
 
 from polyphase.core.errors import PolyphaseError, StaleDescriptor, TransferRefused, WireError
 from polyphase.transfer.backends.interface import Job, Judgement, Services
-from polyphase.transfer.blocks import BlockMemory, checked_ids, pack_words, unpack_words
+from polyphase.transfer.blocks import BlockMemory
 from polyphase.transfer.channel import Channel
 from polyphase.transfer.copying import Copy, copy_blocks
 from polyphase.transfer.doors import why_not_by_unix
 from polyphase.transfer.opened import OpenedPool
 from polyphase.transfer.pool import SharedPool
+from polyphase.transfer.pulling import PullJob, ask_to_pull
 from polyphase.transfer.region import Region
 from polyphase.transfer.shelf import Shelf
-from polyphase.transfer.verdicts import Verdict
 from polyphase.transfer.wire import Wire, expect, refusal_of
 from polyphase.wire.transfer import AgentCard, BackendCard, Greeting, Open, Opened, Pull, RegionCard, Verdicts
 
@@ -72,7 +71,7 @@ class ShmBackend:
                 case Open(region_id):
                     wire.send(Opened(), (self._pool(region_id).fd,))
                 case Pull():
-                    wire.send(Verdicts(self._pull(wire, frame)))
+                    wire.send(self._pull(wire, frame))
                 case _:
                     raise WireError(f"a {type(frame).__name__} frame is no request to shared memory")
         except PolyphaseError as error:
@@ -86,7 +85,7 @@ class ShmBackend:
             raise TransferRefused(f"region {region_id} does not lie in shared memory")
         return memory
 
-    def _pull(self, wire: Wire, pull: Pull) -> bytes:
+    def _pull(self, wire: Wire, pull: Pull) -> Verdicts:
         """Copy what the peer writes; into blocks that still are what the peer was told."""
         fd = wire.take_fd()
         try:
@@ -95,44 +94,16 @@ class ShmBackend:
                 opened = wire.kept[pull.source.region_id] = OpenedPool.from_fd(fd, pull.source)
         finally:
             os.close(fd)
-        region = self._services.region(pull.region_id)
-        target = region.host_blocks
-        if region.card.block_bytes != opened.block_bytes:
-            raise TransferRefused(f"blocks of {opened.block_bytes} bytes cannot be written into blocks of {region.card.block_bytes}")
-        ids = checked_ids(unpack_words(pull.block_ids, "block ids"), region.card.block_count, f"region {pull.region_id}")
-        expected = unpack_words(pull.generations, "generations")
-        sources = checked_ids(unpack_words(pull.source_block_ids, "block ids"), opened.block_count, f"region {pull.source.region_id}")
-        source_expected = unpack_words(pull.source_generations, "generations")
-        if not len(ids) == len(expected) == len(sources) == len(source_expected):
-            raise WireError("a write names lists of different lengths")
-        granted = [place for place, block_id in enumerate(ids) if target.generation_words[block_id] == expected[place]]
-        verdicts = bytearray([Verdict.STALE]) * len(ids)
-        copied = bytearray(len(granted))
-        stop = bytearray(1)
-        job = object()
-        region.enter(job)
-        timer = self._services.call_at(self._services.clock.now_ns() + pull.time_left_ms * 1_000_000, lambda: stop.__setitem__(0, 1))
+        pulled = PullJob(self._services, pull)
+        job = pulled.job
+        pulled.region.enter(job)
+        timer = self._services.call_at(job.deadline_ns, lambda: job.stop.__setitem__(0, 1))
         try:
-            copy_blocks(
-                Copy(
-                    target=target.blocks,
-                    target_ids=array("Q", [ids[place] for place in granted]),
-                    source=opened.blocks,
-                    source_ids=array("Q", [sources[place] for place in granted]),
-                    block_bytes=opened.block_bytes,
-                    generations=opened.generation_words,
-                    expected=array("Q", [source_expected[place] for place in granted]),
-                    verdicts=memoryview(copied),
-                    stop=stop,
-                )
-            )
+            _copy(job, opened)
         finally:
             timer.cancel()
-            region.leave(job)
-        for place, verdict in zip(granted, copied, strict=True):
-            is_granted = target.generation_words[ids[place]] == expected[place]
-            verdicts[place] = verdict if is_granted else Verdict.STALE
-        return bytes(verdicts)
+            pulled.region.leave(job)
+        return pulled.verdicts()
 
     def close(self) -> None:
         """Nothing runs."""
@@ -151,19 +122,7 @@ class ShmLink:
 
     def read(self, job: Job) -> None:
         pool = self._open(job.remote, job.deadline_ns)
-        copy_blocks(
-            Copy(
-                target=job.local.host_blocks.blocks,
-                target_ids=job.local_ids,
-                source=pool.blocks,
-                source_ids=job.remote_ids,
-                block_bytes=pool.block_bytes,
-                generations=pool.generation_words,
-                expected=job.remote_generations,
-                verdicts=job.verdicts,
-                stop=job.stop,
-            )
-        )
+        _copy(job, pool)
 
     def _open(self, region: RegionCard, deadline_ns: int) -> OpenedPool:
         pool = self._pools.get(region.region_id)
@@ -189,24 +148,8 @@ class ShmLink:
         memory = job.local.memory
         if not isinstance(memory, SharedPool):
             raise TransferRefused("only blocks of a SharedPool can be written through shared memory")
-        ids = list(job.local_ids)
-        pull = Pull(
-            source=job.local.card,
-            source_block_ids=pack_words(job.local_ids),
-            source_generations=pack_words(array("Q", memory.generations(ids))),
-            region_id=job.remote.region_id,
-            block_ids=pack_words(job.remote_ids),
-            generations=pack_words(job.remote_generations),
-            time_left_ms=max(0, (job.deadline_ns - self._services.clock.now_ns()) // 1_000_000),
-        )
         with self._shelf.wire(job.deadline_ns) as wire:
-            job.on_stop = wire.break_off
-            wire.send(pull, (memory.fd,))
-            verdicts = expect(wire.receive(), Verdicts).verdicts
-            job.on_stop = None
-            if len(verdicts) != len(ids):
-                raise WireError(f"{len(verdicts)} verdicts came for {len(ids)} blocks")
-        job.verdicts[:] = verdicts
+            ask_to_pull(wire, job, self._services, (memory.fd,))
 
     def close(self) -> None:
         with self._opening:
@@ -215,3 +158,19 @@ class ShmLink:
                 pool.close()
             self._pools.clear()
         self._shelf.close()
+
+
+def _copy(job: Job, pool: OpenedPool) -> None:
+    copy_blocks(
+        Copy(
+            target=job.local.host_blocks.blocks,
+            target_ids=job.local_ids,
+            source=pool.blocks,
+            source_ids=job.remote_ids,
+            block_bytes=pool.block_bytes,
+            generations=pool.generation_words,
+            expected=job.remote_generations,
+            verdicts=job.verdicts,
+            stop=job.stop,
+        )
+    )

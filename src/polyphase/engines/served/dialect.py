@@ -1,0 +1,70 @@
+"""What a kind of engine server has to say for itself, so that `ServedEngine` can drive it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import httpx
+
+from polyphase.core.errors import PolyphaseError
+from polyphase.wire.events import KvEvent
+from polyphase.wire.requests import Submit, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    cached_tokens: int | None  # of these, found in the prefix cache; None: the engine does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece of a streamed answer."""
+
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
+    finish: str | None = None  # "stop", "length"; anything else is taken for a failure
+    stop_reason: int | str | None = None
+    usage: Usage | None = None
+    error: PolyphaseError | None = None
+
+
+@dataclass(slots=True)
+class Gauges:
+    """What the engine measures of itself."""
+
+    running_count: int = 0
+    waiting_count: int = 0
+    used_share: float = 0.0  # of its KV blocks
+    iterations: int = 0  # steps since its start
+    preemptions: int = 0
+
+
+class Dialect(Protocol):
+    """How a request is written, and an answer read."""
+
+    @property
+    def path(self) -> str: ...
+
+    def body(self, request: Submit, max_tokens: int) -> bytes:
+        """JSON for a streamed answer of at most `max_tokens` tokens behind `request.token_ids`."""
+
+    def read(self, data: bytes) -> Chunk:
+        """The data of one server-sent event. Raises: WireError."""
+
+
+class Sink(Protocol):
+    """Where an observer brings what it saw; on the event loop."""
+
+    def note_events(self, events: Sequence[KvEvent]) -> None: ...
+
+    def note_gauges(self, gauges: Gauges) -> None: ...
+
+
+class Observer(Protocol):
+    """Watches one side of a running server, such as its metrics or its KV events."""
+
+    async def watch(self, client: httpx.AsyncClient, sink: Sink) -> None:
+        """Until cancelled. Raises: EngineFailed if the server has gone."""

@@ -1,0 +1,86 @@
+"""One request at an engine server, from its body to its last token; and what it has to tell that was not reported yet."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from polyphase.core.errors import PolyphaseError
+from polyphase.engines.batching.stopping import StopLimits, StopRule
+from polyphase.engines.served.dialect import Chunk, Usage
+from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, Submit, TokenLogprob, WireFailure
+
+
+@dataclass(slots=True)
+class Flight:
+    """`max_tokens` are those that the engine may still add: one for a prompt leg."""
+
+    request: Submit
+    max_tokens: int
+    rule: StopRule
+    task: asyncio.Task[None] | None = None
+    token_count: int = 0  # from this engine
+    usage: Usage | None = None
+    finish: FinishReason | None = None
+    stop_reason: int | str | None = None
+    failure: WireFailure | None = None
+    _tokens: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing more is to come."""
+        return self.finish is not None
+
+    def take(self, chunk: Chunk) -> int:
+        """Tokens of an answer; how many were new. Behind one that ends the sequence, none counts."""
+        before = self.token_count
+        for place, token_id in enumerate(chunk.token_ids):
+            if self.finish is not None:
+                break
+            self._tokens.append(token_id)
+            if place < len(chunk.logprobs):
+                self._logprobs.append(chunk.logprobs[place])
+            self.token_count += 1
+            total = len(self.request.token_ids) + self.token_count
+            stop = self.rule.after(token_id, total, total - self.request.prompt_token_count)
+            if stop is not None:
+                self.finish, self.stop_reason = stop.reason, stop.matched
+            elif self.request.hand_over and self.token_count >= self.max_tokens:
+                self.finish = FinishReason.HANDED_OVER
+        self.usage = chunk.usage or self.usage
+        return self.token_count - before
+
+    def end(self, finish: FinishReason) -> None:
+        if self.finish is None:
+            self.finish = finish
+
+    def fail(self, error: PolyphaseError) -> None:
+        if self.finish is None:
+            self.finish = FinishReason.ERROR
+            self.failure = WireFailure(error.code, error.message, error.is_retryable)
+
+    def take_output(self) -> SequenceOutput:
+        """What is new since the last call."""
+        tokens, logprobs = self._tokens, self._logprobs
+        self._tokens, self._logprobs = [], []
+        cached = self.usage.cached_tokens if self.usage is not None and self.finish is not None else None
+        return SequenceOutput(
+            request_id=self.request_id,
+            token_ids=tokens,
+            logprobs=logprobs if self.request.sampling.top_logprobs is not None else None,
+            finish_reason=self.finish,
+            stop_reason=self.stop_reason,
+            failure=self.failure,
+            stats=None if cached is None else PhaseStats(cached_token_count=cached),
+        )
+
+
+def flight_of(request: Submit, limits: StopLimits) -> Flight:
+    already = len(request.token_ids) - request.prompt_token_count
+    room = min(request.stop.max_tokens - already, limits.context_length - len(request.token_ids))
+    return Flight(request, 1 if request.hand_over else room, StopRule(request, limits))

@@ -1,0 +1,77 @@
+"""What a served engine reports as its load: its own requests, counted here, and what the server measures of itself.
+
+waiting   accepted and without a token: those that the server says wait, and those that it has not been asked about yet
+running   the rest; more if others than we use the server too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from polyphase.engines.served.dialect import Gauges
+from polyphase.engines.served.flight import Flight
+from polyphase.wire.events import Load
+
+
+@dataclass(slots=True)
+class Tally:
+    block_count: int
+    step: int = 0
+    gauges: Gauges = field(default_factory=Gauges)
+    accepted_since_gauges: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    finished: int = 0
+    _has_moved: bool = False  # since the server was measured last
+
+    def note_accepted(self) -> None:
+        self.accepted_since_gauges += 1
+
+    def note_step(self) -> None:
+        self.step += 1
+        self._has_moved = True
+
+    def note_tokens(self, flight: Flight, count: int) -> None:
+        """Tokens that the flight has counted already. The first says that the prompt is computed."""
+        self.generated_tokens += count
+        self.computed_tokens += count
+        if count and flight.token_count == count:
+            self.computed_tokens += len(flight.request.token_ids)
+
+    def note_end(self, flight: Flight) -> None:
+        self.finished += 1
+        if flight.token_count:
+            self.prompt_tokens += len(flight.request.token_ids)
+        if flight.usage is not None:
+            self.cached_tokens += flight.usage.cached_tokens or 0
+
+    def note_gauges(self, gauges: Gauges) -> None:
+        """Steps that brought us no token are progress as well: of a long prompt, or of somebody else's requests."""
+        if gauges.iterations > self.gauges.iterations and not self._has_moved:
+            self.step += 1
+        self._has_moved = False
+        self.gauges = gauges
+        self.accepted_since_gauges = 0
+
+    def load(self, flights: Iterable[Flight]) -> Load:
+        live = list(flights)
+        unanswered = [flight for flight in live if not flight.token_count]
+        own_waiting = min(len(unanswered), self.gauges.waiting_count + self.accepted_since_gauges)
+        used = round(self.gauges.used_share * self.block_count)
+        return Load(
+            step=self.step,
+            running_count=max(len(live) - own_waiting, self.gauges.running_count),
+            waiting_count=max(own_waiting, self.gauges.waiting_count),
+            waiting_prefill_tokens=sum(len(flight.request.token_ids) for flight in unanswered),
+            block_count=self.block_count,
+            used_block_count=min(used, self.block_count),
+            prompt_tokens_total=self.prompt_tokens,
+            cached_prompt_tokens_total=self.cached_tokens,
+            generated_tokens_total=self.generated_tokens,
+            finished_total=self.finished,
+            preemptions_total=self.gauges.preemptions,
+            computed_tokens_total=self.computed_tokens,
+        )

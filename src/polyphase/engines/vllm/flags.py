@@ -1,0 +1,121 @@
+"""The command line and the environment of `vllm serve`. Source: vLLM 0.32.0, and its `unrecognized arguments` for versions that differ."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from polyphase.core.errors import ConfigurationError
+from polyphase.engines.vllm.settings import VllmSettings
+
+EVENT_TOPIC = "kv-events"
+DEFAULT_MAX_RUNNING = 256  # Source: vLLM's for servers on most accelerators; given, so that the card is true
+
+# What we would like and can do without.
+OPTIONAL = {
+    "--enable-scale-out": (),  # token-in/token-out; without it, completions with token ids
+    "--enable-prompt-tokens-details": (),  # cached tokens of each request
+    "--scheduling-policy": ("priority",),
+    "--disable-uvicorn-access-log": (),  # it would hold little more than that we ask for its metrics
+}
+_UNKNOWN = re.compile(r"unrecognized arguments: (.+)")
+
+
+def base_command(settings: VllmSettings) -> list[str]:
+    """Up to and including `serve`. Raises: ConfigurationError if there is no vLLM to be found."""
+    if settings.command is not None:
+        return shlex.split(settings.command)
+    if settings.python is not None:
+        python = os.path.expanduser(settings.python)
+        if shutil.which(python) is None:
+            raise ConfigurationError(f"--engine-python {settings.python} is no program; name the python of vLLM's environment")
+        return [python, "-m", "vllm.entrypoints.cli.main", "serve"]
+    program = shutil.which("vllm")
+    if program is not None:
+        return [program, "serve"]
+    if importlib.util.find_spec("vllm") is not None:
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    raise ConfigurationError(
+        "there is no vllm command on the PATH; install vLLM (an environment of its own is best), and name its interpreter with "
+        "--engine-python /path/to/venv/bin/python, or a running server with --attach http://127.0.0.1:8000"
+    )
+
+
+def serve_command(settings: VllmSettings, name: str, port: int, without: Collection[str] = ()) -> list[str]:
+    """All of it. `without` are optional flags that this vLLM does not know. Raises: ConfigurationError."""
+    given: dict[str, object] = {
+        "--served-model-name": name,
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--max-num-seqs": settings.max_running or DEFAULT_MAX_RUNNING,
+        "--kv-events-config": json.dumps(event_config(settings.folder)),
+        "--block-size": settings.block_size,
+        "--kv-cache-memory-bytes": settings.kv_bytes,
+        "--max-model-len": settings.context_length,
+        "--max-num-batched-tokens": settings.max_batch_tokens,
+        "--dtype": None if settings.dtype == "auto" else settings.dtype,
+    }
+    flags = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
+    flags += [part for flag, values in OPTIONAL.items() if flag not in without for part in (flag, *values)]
+    try:
+        further = shlex.split(settings.arguments)
+    except ValueError as error:
+        raise ConfigurationError(f"--engine-args cannot be read as a shell would: {error}") from error
+    return [*base_command(settings), settings.model, *flags, *further]
+
+
+def event_config(folder: Path) -> dict[str, object]:
+    """Sockets in a private folder: of TCP endpoints, vLLM binds only those that listen on all interfaces."""
+    return {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"ipc://{folder}/events",
+        "replay_endpoint": f"ipc://{folder}/replay",
+        "topic": EVENT_TOPIC,
+    }
+
+
+def environment(settings: VllmSettings, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What it needs beyond ours; what the user has set stays."""
+    wanted = {"VLLM_HOST_IP": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    if settings.device in ("cpu", "auto"):
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else each worker takes the same cores; without meaning on accelerators
+    return {name: value for name, value in wanted.items() if name not in inherited}
+
+
+def unknown_optional_flags(lines: Sequence[str]) -> set[str]:
+    """Flags of ours that a server which ended had complained of."""
+    said = {word for line in lines if (found := _UNKNOWN.search(line)) for word in found[1].split()}
+    return said & OPTIONAL.keys()
+
+
+def progress_of(lines: Sequence[str]) -> str:
+    """What it does, by what it said last."""
+    for line in reversed(lines):
+        for mark, phrase in _PHASES.items():
+            if mark in line:
+                return phrase
+    return "it starts Python and imports torch"
+
+
+_PHASES = {
+    "Starting vLLM server": "it opens its port",
+    "Capturing CUDA graph": "it captures CUDA graphs",
+    "Dynamo bytecode transform": "it compiles the model",
+    "Compiling a graph": "it compiles the model",
+    "init engine": "it warms up",
+    "KV cache size": "it has made its KV cache and warms up",
+    "Loading weights took": "it has loaded the weights and measures the memory for KV",
+    "Loading safetensors": "it loads the weights",
+    "Starting to load model": "it loads the model",
+    "Initializing a V1 LLM engine": "it starts its engine process",
+    "Resolved architecture": "it has read the model's configuration",
+    "non-default args": "it reads the model's configuration",
+}

@@ -1,0 +1,96 @@
+"""Reads vLLM's `/metrics`: its load twice a second, and once what its KV cache is like."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Iterator
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from polyphase.core.errors import EngineFailed
+from polyphase.engines.served.dialect import Gauges, Sink
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 0.5
+TIMEOUT_S = 2.0
+MAX_UNREACHABLE = 6  # in a row: it has gone. One that only does not answer may be busy, or hang, which is seen by its steps
+_PREFIX = "vllm:"
+
+
+class MetricsObserver:
+    """Implements `Observer`."""
+
+    def __init__(self, interval_s: float = INTERVAL_S) -> None:
+        self._interval_s = interval_s
+
+    async def watch(self, client: httpx.AsyncClient, sink: Sink) -> None:
+        unreachable = 0
+        while True:
+            try:
+                response = await client.get("/metrics", timeout=TIMEOUT_S)
+                if response.status_code == 200:
+                    sink.note_gauges(gauges_of(response.text))
+                unreachable = 0
+            except httpx.ConnectError as error:
+                unreachable += 1
+                if unreachable >= MAX_UNREACHABLE:
+                    raise EngineFailed(f"vLLM at {client.base_url} cannot be reached any more: {error}") from None
+            except httpx.HTTPError as error:
+                log.debug("no metrics: %s", error)
+            await asyncio.sleep(self._interval_s)
+
+
+def gauges_of(text: str) -> Gauges:
+    """Over all data-parallel ranks: counts add up, and the fullest cache counts."""
+    gauges = Gauges()
+    for name, value, _ in _samples(text):
+        match name:
+            case "num_requests_running":
+                gauges.running_count += int(value)
+            case "num_requests_waiting":
+                gauges.waiting_count += int(value)
+            case "kv_cache_usage_perc":
+                gauges.used_share = max(gauges.used_share, value)
+            case "iteration_tokens_total_count":
+                gauges.iterations += int(value)
+            case "num_preemptions_total":
+                gauges.preemptions += int(value)
+    return gauges
+
+
+def cache_of(text: str) -> tuple[int, int]:
+    """Block size in tokens, and blocks; 0 for what it does not say."""
+    for name, _, labels in _samples(text):
+        if name == "cache_config_info":
+            return _whole(labels.get("block_size")), _whole(labels.get("num_gpu_blocks"))
+    return 0, 0
+
+
+def _samples(text: str) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """Only lines that we read are parsed: there are hundreds of others, and this happens twice a second."""
+    wanted = "\n".join(line for line in text.splitlines() if line.startswith(_WANTED))
+    for family in text_string_to_metric_families(wanted + "\n"):
+        for sample in family.samples:
+            if not math.isnan(sample.value):
+                yield sample.name.removeprefix(_PREFIX), sample.value, sample.labels
+
+
+def _whole(text: str | None) -> int:
+    return int(text) if text is not None and text.isdigit() else 0
+
+
+_WANTED = tuple(
+    _PREFIX + name
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting{",
+        "kv_cache_usage_perc",
+        "iteration_tokens_total_count",
+        "num_preemptions_total",
+        "cache_config_info",
+    )
+)

@@ -1,0 +1,199 @@
+"""Polyphase before a real `vllm serve`: `make test-engines`. Not part of `make test`, whose vLLM is played from recordings.
+
+One server for all tests: it starts in one to three minutes on a small machine. ENGINE_PYTHON names the interpreter that has vLLM, and
+ENGINE_MODEL the folder that tools/make_tiny_model.py wrote. The tests build on each other and run in this order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import APIError, OpenAI
+
+from polyphase.testing import Deployment
+
+START_TIMEOUT_S = 500.0
+PROMPT = list(range(100, 300))
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+}
+OPTIONS = [
+    "--engine", "vllm", "--engine-python", os.environ["ENGINE_PYTHON"], "--served-model-name", "tiny", "--block-size", "32",
+    "--kv-memory", "128MiB", "--context-length", "4096", "--max-running", "16", "--engine-args", "--enforce-eager",
+]  # fmt: skip
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(START_TIMEOUT_S + 60)]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Deployment]:
+    with Deployment(os.environ["ENGINE_MODEL"], *OPTIONS, start_timeout_s=START_TIMEOUT_S, environment=ENVIRONMENT) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def client(served: Deployment) -> OpenAI:
+    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def complete(client: OpenAI, prompt: list[int], count: int = 8, **fields: Any) -> Any:
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    return client.completions.create(model="tiny", prompt=prompt, max_tokens=count, extra_body=extra, **{"temperature": 0, **fields})
+
+
+def engine_url(served: Deployment) -> str:
+    said = served.logs()
+    return "http://127.0.0.1:" + said.split(" at http://127.0.0.1:")[-1].split(":")[0]
+
+
+def engine_pids(served: Deployment, name: str = "") -> list[int]:
+    """Processes of the group behind the guard, the first one first; `name` is part of what they call themselves."""
+    guards = {pid for pid in served.pids() if b"polyphase.engines.served.guard" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    stats = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command, _, rest = (folder / "stat").read_text().rpartition(")")
+            except OSError:
+                continue
+            state, parent, group = rest.split()[:3]
+            if state != "Z":
+                stats[int(folder.name)] = (int(parent), int(group), command.partition("(")[2])
+    groups = {pid for pid, (parent, _, _) in stats.items() if parent in guards}
+    return sorted(pid for pid, (_, group, command) in stats.items() if group in groups and name in command)
+
+
+def test_whole_and_streamed_answers_are_the_same(client: OpenAI) -> None:
+    whole = complete(client, PROMPT, 20)
+    chunks = list(complete(client, PROMPT, 20, stream=True, stream_options={"include_usage": True}))
+    assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens == 20
+    assert whole.choices[0].finish_reason == "length"
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert len(chunks) > 5, "it is streamed"
+
+
+def test_tokens_are_those_of_the_engine_asked_directly(served: Deployment, client: OpenAI) -> None:
+    for length in (1, 31, 32, 33, 500, 1500):
+        prompt = [100 + (7 * place) % 900 for place in range(length)]
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        direct = httpx.post(f"{engine_url(served)}/v1/completions", json=body, timeout=120).json()
+        assert complete(client, prompt).choices[0].token_ids == direct["choices"][0]["token_ids"], length
+
+
+def test_chat_with_logprobs(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "kabas loden"}], max_tokens=5, temperature=0, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content  # type: ignore[union-attr]
+    assert answer.usage is not None
+    assert content is not None
+    assert len(content) == answer.usage.completion_tokens
+    assert all(len(one.top_logprobs) == 3 and one.logprob <= 0 for one in content)
+
+
+def test_the_router_knows_what_the_engine_found(served: Deployment, client: OpenAI) -> None:
+    prompt = [3000 + place % 700 for place in range(320)]
+    before = served.health()["index"]["block_count"]
+    first = complete(client, prompt)
+    served.wait_for(lambda: served.health()["index"]["block_count"] >= before + 10, "the prompt's blocks in the index")
+    answer = client.completions.with_raw_response.create(model="tiny", prompt=[*prompt, 9], max_tokens=4, temperature=0)
+    usage = answer.parse().usage
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 320
+    record = served.record(answer.headers["x-request-id"])
+    assert (record["cached_tokens"], record["predicted_cached_tokens"]) == (320, 320), record
+
+
+def test_a_salt_keeps_tenants_apart(client: OpenAI) -> None:
+    prompt = [2000 + place % 700 for place in range(200)]
+    found = []
+    for salt in ("a", "a", "b"):
+        body = {"cache_salt": salt, "return_token_ids": True}
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, temperature=0, extra_body=body)
+        found.append(answer.usage.prompt_tokens_details.cached_tokens)  # type: ignore[union-attr]
+    assert found == [0, 192, 0]
+
+
+def test_who_goes_away_frees_the_engine(served: Deployment, client: OpenAI) -> None:
+    stream = complete(client, PROMPT, 3000, stream=True)
+    next(iter(stream))
+    stream.close()
+
+    def is_idle() -> bool:
+        lines = httpx.get(f"{engine_url(served)}/metrics", timeout=30).text.splitlines()
+        return any(line.startswith("vllm:num_requests_running{") and line.endswith(" 0.0") for line in lines)
+
+    served.wait_for(is_idle, "the engine to be idle; 3000 tokens take much longer", timeout_s=15)
+
+
+def test_what_the_engine_does_not_take_is_the_callers_fault(client: OpenAI) -> None:
+    with pytest.raises(APIError) as raised:
+        complete(client, [1] * 5000)
+    assert getattr(raised.value, "status_code", None) == 400
+
+
+def test_a_stopped_engine_is_noticed_and_taken_back(served: Deployment, client: OpenAI) -> None:
+    """SIGSTOP of the engine's core: its web server, and /health, go on as if nothing were."""
+    complete(client, PROMPT, 40)
+    cores = engine_pids(served, "EngineCor")  # of a name, the system keeps 15 characters
+    assert cores
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(complete(client, PROMPT, 40)))
+
+    def is_stalled() -> bool:
+        return any(worker.get("is_stalled") for worker in served.health()["models"]["tiny"]["workers"].values())
+
+    for pid in cores:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        thread.start()
+        served.wait_for(is_stalled, "the quarantine", timeout_s=90)
+        assert httpx.get(f"{engine_url(served)}/health", timeout=30).status_code == 200
+    finally:
+        for pid in cores:
+            os.kill(pid, signal.SIGCONT)
+    served.wait_for(lambda: not is_stalled(), "the end of the quarantine", timeout_s=60)
+    thread.join(120)
+    assert complete(client, PROMPT, 4).usage.completion_tokens == 4
+
+
+def test_a_killed_engine_is_explained_and_started_again(served: Deployment, client: OpenAI) -> None:
+    stream = complete(client, PROMPT, 3000, stream=True)
+    next(iter(stream))
+    before = set(engine_pids(served))
+    os.kill(engine_pids(served)[0], signal.SIGKILL)
+    with pytest.raises(APIError, match="killed by SIGKILL"):
+        for _ in stream:
+            pass
+    served.wait_for(lambda: "the worker broke down: vllm was killed by SIGKILL" in served.output(), "the explanation")
+    served.wait_for(lambda: before.isdisjoint(engine_pids(served)), "the end of what the engine had started")
+    served.wait_for(lambda: served.health().get("status") == "healthy" and served.workers(), "the next life", START_TIMEOUT_S)
+    assert complete(client, PROMPT, 4).usage.completion_tokens == 4
+
+
+def test_nothing_is_left_running() -> None:
+    """A deployment of its own, ended while it starts, as by an impatient person."""
+    deployment = Deployment(os.environ["ENGINE_MODEL"], *OPTIONS, environment=ENVIRONMENT)
+    deployment.launch()
+    try:
+        deployment.wait_for(lambda: len(engine_pids(deployment)) > 1, "the engine's further processes", 120)
+        pids = engine_pids(deployment)
+        deployment.stop()
+        deployment.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of all processes", 30)
+    finally:
+        deployment.kill()
+        subprocess.run(["rm", "-rf", str(deployment.home)], check=False)
