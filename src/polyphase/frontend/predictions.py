@@ -17,7 +17,7 @@ from polyphase.core.clock import Clock
 from polyphase.core.ids import Epoch, SequenceHash, WorkerId
 from polyphase.frontend.metrics import Metrics
 from polyphase.router import Drift, DriftWatch, Router, Sample, StreamFacts, WorkerFacts
-from polyphase.wire.events import AllCleared, BlocksRemoved, KvEvent, Load
+from polyphase.wire.events import AllCleared, BlocksRemoved, KvEvent, Load, Tier
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Predictions:
         if worker is not None:
             for event in events:
                 match event:
-                    case BlocksRemoved():
+                    case BlocksRemoved(tier=Tier.DEVICE):  # what goes further down is found there, and what goes there was not predicted
                         worker.removed_block_count += len(event.sequence_hashes)
                     case AllCleared():
                         worker.removed_block_count += 1

@@ -190,8 +190,8 @@ class Router:
         return any(known.facts.model == model for known in self._known.values())
 
     def cached_block_count(self, worker_id: WorkerId, hashes: Sequence[SequenceHash]) -> int:
-        """Leading blocks of `hashes` that this worker is known to hold now."""
-        return self.index.match(hashes).depth(worker_id)
+        """Leading blocks of `hashes` that this worker is known to hold now, in whatever tiers."""
+        return self.index.match(hashes).depth(worker_id, _LOWEST)
 
     def indexed_block_count(self, worker_id: WorkerId) -> int:
         return self.index.block_count(worker_id)

@@ -9,7 +9,7 @@ import pytest
 from polyphase.core.hashing import sequence_hashes
 from polyphase.frontend import fleet, predictions
 from polyphase.router import drift, drift_watch
-from polyphase.wire.events import BlocksRemoved, BlocksStored
+from polyphase.wire.events import BlocksRemoved, BlocksStored, Tier
 
 from .fake_worker import FakeWorker
 from .stack import Stack, wait_for
@@ -123,3 +123,28 @@ async def test_blocks_that_go_between_routing_and_running(stack: Stack) -> None:
     found = await health_of(stack, worker)
     assert found is not None
     assert found["reason"] == "eviction"
+
+
+async def test_what_comes_back_from_host_memory_is_no_drift(stack: Stack) -> None:
+    """An engine that reports tokens from host memory as cached has told of them; they were only not predicted for the device."""
+    worker = await stack.add("worker-0")
+    await follow(stack, worker)
+    worker.publish([BlocksStored(HASHES), BlocksStored(HASHES, Tier.HOST), BlocksRemoved(HASHES)])
+    facts = stack.router.workers()[0].facts
+    await wait_for(lambda: stack.router.cached_block_count(facts.worker_id, HASHES) == len(HASHES))
+    worker.behaviour.cached_tokens = 16
+    await ask(stack, 20)
+    check(stack)
+    assert await health_of(stack, worker) is None
+
+
+async def test_what_goes_in_lower_tiers_is_no_eviction(stack: Stack) -> None:
+    worker = await stack.add("worker-0")
+    await follow(stack, worker)
+    worker.publish([BlocksStored(HASHES)])
+    await hear(stack, worker, len(HASHES))
+    worker_id = stack.router.workers()[0].facts.worker_id
+    before = stack.services.dispatcher.predictions.removed_block_count(worker_id)
+    worker.publish([BlocksStored([1, 2], Tier.HOST), BlocksRemoved([1, 2], Tier.HOST), BlocksStored([3])])
+    await wait_for(lambda: stack.router.cached_block_count(worker_id, [3]) == 1)
+    assert stack.services.dispatcher.predictions.removed_block_count(worker_id) == before
