@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=router.max_waiting_requests,
         metavar="N",
-        help="per worker, beyond those it runs; when all are full, requests get 429 (default: %(default)s)",
+        help="per worker, beyond those it runs; when all are full, requests wait here (default: %(default)s)",
     )
     _add_index_flags(parser)
     _add_admission_flags(parser)
@@ -158,7 +158,7 @@ def _add_admission_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=usual.max_requests,
         metavar="N",
-        help="per model, waiting here while every worker is saturated; 0: none (default: %(default)s)",
+        help="waiting here for the same workers while all of these are saturated; 0: none (default: %(default)s)",
     )
     add("--max-queued-per-tenant", type=int, metavar="N", help="of these, of one tenant (default: no limit of its own)")
     add(

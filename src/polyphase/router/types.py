@@ -268,6 +268,6 @@ class RouterSettings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     split: SplitRule = field(default_factory=SplitRule)
     first_turn: int = 0  # equals are chosen in another order by routers that begin elsewhere, so that not all pick the same one at once
-    max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests are refused
+    max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests wait at the frontend
     sessions: SessionRule = field(default_factory=SessionRule)
     index: IndexSettings = field(default_factory=IndexSettings)
