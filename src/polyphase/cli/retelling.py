@@ -21,11 +21,11 @@ Page = dict[str, Any]  # of /debug/requests/{id}
 def paragraphs(page: Page) -> list[str]:
     routes = page["routes"]
     told = [" ".join([_what_was_asked(page), *_how_long_it_waited(page)])]
-    if not routes:
-        why = trimmed(page["error"]) if page["error"] else "no worker had room for it yet"
-        told.append(f"It was given to no worker: {why}.")
     told += _attempts(page)
-    told.append(" ".join([*_what_it_cost(page), _how_it_ended(page)]))
+    if routes:
+        told.append(" ".join([*_what_it_cost(page), _how_it_ended(page)]))
+    else:
+        told.append(_why_it_went_nowhere(page))
     return told
 
 
@@ -54,6 +54,12 @@ def _how_long_it_waited(page: Page) -> list[str]:
         return [f"It waits in the frontend's queue ({why})."]
     then = "until a worker had room" if page["routes"] else "in vain"
     return [f"It waited {wait_ms / 1e3:.2f} s in the frontend's queue {then} ({why})."]
+
+
+def _why_it_went_nowhere(page: Page) -> str:
+    if page["error"]:
+        return f"It was given to no worker: {trimmed(page['error'])}."
+    return "No worker had room for it yet." if page["status"] == "running" else "Its client went away before a worker had room for it."
 
 
 def _attempts(page: Page) -> Iterator[str]:

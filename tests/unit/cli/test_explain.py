@@ -60,6 +60,9 @@ PAGE: dict[str, Any] = {
 }  # fmt: skip
 
 
+NOWHERE: dict[str, Any] = {"routes": [], "ttft_ms": None, "completion_tokens": 0}
+
+
 def in_words(page: dict[str, Any]) -> str:
     return " ".join(paragraphs(page))
 
@@ -191,11 +194,15 @@ def test_equals_take_turns():
         ({"status": "cancelled", "finish_reason": "cancelled"}, "Its client went away after 9 tokens."),
         ({"status": "failed", "error": "worker_lost: it died"}, "It failed after 9 tokens: worker_lost: it died."),
         ({"finish_reason": "length", "completion_tokens": 1}, "It ended after 1 token, the most that it was allowed."),
-        ({"routes": [], "ttft_ms": None, "error": "overloaded: full"}, "It was given to no worker: overloaded: full."),
+        (NOWHERE | {"status": "failed", "error": "overloaded: full"}, "prompt tokens. It was given to no worker: overloaded: full."),
+        (NOWHERE | {"status": "running"}, "prompt tokens. No worker had room for it yet."),
+        (NOWHERE | {"status": "cancelled"}, "prompt tokens. Its client went away before a worker had room for it."),
     ],
 )
 def test_how_it_ended(changes: dict[str, Any], words: str):
-    assert words in in_words(page(**changes))
+    text = in_words(page(**changes))
+    assert words in text
+    assert changes.get("routes") != [] or text.endswith(words), "it is told once"
 
 
 class Frontend(ThreadingHTTPServer):
