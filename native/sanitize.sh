@@ -14,7 +14,7 @@ compiler=${CXX:-g++}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cp -r "$root/src" "$root/tests" "$root/pyproject.toml" "$work/"
+cp -r "$root/src" "$root/tests" "$root/docs" "$root/pyproject.toml" "$work/"  # a test runs what the guide shows
 find "$work/src" -name '_native*.so' -delete
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 includes=$("$python" -c 'import pybind11, sysconfig; print("-I" + pybind11.get_include(), "-I" + sysconfig.get_paths()["include"])')
