@@ -1,7 +1,7 @@
 # make help lists what there is. Every target makes its own .venv first, if that is missing or out of date.
 #
 #   PYTHON=python3.12     which Python to use, 3.11 or later
-#   PIP_ARGS="..."        further arguments for pip, for example --index-url of a mirror or of another build of torch
+#   PIP_ARGS="..."        further arguments for pip, for example for a mirror or for another build of torch
 #   VENV=.venv            where the environment goes
 #   ENGINES=...           where stock engines are installed for test-engines, ~/.cache/polyphase-engines if not said
 
