@@ -50,6 +50,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
     keeps_priorities: bool = True  # among the requests that wait there
     resumes_sampling: bool = True  # a sampled request that moved here goes on with the tokens that it would have had
+    takes_grammars: bool = False  # structured output
+    adapters: list[str] = []  # LoRA adapters that it can run, by the names that clients call them; msgspec copies the default
     block_bytes: int
     default_temperature: float | None = None  # from the model's generation_config.json
     default_top_p: float | None = None

@@ -35,6 +35,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_logprobs: int | None = None  # None: no log-probabilities; 0: of the chosen token only
 
 
+class GrammarKind(enum.StrEnum):
+    JSON = "json"  # any JSON object; `text` is empty
+    JSON_SCHEMA = "json_schema"  # `text` is the schema, as JSON
+    REGEX = "regex"
+    CHOICE = "choice"  # `text` is a JSON list of the strings to choose from
+    EBNF = "ebnf"
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the output, from its first token on, has to be a sentence of."""
+
+    kind: GrammarKind
+    text: str
+
+
 class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When a sequence ends. Counts are of output tokens, including those already emitted elsewhere."""
 
@@ -66,6 +81,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     sampling: SamplingParams
     stop: StopConditions
     cache_salt: str | None = None
+    grammar: Grammar | None = None
+    lora: str | None = None  # name of the adapter, one of the card's; None: the model itself
     priority: int = 0  # lower is served first
     hand_over: bool = False
     with_parts: bool = False  # with `hand_over`: tell of the prompt's blocks while the rest of it is computed
