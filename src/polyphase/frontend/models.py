@@ -1,8 +1,8 @@
 """The models that are served right now, each made from the card that its first worker handed out, and every name that stands for one.
 
-    name      a model   ◄── its workers, of whatever engines: same text in, same text out
-    alias     the same model, by another name
-    adapter   the model with a LoRA adapter: a model of its own to clients, on those workers that have it
+name      a model   ◄── its workers, of whatever engines: same text in, same text out
+alias     the same model, by another name
+adapter   the model with a LoRA adapter: a model of its own to clients, on those workers that have it
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class _Served:
 
 
 class Models:
-    """A model appears with its first worker and disappears with its last one; so do its aliases and adapters, each with those that have it."""
+    """A model appears with its first worker and disappears with its last one; so does each alias and adapter, with those that have it."""
 
     def __init__(self) -> None:
         self._served: dict[str, _Served] = {}
@@ -196,12 +196,11 @@ class Models:
         for name, kind in names.items():
             owner, earlier = self._names.get(name, (model, kind))
             if (owner, earlier) != (model, kind):
-                what = "a model" if earlier is NameKind.MODEL else f"{_with_article(earlier)} of the model {owner!r}"
+                is_already = "a model" if earlier is NameKind.MODEL else f"{_with_article(earlier)} of the model {owner!r}"
+                remedy = "--served-model-name" if kind is NameKind.MODEL else "name for it"
                 raise ConfigurationError(
-                    f"worker {worker_id} brings {name!r} as {_with_article(kind)} of the model {model!r}, but that is {what} already; "
-                    "start it with another name for it"
-                    if kind is not NameKind.MODEL
-                    else f"worker {worker_id} serves a model {name!r}, but that is {what} already; start it with another --served-model-name"
+                    f"worker {worker_id} brings {name!r} as {_with_article(kind)}{'' if kind is NameKind.MODEL else f' of {model!r}'}, "
+                    f"and that is {is_already} already; start it with another {remedy}"
                 )
 
     def _note_names(self) -> None:

@@ -163,8 +163,8 @@ class Mates:
 
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(
-            f"{every(worker_count)} of the model {request.model!r} that has room is of another group, engine or block size than the one that "
-            "would compute the prompt",
+            f"{every(worker_count)} of the model {request.model!r} that has room is of another group, engine or block size "
+            "than the one that would compute the prompt",
             retry_after_s=2,
             request_id=request.request_id,
         )
