@@ -14,7 +14,7 @@ from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import Addressed
 from polyphase.frontend.waiting_room import LaneView
-from polyphase.router import Drift, Router, WorkerView, shortcomings
+from polyphase.router import Drift, Router, WorkerView, group_weights, shortcomings
 from polyphase.runtime import StreamView
 
 LATEST_COUNT = 50
@@ -51,6 +51,7 @@ class Pages:
             takers = [view for view in views if view.facts.model == name and _takes_requests(view)]
             model["is_ready"] = bool(takers)
             model["names"] = [one.name for one in self._services.models if one.model.name == name]
+            model["weights"] = group_weights(view.facts for view in views if view.facts.model == name)
             model["notes"] = shortcomings(view.facts.role for view in takers)
         for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
             models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))

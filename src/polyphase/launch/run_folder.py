@@ -171,7 +171,8 @@ def _already_running(name: str, path: Path) -> str:
     except (OSError, msgspec.DecodeError):
         what = ""
     return (
-        f"a deployment named {name!r} is running already{what}; stop it, give this one another --name, or add workers to it: polyphase join"
+        f"a deployment named {name!r} is running already{what}; "
+        "stop it, give this one another --name, or add workers to that one with polyphase join"
     )
 
 

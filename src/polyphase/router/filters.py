@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyphase.core.errors import NoWorkers, Overloaded, Refused
-from polyphase.router.lineup import Lineup, mates_of
+from polyphase.router.groups import mates_of
+from polyphase.router.lineup import Lineup
 from polyphase.router.types import Leg, RouteRequest
 from polyphase.wire.cards import Role
 

@@ -21,6 +21,7 @@ import xxhash
 from polyphase.core.ids import Epoch, WorkerId
 from polyphase.router.columns import Column
 from polyphase.router.cost import in_flight_count, queued_prefill_tokens, used_block_count
+from polyphase.router.groups import group_weights, mates_of
 from polyphase.router.indexes.naive import NaiveOverlaps
 from polyphase.router.saturation import is_saturated
 from polyphase.router.types import Leg, Overlaps, WorkerFacts, WorkerView
@@ -35,7 +36,7 @@ class Standings:
 
     block_size: of all of them; where they differ, the smallest of `block_sizes`.
     mates: groups of workers between which a request may be split, by `mates_of`; one where all are alike.
-    weights: of the groups; `ahead`: the requests by which each is ahead of its share (`shares`), the router's to change.
+    weights: of the groups, if any has one; `ahead`: the requests by which each is ahead of its share (`shares`), the router's to change.
     """
 
     __slots__ = (
@@ -73,8 +74,8 @@ class Standings:
         self.block_sizes = tuple(sorted({view.facts.block_size for view in self.views}))
         self.block_size = self.block_sizes[0] if self.block_sizes else 1
         self.mates = frozenset(mates_of(view.facts) for view in self.views)
-        self.weights = _group_weights(view.facts for view in self.views)
-        self.has_shares = len(self.weights) > 1 and any(view.facts.weight is not None for view in self.views)
+        self.weights = group_weights(view.facts for view in self.views)
+        self.has_shares = len(self.weights) > 1
         self.has_reserve = self.has_shares and 0.0 in self.weights.values()
         self.ahead = {} if ahead is None else ahead
         self.queued_tokens: Column = array("d", map(queued_prefill_tokens, self.views))
@@ -217,23 +218,6 @@ class Lineup(Sequence[WorkerView]):
 
     def __iter__(self) -> Iterator[WorkerView]:
         return map(WorkerView.with_overlap, self.standings.views, self.depths())
-
-
-Mates = tuple[str, str, int]  # group, engine, block size
-
-
-def mates_of(facts: WorkerFacts) -> Mates:
-    """KV goes only between workers that agree in all of this."""
-    return facts.group, facts.engine, facts.block_size
-
-
-def _group_weights(workers: Iterable[WorkerFacts]) -> dict[str, float]:
-    """The greatest that a worker of the group states; 1 where none does."""
-    stated: dict[str, float | None] = {}
-    for facts in workers:
-        before = stated.get(facts.group)
-        stated[facts.group] = facts.weight if before is None else max(before, before if facts.weight is None else facts.weight)
-    return {group: 1.0 if weight is None else weight for group, weight in stated.items()}
 
 
 def _used_tokens(view: WorkerView) -> int:

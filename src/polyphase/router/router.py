@@ -19,8 +19,9 @@ from polyphase.router.candidates import Candidates
 from polyphase.router.contracts import Filter
 from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
 from polyphase.router.filters import no_worker_serves
+from polyphase.router.groups import Mates, mates_of
 from polyphase.router.indexes import DEFAULT_BELIEF_CAPACITY, DEFAULT_CAPACITY, PredictedPrefixIndex, default_index
-from polyphase.router.lineup import Lineup, Mates, Standings, mates_of
+from polyphase.router.lineup import Lineup, Standings
 from polyphase.router.overlaps import OverlapsBySize
 from polyphase.router.pace import Paces
 from polyphase.router.parts import BUILT_IN, Parts
