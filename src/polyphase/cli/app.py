@@ -253,7 +253,8 @@ def serve(
     serve_model(flags, config)
 
 
-app.command("join", help=HELP)(join_command(serve, (_MODEL, _ENGINE, _MOCK, _SERVED)))
+join = join_command(serve, (_MODEL, _ENGINE, _MOCK, _SERVED))
+app.command("join", help=HELP)(join)
 
 
 @app.command()

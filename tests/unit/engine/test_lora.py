@@ -58,8 +58,8 @@ def test_blocks_of_an_adapter_are_told_of_under_its_name(make_engine: MakeEngine
     engine = make_engine(adapters={"a": save_adapter(tmp_path / "a", model_folder("llama"), 4)})
     prompt = prompt_of(40)
     engine.submit(submit("r", prompt, 1, lora="a", cache_salt="tenant"))
-    stored = [event.sequence_hashes for report in run_all(engine).reports for event in report.events if isinstance(event, BlocksStored)]
-    assert sum(stored, []) == sequence_hashes(prompt, 16, namespace_of("tenant", "a"))
+    events = [event for report in run_all(engine).reports for event in report.events if isinstance(event, BlocksStored)]
+    assert [hash_ for event in events for hash_ in event.sequence_hashes] == sequence_hashes(prompt, 16, namespace_of("tenant", "a"))
     engine.submit(submit("base", prompt, 1, cache_salt="tenant"))
     assert run_all(engine).stats("base").cached_token_count == 0
 
