@@ -18,7 +18,7 @@ from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Stage
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Predictions
-from polyphase.router import NO_HASHES, Refusals, Route, Router, RouteRequest, believed_tokens
+from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer, KvPart
 from polyphase.wire.requests import Cancel, HandOver, ReleaseLease, ToWorker
@@ -156,7 +156,7 @@ class Sending:
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
             adapter=job.lora,
-            other_hashes={size: flight.hashes(size) for size in others} if others else NO_HASHES,
+            other_hashes={size: flight.hashes(size) for size in others} if others else None,
         )
 
     def is_as_chosen(self, flight: Flight, worker_id: WorkerId) -> bool:

@@ -17,7 +17,6 @@ from polyphase.router.policies import FILTERS, POLICIES, policy_of
 from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
-    NO_HASHES,
     Candidate,
     IndexFill,
     IndexSettings,
@@ -38,7 +37,6 @@ from polyphase.router.types import (
 __all__ = [
     "BUILT_IN",
     "FILTERS",
-    "NO_HASHES",
     "POLICIES",
     "AdmissionQueue",
     "AdmissionSettings",

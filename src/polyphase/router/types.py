@@ -24,7 +24,6 @@ from polyphase.wire.events import Load, Tier
 
 Labels = Mapping[str, str]  # for example zone → eu-1, rack → 7
 NO_LABELS: Labels = MappingProxyType({})
-NO_HASHES: Mapping[int, Sequence[SequenceHash]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class RouteRequest:
     preferred_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     adapter: str | None = None  # LoRA adapter of the model; only workers that have it will do
-    other_hashes: Mapping[int, Sequence[SequenceHash]] = field(default_factory=lambda: NO_HASHES, hash=False)  # by block size
+    other_hashes: Mapping[int, Sequence[SequenceHash]] | None = field(default=None, hash=False)  # by block size
 
     def hashes_of(self, block_size: int) -> Sequence[SequenceHash]:
         """For a worker with blocks of this size."""
