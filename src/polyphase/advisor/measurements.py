@@ -47,7 +47,7 @@ class Measurement:
     ttft_ms: float
     itl_ms: float
     gpu_count: int
-    is_doubtful: bool = False  # labelled as what it cannot be: judged, not learned from
+    is_doubtful: bool = False  # not what it is labelled as, or with a balancer's times in it: judged, not learned from
 
     @property
     def out_tok_s_per_gpu(self) -> float:
@@ -135,7 +135,7 @@ def _measurement(row: Mapping[str, str | None], library: Library) -> Measurement
         ttft_ms,
         itl_ms,
         gpu_count,
-        is_doubtful=serving is Serving.AGGREGATED and _is_inferencex(row) and mapping.gpu_count > _ONE_NODE,
+        is_doubtful=serving is Serving.AGGREGATED and (workers > 1 or (_is_inferencex(row) and mapping.gpu_count > _ONE_NODE)),
     )
 
 
