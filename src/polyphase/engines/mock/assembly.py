@@ -64,6 +64,7 @@ def assemble_mock(settings: MockSettings, *, is_shared: bool) -> MockParts:
         max_running=settings.max_running,
         can_hand_over=is_shared,
         block_bytes=settings.block_size * imagined.kv_bytes_per_token,
+        adapters=list(settings.adapters),
         created_unix_s=int(time.time()),
         engine="mock",
     )

@@ -21,6 +21,7 @@ class MockSettings:
     max_waiting: int = 1024  # requests beyond these are refused
     context_length: int | None = None  # None: the imagined model's, or what the KV cache can hold
     lease_s: float = 30.0  # how long blocks are kept for whoever was offered them
+    adapters: tuple[str, ...] = ()  # names of imagined LoRA adapters: with each, the answers are others
 
     def __post_init__(self) -> None:
         if not self.speedup > 0:
