@@ -23,7 +23,7 @@ from polyphase.engines.batching.sequence import Sequence
 from polyphase.engines.batching.storage import pull_blocks
 from polyphase.engines.interface import StepReport
 from polyphase.engines.mock.storage import MockStorage
-from polyphase.engines.mock.timing import StepTimes
+from polyphase.engines.mock.timing import MockTimes
 from polyphase.engines.mock.tokens import MockTokens, prompt_key
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
@@ -38,7 +38,7 @@ class MockParts:
     storage: MockStorage
     tokenizer: Tokenizer
     tokens: MockTokens
-    times: StepTimes
+    times: MockTimes
     limits: SchedulerLimits
     lease_ns: int
 
