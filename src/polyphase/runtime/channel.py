@@ -26,12 +26,24 @@ from polyphase.core.errors import ConfigurationError, ConnectionLost, WorkerLost
 from polyphase.runtime.pump import SocketPump
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
 from polyphase.wire.events import MissedBatches, SnapshotPage
-from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, StepOutputs, SwitchRole, ToWorker
+from polyphase.wire.kv import KvPart
+from polyphase.wire.requests import (
+    Answer,
+    Denied,
+    FindBlocks,
+    FromWorker,
+    HeldBlocks,
+    Query,
+    Question,
+    StepOutputs,
+    SwitchRole,
+    ToWorker,
+)
 
 log = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", bytes)
-AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
+AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | HeldBlocks | Denied
 
 MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
 MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
@@ -225,7 +237,18 @@ class WorkerClient:
             return body
         raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
 
-    async def _ask(self, worker_id: str, message: Query | SwitchRole, what: str, timeout_s: float) -> AnswerBody:
+    async def find_blocks(self, worker_id: str, epoch: int, first_block: int, keys: list[bytes], timeout_s: float) -> KvPart:
+        """Where this life of a worker has the blocks of these keys, as far as it has them.
+
+        Raises: WorkerLost as `ask`, and if it is another life, or no other process can read its blocks.
+        """
+        message = FindBlocks(next(self._query_ids), epoch, first_block, keys)
+        body = await self._ask(worker_id, message, "the question for its blocks", timeout_s)
+        if isinstance(body, HeldBlocks):
+            return body.part
+        raise WorkerLost(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
+
+    async def _ask(self, worker_id: str, message: Query | SwitchRole | FindBlocks, what: str, timeout_s: float) -> AnswerBody:
         query_id = message.query_id
         self.send(worker_id, message)
         questions = self._connections[worker_id].questions
