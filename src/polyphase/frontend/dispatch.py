@@ -131,7 +131,9 @@ class Dispatcher:
 
     def connection_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """Nobody knows which words between here and this worker were lost: what it had begins anew, at whichever worker."""
+        self._sending.say_again(worker_id)
         for flight in self._at(worker_id, epoch):
+            self._sending.call_off(flight)  # it may have been handed over, with a lease that we never heard of
             self._break_off(flight, ConnectionLost(f"the connection to worker {worker_id} broke"))
         self._waiting.let_in()
 

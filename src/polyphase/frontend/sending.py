@@ -8,6 +8,7 @@ answer, and nothing about who waits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from polyphase.frontend.flight import NEVER, NOBODY, Flight, Stage
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Predictions
 from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens
+from polyphase.runtime import Repeats
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer, KvPart
 from polyphase.wire.requests import Cancel, HandOver, KvHolder, ReleaseLease, ToWorker
@@ -44,6 +46,7 @@ class Sending:
         self._endpoints: dict[WorkerId, str | None] = {}  # where other workers reach it
         self._by_wire_id: dict[RequestId, Flight] = {}
         self.refusals = Refusals()
+        self._repeats = Repeats(clock)
 
     # Lives of workers, and names of flights
 
@@ -143,6 +146,12 @@ class Sending:
         if flight.stage in (Stage.PREFILL, Stage.SERVING):
             self._try_send(flight.worker_id, Cancel(flight.wire_id))
 
+    def say_again(self, worker_id: str) -> None:
+        """The connection to this worker broke and stands anew: what it was told last to end may have been lost."""
+        for message in self._repeats.of(worker_id):
+            with contextlib.suppress(WorkerLost):
+                self._send(worker_id, message)
+
     def let_go(self, flight: Flight) -> None:
         """It is over: booking, name, and blocks that nobody took go."""
         self._release_offer(flight)
@@ -218,4 +227,6 @@ class Sending:
         except WorkerLost as error:
             log.debug("not sent: %s", error.message)
             return False
+        if isinstance(message, Cancel | ReleaseLease):
+            self._repeats.note(worker_id, message)
         return True

@@ -1,6 +1,6 @@
 """The request channel: a ZeroMQ ROUTER at each worker, a DEALER of each peer (frontend, other worker, command line) for each worker.
 
-Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by `send` returning false: its
+Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by what `send` returns: its
 requests are then aborted. A worker whose queue at a peer is full raises `WorkerLost` there. Nothing is sent again; messages that do not
 decode are logged, counted and dropped.
 
@@ -11,6 +11,7 @@ A connection that breaks may have swallowed messages in both directions. ZeroMQ 
 from __future__ import annotations
 
 import asyncio
+import enum
 import itertools
 import logging
 import secrets
@@ -53,6 +54,17 @@ RECONNECT_MS = 2000
 _encoder = msgspec.msgpack.Encoder()
 
 
+class Delivery(enum.Enum):
+    """What became of a message to a peer; true if it is on its way."""
+
+    QUEUED = "queued"
+    NOT_READ = "not read"  # the peer's queue is full; it may read again
+    GONE = "gone"
+
+    def __bool__(self) -> bool:
+        return self is Delivery.QUEUED
+
+
 class WorkerServer:
     """The worker's end. `handler` is called on the loop with each message, in order per peer, and must not block."""
 
@@ -91,10 +103,10 @@ class WorkerServer:
             return
         self._handler(peer, message)
 
-    def send(self, peer: PeerId, message: FromWorker) -> bool:
-        """Queue a message. False: the peer has gone or does not read, and will not get it."""
+    def send(self, peer: PeerId, message: FromWorker) -> Delivery:
+        """Queue a message, if that can be done now; otherwise the peer will not get it."""
         if self._socket.closed:
-            return False
+            return Delivery.GONE
         data = _encoder.encode(message)
         try:
             self._socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)  # fails here or not at all; half the cost of send_multipart
@@ -102,10 +114,10 @@ class WorkerServer:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            return False
+            return Delivery.GONE if error.errno == zmq.EHOSTUNREACH else Delivery.NOT_READ
         finally:
             self._pump.after_send()  # also after a failure, which may have swallowed the news of input
-        return True
+        return Delivery.QUEUED
 
     def close(self) -> None:
         """Last messages still go out, if their peers read them within half a second. Idempotent."""

@@ -52,7 +52,6 @@ from polyphase.wire.requests import (
     Question,
     ReleaseLease,
     SequenceOutput,
-    StepOutputs,
     Submit,
     SwitchRole,
     ToWorker,
@@ -62,6 +61,7 @@ from polyphase.worker.engines import kv_exporter, kv_importer
 from polyphase.worker.holders import Holders
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
+from polyphase.worker.outbox import Outbox
 from polyphase.worker.pulls_ahead import PullsAhead
 from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
@@ -97,9 +97,7 @@ class WorkerHost:
         self._lease = lease
         self._settings = settings
         self._entry = settings.entry
-        self._step = 0
         self._live = LiveRequests()
-        self._last_sent_s: dict[PeerId, float] = {}
         self._last_load_s = 0.0
         self._tasks = asyncio.TaskGroup()
         self._agent = settings.agent
@@ -116,6 +114,7 @@ class WorkerHost:
             stack.callback(settings.paths.remove)
             self._server = WorkerServer(self._entry.request_endpoint, self._handle)
             stack.callback(self._server.close)
+            self._outbox = Outbox(self._server, self._entry.worker_id, self._entry.epoch)
             self._publisher = EventPublisher(self._entry.event_endpoint, self._entry.worker_id, self._entry.epoch)
             stack.callback(self._publisher.close)
             stack.callback(self._releases.close)
@@ -146,6 +145,7 @@ class WorkerHost:
                     "engine": self._engine.run(self._on_step),
                     "heartbeat": self._beat(),
                     "holders": self._holders.run(),
+                    "releases": self._releases.run(),
                     "lease": self._lease.renew(),
                 }
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
@@ -386,7 +386,7 @@ class WorkerHost:
     # From the engine
 
     def _on_step(self, report: StepReport) -> None:
-        self._step = report.step
+        self._outbox.step = report.step
         has_finished = False
         for peer, outputs in self._live.group(report.outputs).items():
             for output in outputs:
@@ -432,12 +432,11 @@ class WorkerHost:
         self._publisher.publish(report.events if report else [], self._engine.load())
 
     def _send(self, peer: PeerId, outputs: list[SequenceOutput]) -> bool:
-        """False: the peer has gone; its requests are aborted."""
-        self._last_sent_s[peer] = time.monotonic()
-        if self._server.send(peer, StepOutputs(self._entry.worker_id, self._entry.epoch, self._step, outputs)):
+        """False: the peer has gone or does not read; its requests are aborted."""
+        if self._outbox.send(peer, outputs):
             return True
-        self._last_sent_s.pop(peer, None)
         requests = self._live.of_peer(peer)
+        self._outbox.owe(peer, [live.request_id for live in requests])
         if requests:
             log.warning("a peer went away or does not read; %d requests of it are aborted", len(requests))
         for live in requests:
@@ -452,17 +451,16 @@ class WorkerHost:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
             self._end_overdue()
             self._publish(None)
+            for offer in self._sources.undelivered():
+                self._releases.send(offer)
             self._releases.close_idle()
             self._holders.close_idle()
             self._sources.close_idle()
             if self._ahead is not None:
                 self._ahead.forget_idle()
-            now_s = time.monotonic()
-            waiting = self._live.peers()
-            for peer in waiting:
-                if now_s - self._last_sent_s.get(peer, 0.0) >= HEARTBEAT_INTERVAL_S:
-                    self._send(peer, [])
-            self._last_sent_s = {peer: sent_s for peer, sent_s in self._last_sent_s.items() if now_s - sent_s < 60}
+            self._outbox.settle()
+            for peer in self._outbox.unheard(self._live.peers(), HEARTBEAT_INTERVAL_S):
+                self._send(peer, [])
 
     def _end_overdue(self) -> None:
         """Nothing is computed for those whom nobody awaits any more."""
