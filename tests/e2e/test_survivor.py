@@ -1,4 +1,4 @@
-"""What another worker has cached of a request is pulled from there, not computed again; and a worker that says nothing delays nobody much."""
+"""What another worker has cached of a request is pulled from there, not computed again; a worker that says nothing delays nobody much."""
 
 from __future__ import annotations
 

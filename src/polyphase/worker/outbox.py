@@ -1,7 +1,7 @@
 """What a worker says to its peers, and what it owes those that did not read: each of their requests still ends in one message.
 
 queued      on its way
-not read    the peer's queue is full: it stands still, perhaps for a minute. Its requests are given up, and it is told so when it reads again
+not read    its queue is full, because it stands still: its requests are given up, and it is told so when it reads again
 gone        nobody is there to be told
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import resource
 import time
 from array import array
 from collections.abc import Callable
@@ -236,4 +237,8 @@ def load(options: EngineOptions) -> FakeEngine:
             time.sleep(600)
         case "broken":
             raise RuntimeError("a bug while loading")
+        case "full-disk":
+            engine = FakeEngine()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return engine
     return FakeEngine(step_s=float(os.environ.get("FAKE_STEP_S", "0.001")))
