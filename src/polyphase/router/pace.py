@@ -17,6 +17,7 @@ from polyphase.core.ids import WorkerId
 
 WEIGHT = 0.2  # of the newest figure in a mean
 PULL_MEMORY_NS = 60 * 10**9
+VAIN_PULLS = 3  # a single one may be a name that had just become wrong
 LEAST_TOKENS = 64  # fewer say more of the step around them than of their own cost
 
 
@@ -58,6 +59,7 @@ class Paces:
     _any_transfer: Mean = field(default_factory=Mean)
     _hand_over: Mean = field(default_factory=Mean)
     _pull: dict[tuple[WorkerId, WorkerId], _FreshMean] = field(default_factory=dict)
+    _vain: dict[tuple[WorkerId, WorkerId], tuple[int, int]] = field(default_factory=dict)  # how often in a row, and when last
     _any_pull: _FreshMean = field(default_factory=_FreshMean)
 
     def note_prefill(self, worker_id: WorkerId, token_count: int, duration_ms: float) -> None:
@@ -74,9 +76,14 @@ class Paces:
             self._hand_over.note(max(rest_ms, 0.0))
 
     def note_pull(self, source: WorkerId, target: WorkerId, token_count: int, duration_ms: float, now_ns: int) -> None:
-        """`duration_ms`: that the request waited for it, the question included. `now_ns`: of any clock, as below."""
+        """`duration_ms`: that the request waited for it, the question included; without tokens, in vain. `now_ns`: of any clock."""
+        pair = (source, target)
+        if token_count:
+            self._vain.pop(pair, None)
+        else:
+            self._vain[pair] = (self._vain.get(pair, (0, 0))[0] + 1, now_ns)
         if token_count >= LEAST_TOKENS:
-            mean = self._pull.setdefault((source, target), _FreshMean())
+            mean = self._pull.setdefault(pair, _FreshMean())
             mean.note_at(duration_ms / token_count, now_ns)
             if mean.value is not None:
                 self._any_pull.note_at(duration_ms / token_count, now_ns)
@@ -85,6 +92,7 @@ class Paces:
         """Its next life may run on something else."""
         self._prefill.pop(worker_id, None)
         self._transfer = {pair: mean for pair, mean in self._transfer.items() if worker_id not in pair}
+        self._vain = {pair: vain for pair, vain in self._vain.items() if worker_id not in pair}
         self._pull = {pair: mean for pair, mean in self._pull.items() if worker_id not in pair}
 
     def prefill_ms_per_token(self, worker_id: WorkerId) -> float | None:
@@ -99,6 +107,11 @@ class Paces:
         mean = self._pull.get((source, target))
         known = None if mean is None else mean.at(now_ns)
         return self._any_pull.at(now_ns) if known is None else known
+
+    def is_pull_in_vain(self, source: WorkerId, target: WorkerId, now_ns: int) -> bool:
+        """Nothing came several times in a row, the last time within a minute: their blocks are of different kinds, or there is no way."""
+        count, noted_ns = self._vain.get((source, target), (0, 0))
+        return count >= VAIN_PULLS and now_ns - noted_ns < PULL_MEMORY_NS
 
     @property
     def hand_over_ms(self) -> float | None:

@@ -6,8 +6,9 @@
         pull      a question and its answer  +  saved · pace of pulling, holder → chosen · pulls from that holder under way
         compute   saved · pace of the chosen worker's prefill
 
-What was not measured yet is tried. The queue at the chosen worker counts on neither side: the request waits for it both ways. What a holder
-has to do for it is slight; that its memory or link is busy shows in the pace, and in how many others are at it.
+What was not measured yet is tried; where nothing came several times in a row, nothing is asked for a while. The queue at the chosen worker
+counts on neither side: the request waits for it both ways. What a holder has to do for it is slight; that its memory or link is busy
+shows in the pace, and in how many others are at it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def choose_pull(
     compute_pace = paces.prefill_ms_per_token(chosen.worker_id)
     for holder, tokens in holders:
         saved = tokens - held_tokens
-        if saved < rule.min_tokens:
+        if saved < rule.min_tokens or paces.is_pull_in_vain(holder.worker_id, chosen.worker_id, now_ns):
             continue
         pace = paces.pull_ms_per_token(holder.worker_id, chosen.worker_id, now_ns)
         others = under_way.count(holder.worker_id)

@@ -100,6 +100,22 @@ def test_a_way_that_did_not_pay_is_tried_again_after_a_while() -> None:
     assert paces._pull.keys() == {(B, C)}
 
 
+def test_workers_that_cannot_read_each_other_s_blocks_give_up_soon() -> None:
+    """Two engines of one model whose blocks differ: the index says that the prefix is there, and it is, in a form of no use."""
+    paces = paces_with(0.5)
+    for _ in range(2):
+        paces.note_pull(A, C, 0, 20, 0)
+        assert pull_of(paces, a=640) is not None
+    paces.note_pull(A, C, 0, 20, 0)
+    assert pull_of(paces, a=640) is None
+    assert pull_of(paces, a=640, b=320).holder == B  # type: ignore[union-attr]
+    assert pull_of(paces, a=640, now_ns=PULL_MEMORY_NS) is not None
+    paces.note_pull(A, C, 0, 20, PULL_MEMORY_NS)
+    assert pull_of(paces, a=640, now_ns=PULL_MEMORY_NS) is None, "once is enough now"
+    paces.note_pull(A, C, 16, 20, PULL_MEMORY_NS)
+    assert pull_of(paces, a=640, now_ns=PULL_MEMORY_NS) is not None
+
+
 # In the router
 
 
