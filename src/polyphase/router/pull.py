@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from polyphase.core.ids import RequestId, WorkerId
+from polyphase.router.groups import mates_of
 from polyphase.router.pace import Paces
 from polyphase.router.types import Pull, PullRule, WorkerFacts
 
@@ -25,7 +26,8 @@ QUESTION_MS = 2.0  # Source: benchmarks/survivor.py, same host, busy two-core ma
 
 def may_pull(chosen: WorkerFacts, holder: WorkerFacts) -> bool:
     """Whether blocks can go from one to the other at all. A draining holder is one as good as any, for as long as it lives."""
-    return chosen.can_hand_over and holder.can_hand_over and not holder.is_stalled and holder.worker_id != chosen.worker_id
+    is_another = holder.worker_id != chosen.worker_id and mates_of(holder) == mates_of(chosen)
+    return is_another and chosen.can_hand_over and holder.can_hand_over and not holder.is_stalled
 
 
 class PullsUnderWay:

@@ -84,10 +84,10 @@ class EngineCore:
     def submit(self, request: Submit, source: BlockSource | None) -> None:
         check_request(request, self._card)
         self._refuse_if_unfit(request)
-        namespace = namespace_of(request.cache_salt, request.lora)
-        imported = self.imports.claim(request.request_id, request.token_ids, namespace)
+        salt = namespace_of(request.cache_salt, request.lora)
+        imported = self.imports.claim(request.request_id, request.token_ids, salt)
         if imported is None:
-            self._add(self._new_sequence(request, list(request.token_ids), self._cache.open(request.token_ids, namespace), source))
+            self._add(self._new_sequence(request, list(request.token_ids), self._cache.open(request.token_ids, salt), source))
             return
         imported.blocks.chain.extend(request.token_ids)
         sequence = self._new_sequence(request, list(request.token_ids), imported.blocks, source)
