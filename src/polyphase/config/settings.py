@@ -87,6 +87,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "split_threshold": "split_threshold",
         "split_fraction": "split_fraction",
         "kv_flow": "kv_flow",
+        "kv_pull": "kv_pull",
     }
 }
 
@@ -109,6 +110,7 @@ class DeploymentSettings(BaseModel):
     split_threshold: int | None = Field(None, ge=0)  # tokens to compute from which prefill and decode are split; None: where it pays
     split_fraction: float = Field(0.3, ge=0, le=1)  # of the prompt; where less is to compute, it is not split
     kv_flow: bool = True  # a split prompt's KV goes to the decode worker while the rest of it is computed
+    kv_pull: bool = True  # what another worker has cached of a prompt is pulled from there, where that is faster than computing it
 
     # What the router remembers of the blocks that workers hold.
     kv_events: bool = True  # False: not what workers tell, but what was sent there, for predicted_lifetime

@@ -211,6 +211,7 @@ def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
         "split-threshold": settings.split_threshold,
         "split-fraction": settings.split_fraction,
         "kv-flow": "on" if settings.kv_flow else "off",
+        "kv-pull": "on" if settings.kv_pull else "off",
         "kv-events": "on" if settings.kv_events else "off",
         "predicted-lifetime-s": settings.predicted_lifetime,
         "index-capacity": settings.index_capacity,
