@@ -2,7 +2,7 @@
 
     reader ─── Read(ids, generations) ──► owner of the blocks           two such requests are on their way at a time
            ◄── Verdicts ────────────────
-           ◄── the good blocks' bytes ──  about a megabyte a system call, straight from and into registered memory
+           ◄── the good blocks' bytes ──  a megabyte a system call, from and into registered memory
            ◄── Sums ───────────────────── XXH3-64 of each block, and which changed while they were sent
 
     writer ─── Write(ids, generations) ─► owner of the target
@@ -33,9 +33,9 @@ from polyphase.transfer.wire import Wire, expect, refusal_of
 from polyphase.wire.transfer import AgentCard, BackendCard, Greeting, Read, Sums, Verdicts, Write
 
 RANK = 1.0
-REQUEST_BYTES = 8 << 20
+REQUEST_BYTES = 32 << 20
 REQUESTS_ON_THE_WAY = 2
-STREAM_COUNT = 2
+STREAM_COUNT = 1
 
 
 class TcpBackend:
@@ -44,7 +44,8 @@ class TcpBackend:
     name = "tcp"
 
     def __init__(self, stream_count: int = STREAM_COUNT) -> None:
-        """`stream_count`: connections, and threads at each end, that a large transfer is spread over."""
+        """`stream_count`: connections, and threads at each end, that a large transfer is spread over. More than one pays where a thread at
+        either end is slower than the network; it costs CPU time."""
         self._stream_count = stream_count
 
     def start(self, services: Services) -> BackendCard:
