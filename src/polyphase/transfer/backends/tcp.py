@@ -1,4 +1,4 @@
-"""Agents on different hosts: blocks over several TCP streams, each block with a checksum.
+"""Agents on different hosts: blocks over one TCP stream or several, each block with a checksum.
 
     reader ─── Read(ids, generations) ──► owner of the blocks           two such requests are on their way at a time
            ◄── Verdicts ────────────────
@@ -19,6 +19,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from itertools import islice
+from operator import eq
 
 from polyphase.core.errors import PolyphaseError, WireError
 from polyphase.transfer.backends.interface import Job, Judgement, Services
@@ -216,10 +217,8 @@ def _parts(count: int, block_bytes: int) -> list[slice]:
 
 
 def _compare(memory: HostBlocks, ids: array[int], expected: array[int]) -> bytearray:
-    words = memory.generation_words
-    return bytearray(
-        Verdict.DONE if words[block_id] == generation else Verdict.STALE for block_id, generation in zip(ids, expected, strict=True)
-    )
+    found = map(memory.generation_words.__getitem__, ids)
+    return bytearray(map(eq, found, expected)).replace(b"\0", bytes([Verdict.STALE]))  # a match is 1, which is DONE
 
 
 def _judge_sums(verdicts: bytearray, places: list[int], found: array[int], sent: Sums, request: Read | Write) -> None:
