@@ -249,6 +249,7 @@ async def serve(
         await server.run()
         for helper in helpers:
             helper.cancel()
+    services.grammars.close()
 
 
 async def _stop_when_cut(lifeline: Lifeline, server: HttpServer) -> None:

@@ -24,7 +24,7 @@ from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer, KvPart
-from polyphase.wire.requests import PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
+from polyphase.wire.requests import Grammar, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
     from polyphase.frontend.waiting_room import Party
@@ -47,6 +47,7 @@ class Job:
     cache_salt: str | None = None
     priority: int = 0
     hints: RoutingHints = NO_HINTS
+    grammar: Grammar | None = None
 
 
 class Stage(enum.Enum):
@@ -121,6 +122,7 @@ class Flight:
             sampling=job.sampling,
             stop=job.stop,
             cache_salt=job.cache_salt,
+            grammar=job.grammar,
             priority=job.priority,
             hand_over=hand_over,
             with_parts=with_parts,

@@ -155,6 +155,8 @@ class Sending:
             session=job.hints.session,
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
+            has_grammar=job.grammar is not None,
+            is_begun=bool(flight.emitted),
         )
 
     def is_as_chosen(self, flight: Flight, worker_id: WorkerId) -> bool:

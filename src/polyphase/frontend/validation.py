@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass
 
 from polyphase.core.errors import ContextLengthExceeded, InvalidRequest
+from polyphase.frontend.grammars import GrammarWish, grammar_wish
 from polyphase.frontend.models import ServedModel
 from polyphase.frontend.openai_types import ChatRequest, CompletionRequest, GenerationRequest
 from polyphase.wire.requests import SamplingParams, StopConditions
@@ -44,6 +45,7 @@ class Wishes:
     continuous_usage: bool
     cache_salt: str | None
     priority: int
+    grammar: GrammarWish | None
 
     def sampling_for(self, position: int) -> SamplingParams:
         """The first sequence has the client's seed, the others seeds derived from it."""
@@ -141,6 +143,7 @@ def _wishes(
         continuous_usage=bool(options and options.continuous_usage_stats),
         cache_salt=_cache_salt(request.cache_salt),
         priority=integer("priority", request.priority, -(2**31), 2**31 - 1) or 0,
+        grammar=grammar_wish(request),
     )
 
 

@@ -43,6 +43,8 @@ class WorkerFacts:
     is_stalled: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    takes_grammars: bool = False
+    resumes_grammars: bool = False  # also of requests of which something was emitted elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,13 @@ class RouteRequest:
     session: int | None = None  # hash of what the client says belongs together; `frontend.sessions`
     preferred_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    has_grammar: bool = False  # its output is structured
+    is_begun: bool = False  # some of it was emitted already
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether all that lasting filters look at are the workers' facts."""
+        return not (self.excluded or self.required_labels or self.has_grammar)
 
 
 class Leg(enum.StrEnum):

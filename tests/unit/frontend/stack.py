@@ -124,6 +124,7 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
         await asyncio.wait_for(tasks[1], 30)
         for worker_id in list(stack.workers):
             await stack.kill(worker_id)
+        services.grammars.close()
         tasks[0].cancel()
         await asyncio.gather(tasks[0], return_exceptions=True)
         shutil.rmtree(run_folder, ignore_errors=True)
