@@ -22,6 +22,7 @@ from polyphase.frontend.app import build_app
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.fleet import Fleet
+from polyphase.frontend.grammar_checks import GrammarChecks
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models
 from polyphase.frontend.records import Records
@@ -238,7 +239,8 @@ async def serve(
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams)
+    grammars = GrammarChecks(settings.grammar_cpu_s)
+    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, grammars, streams=fleet.streams)
     server = HttpServer(build_app(services, router), services, listener)
     server.install_signal_handlers()
     async with asyncio.TaskGroup() as tasks:
@@ -249,7 +251,7 @@ async def serve(
         await server.run()
         for helper in helpers:
             helper.cancel()
-    services.grammars.close()
+    grammars.close()
 
 
 async def _stop_when_cut(lifeline: Lifeline, server: HttpServer) -> None:

@@ -73,8 +73,8 @@ class Services:
     records: Records
     metrics: Metrics
     settings: FrontendSettings
+    grammars: GrammarChecks
     door: Door = field(default_factory=Door)
-    grammars: GrammarChecks = field(default_factory=GrammarChecks)
     streams: Callable[[], Mapping[str, StreamView]] = dict  # by worker id: how the event streams of those that are there do
 
 

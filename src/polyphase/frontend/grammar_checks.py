@@ -17,11 +17,12 @@ import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import msgspec
 
-from polyphase.core.errors import InvalidRequest, Overloaded
-from polyphase.frontend.grammar_process import CPU_LIMIT_S, Check, Verdict, Vocabulary, read_frame, write_frame
+from polyphase.core.errors import Draining, InvalidRequest, Overloaded
+from polyphase.frontend.grammar_process import Check, Verdict, Vocabulary, read_frame, write_frame
 from polyphase.frontend.grammars import GrammarWish
 from polyphase.frontend.models import ServedModel
 from polyphase.wire.requests import Grammar
@@ -38,9 +39,9 @@ _VERDICTS = msgspec.msgpack.Decoder(Verdict)
 class GrammarChecks:
     """Of one frontend. Owner: whoever made it closes it."""
 
-    def __init__(self, command: Sequence[str] = _COMMAND, answer_timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+    def __init__(self, cpu_limit_s: float, command: Sequence[str] = _COMMAND, answer_timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-checks")
-        self._checker = _Checker(command, answer_timeout_s)
+        self._checker = _Checker(cpu_limit_s, command, answer_timeout_s)
         self._verdicts: OrderedDict[tuple[str, Grammar], str | None] = OrderedDict()
         self._waiting_count = 0
 
@@ -76,11 +77,14 @@ class GrammarChecks:
 class _Checker:
     """The process, started anew when it has died. Used by one thread; `end` by any."""
 
-    def __init__(self, command: Sequence[str], answer_timeout_s: float) -> None:
+    def __init__(self, cpu_limit_s: float, command: Sequence[str], answer_timeout_s: float) -> None:
+        self._cpu_limit_s = cpu_limit_s
         self._command = command
         self._timeout_s = answer_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._known: set[str] = set()  # vocabularies that this life of it has
+        self._lock = Lock()  # around what `end` may interfere with
+        self._has_ended = False
 
     def check(self, grammar: Grammar, model: ServedModel) -> str | None:
         """What is wrong with the grammar. Raises: Overloaded; RuntimeError if the process cannot do its work."""
@@ -90,26 +94,30 @@ class _Checker:
             if verdict is None or verdict.error is not None:
                 raise RuntimeError(f"grammars cannot be checked: {verdict.error if verdict else f'exit code {process.wait()}'}")
             self._known.add(key)
-        verdict = self._exchange(process, Check(key, grammar))
+        verdict = self._exchange(process, Check(key, grammar, self._cpu_limit_s))
         if verdict is not None:
             return verdict.error
         code = process.wait()
         log.warning("a grammar was too much for the process that checks them (exit code %d)", code)
         if code == -signal.SIGPROF:
-            return f"it takes more than {CPU_LIMIT_S:g} s to prepare; make it simpler"
+            return f"it takes more than {self._cpu_limit_s:g} s of CPU time to prepare; make it simpler"
         return "it is too large or too deeply nested to be prepared"
 
     def end(self) -> None:
-        process = self._process
-        if process is not None:
-            process.kill()
-            process.wait()
+        with self._lock:
+            self._has_ended = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
 
     def _alive(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._close_pipes()
             self._known.clear()
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            with self._lock:
+                if self._has_ended:
+                    raise Draining("this frontend is going away; send the request again")
+                self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self._process
 
     def _exchange(self, process: subprocess.Popen[bytes], message: Vocabulary | Check) -> Verdict | None:

@@ -20,7 +20,6 @@ from polyphase.core.errors import ConfigurationError, InvalidRequest
 from polyphase.text import GrammarMatcher, GrammarVocabulary, Tokenizer
 from polyphase.wire.requests import Grammar
 
-CPU_LIMIT_S = 2.0  # a usual schema takes about 1 ms
 MEMORY_LIMIT_BYTES = 4 << 30  # of address space
 _WALK_TOKENS = 16
 _LENGTH = struct.Struct("<I")
@@ -38,6 +37,7 @@ class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
 class Check(msgspec.Struct, frozen=True, tag="check"):
     key: str
     grammar: Grammar
+    cpu_limit_s: float
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -96,8 +96,8 @@ def main() -> None:
                     verdict = Verdict(None)
                 except ConfigurationError as error:
                     verdict = Verdict(error.message)
-            case Check(key, grammar):
-                signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)  # its signal ends the process
+            case Check(key, grammar, cpu_limit_s):
+                signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)  # its signal ends the process
                 verdict = Verdict(check(vocabularies[key], grammar))
                 signal.setitimer(signal.ITIMER_PROF, 0)
         write_frame(sink, verdict)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import llguidance
 
@@ -24,6 +23,8 @@ from polyphase.wire.requests import Grammar, GrammarKind
 
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 _MAX_ERROR_CHARS = 500
+# Between the parts of JSON: a space, or a new line and its indentation. Small models, left to themselves, go on with spaces for ever.
+_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,32}"
 _ANY_OBJECT = '{"type":"object"}'
 
 
@@ -125,9 +126,11 @@ def _source(grammar: Grammar) -> str:
 
 
 def _of_schema(text: str) -> str:
-    """Not by `grammar_from_json_schema`, which takes no `true`."""
-    schema: Any = json.loads(text)
-    return json.dumps({"grammars": [{"json_schema": schema}]}, ensure_ascii=False)
+    """The library takes `true` for no schema by itself."""
+    schema = "{}" if text == "true" else text
+    if schema == "false":
+        raise InvalidRequest("Unsatisfiable schema: nothing fits `false`")
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
 
 
 def _short(message: str) -> str:

@@ -161,7 +161,7 @@ class TestChecks:
         return GrammarWish(Grammar(GrammarKind.REGEX, text), "guided_regex")
 
     async def test_it_is_started_when_it_is_needed_and_asked_once(self, model: ServedModel) -> None:
-        checks = GrammarChecks()
+        checks = GrammarChecks(1.0)
         try:
             assert checks._checker._process is None
             await checks.check(self.wish(), model)
@@ -178,11 +178,11 @@ class TestChecks:
             checks.close()
 
     async def test_it_takes_the_time_limit_for_a_verdict_and_keeps_it(self, model: ServedModel) -> None:
-        checks = GrammarChecks()
+        checks = GrammarChecks(0.2)
         bomb = GrammarWish(Grammar(GrammarKind.JSON_SCHEMA, '{"type":"integer","multipleOf":99999989}'), "guided_json")
         try:
             for _ in range(2):
-                with pytest.raises(InvalidRequest, match="guided_json: it takes more than 2 s to prepare"):
+                with pytest.raises(InvalidRequest, match=r"guided_json: it takes more than 0\.2 s of CPU time"):
                     await checks.check(bomb, model)
             assert checks._checker._process is not None
             assert checks._checker._process.poll() is not None, "not started for what is known"
@@ -191,7 +191,7 @@ class TestChecks:
 
     async def test_a_process_that_says_nothing_is_given_up(self, model: ServedModel) -> None:
         mute = (sys.executable, "-c", "import sys; sys.stdin.read()")
-        checks = GrammarChecks(mute, answer_timeout_s=0.05)
+        checks = GrammarChecks(1.0, mute, answer_timeout_s=0.05)
         try:
             with pytest.raises(Overloaded):
                 await checks.check(self.wish(), model)
@@ -199,7 +199,7 @@ class TestChecks:
             checks.close()
 
     async def test_a_process_that_cannot_start_is_no_fault_of_the_client(self, model: ServedModel) -> None:
-        checks = GrammarChecks((sys.executable, "-c", "raise SystemExit(3)"))
+        checks = GrammarChecks(1.0, (sys.executable, "-c", "raise SystemExit(3)"))
         try:
             with pytest.raises(RuntimeError, match="exit code 3"):
                 await checks.check(self.wish(), model)
@@ -207,7 +207,7 @@ class TestChecks:
             checks.close()
 
     async def test_only_so_many_wait(self, model: ServedModel) -> None:
-        checks = GrammarChecks((sys.executable, "-c", "import sys; sys.stdin.read()"))
+        checks = GrammarChecks(1.0, (sys.executable, "-c", "import sys; sys.stdin.read()"))
         waiting = [asyncio.create_task(checks.check(self.wish(f"a{i}"), model)) for i in range(MAX_WAITING)]
         try:
             await wait_for(lambda: checks._waiting_count == MAX_WAITING)

@@ -24,6 +24,8 @@ def facts(
     can_hand_over: bool = True,
     is_draining: bool = False,
     labels: dict[str, str] | None = None,
+    takes_grammars: bool = False,
+    resumes_grammars: bool | None = None,
 ) -> WorkerFacts:
     return WorkerFacts(
         worker_id=WorkerId(worker_id),
@@ -37,6 +39,8 @@ def facts(
         can_hand_over=can_hand_over,
         is_draining=is_draining,
         labels=labels or {},
+        takes_grammars=takes_grammars,
+        resumes_grammars=takes_grammars if resumes_grammars is None else resumes_grammars,
     )
 
 
