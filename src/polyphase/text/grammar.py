@@ -23,25 +23,53 @@ from polyphase.wire.requests import Grammar, GrammarKind
 
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 _MAX_ERROR_CHARS = 500
+_MARK = "\x02"  # no vocabulary merges it with anything
 # Between the parts of JSON: a space, or a new line and its indentation. Small models, left to themselves, go on with spaces for ever.
 _WHITESPACE = r"\x20|\r?\n[\x20\t]{0,32}"
+_WILD_WHITESPACE = r"[\x20\n\r\t]+"
 _ANY_OBJECT = '{"type":"object"}'
 
 
 class _Pieces:
-    """A vocabulary in the form that the library asks for: bytes of each id, and which of them are no text."""
+    """A vocabulary in the form that the library asks for: bytes of each id, which of them are no text, and how a model would write a text.
+
+    The last is asked where only one text can come next, and must give that text to the byte: tokenizers that put a space in front of what
+    they are given do so only at the beginning, so there they are given a mark, which is taken away again.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         eos = set(eos_token_ids)
         known = [None if tokenizer.is_special(i) or i in eos else tokenizer.token_bytes(i) for i in range(vocab_size)]
         self.tokens = [b"<|%d|>" % i if piece is None else piece for i, piece in enumerate(known)]
         self.special_token_ids = [i for i, piece in enumerate(known) if piece is None]
-        self.eos_token_id = eos_token_ids[0] if eos_token_ids else vocab_size - 1
+        self.eos_token_id = eos_token_ids[0]
         self.bos_token_id = None
         self._tokenizer = tokenizer
+        self._mark_ids = tokenizer.encode(_MARK)
+        self._by_bytes = {piece: i for i, piece in enumerate(known) if piece}
+        self._longest = max(map(len, self._by_bytes), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        ids = self._tokenizer.encode(_MARK + text)
+        mark_count = len(self._mark_ids)
+        wanted = text.encode()
+        if ids[:mark_count] == self._mark_ids and b"".join(self.tokens[i] for i in ids[mark_count:]) == wanted:
+            return ids[mark_count:]
+        return self._longest_first(wanted)
+
+    def _longest_first(self, wanted: bytes) -> list[int]:
+        """Not as the model would write it, but to the byte; as far as the vocabulary goes."""
+        ids: list[int] = []
+        place = 0
+        while place < len(wanted):
+            end = min(place + self._longest, len(wanted))
+            while end > place and wanted[place:end] not in self._by_bytes:
+                end -= 1
+            if end == place:
+                break
+            ids.append(self._by_bytes[wanted[place:end]])
+            place = end
+        return ids
 
 
 class GrammarVocabulary:
@@ -57,13 +85,15 @@ class GrammarVocabulary:
         except Exception as error:  # the library raises nothing more exact
             raise ConfigurationError(f"the tokenizer cannot be used for structured output: {_short(str(error))}") from error
 
-    def start(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the beginning of a sentence.
+    def start(self, grammar: Grammar, *, any_whitespace: bool = False) -> GrammarMatcher:
+        """A matcher at the beginning of a sentence; with `any_whitespace`, between the parts of JSON, however much.
 
         Raises: InvalidRequest with the library's reason, if it is no grammar, none that anything fits, or one that is not supported.
         Cost: usually around 1 ms; see the top of the module.
         """
-        matcher = llguidance.LLMatcher(self._tokens, _source(grammar), log_level=0, limits=_LIMITS)
+        matcher = llguidance.LLMatcher(
+            self._tokens, _source(grammar, _WILD_WHITESPACE if any_whitespace else _WHITESPACE), log_level=0, limits=_LIMITS
+        )
         if matcher.is_error():
             raise InvalidRequest(_short(matcher.get_error()))
         return GrammarMatcher(matcher)
@@ -105,15 +135,15 @@ class GrammarMatcher:
         return _short(self._inner.get_error()) if self._inner.is_error() else None
 
 
-def _source(grammar: Grammar) -> str:
+def _source(grammar: Grammar, whitespace: str) -> str:
     """In the library's own form. Raises: InvalidRequest."""
     text = grammar.text
     try:
         match grammar.kind:
             case GrammarKind.JSON:
-                return _of_schema(_ANY_OBJECT)
+                return _of_schema(_ANY_OBJECT, whitespace)
             case GrammarKind.JSON_SCHEMA:
-                return _of_schema(text)
+                return _of_schema(text, whitespace)
             case GrammarKind.REGEX:
                 return llguidance.LLMatcher.grammar_from_regex(text)
             case GrammarKind.CHOICE:
@@ -125,12 +155,12 @@ def _source(grammar: Grammar) -> str:
         raise InvalidRequest(_short(str(error))) from error
 
 
-def _of_schema(text: str) -> str:
+def _of_schema(text: str, whitespace: str) -> str:
     """The library takes `true` for no schema by itself."""
     schema = "{}" if text == "true" else text
     if schema == "false":
         raise InvalidRequest("Unsatisfiable schema: nothing fits `false`")
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": whitespace})
 
 
 def _short(message: str) -> str:

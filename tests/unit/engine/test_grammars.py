@@ -194,6 +194,12 @@ class TestElsewhere:
         answers = run_all(engine)
         assert (answers.tokens("a"), answers.reason("a")) == ([], FinishReason.STOP)
 
+    def test_whitespace_of_another_kind_of_engine_is_let_be(self, engine: TorchEngine) -> None:
+        emitted = Tokenizer.from_json(engine.card.tokenizer_json).encode('{  \r\r\t"a":')
+        engine.submit(ask("a", schema({"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"]}), 3, emitted=emitted))
+        answers = run_all(engine)
+        assert answers.end("a").failure is None
+
     def test_what_does_not_fit_is_an_error(self, engine: TorchEngine) -> None:
         engine.submit(ask("a", regex("[0-9]+"), emitted=[64]))
         failure = run_all(engine).end("a").failure

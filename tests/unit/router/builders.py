@@ -77,6 +77,8 @@ def request(
     prefers: dict[str, str] | None = None,
     requires: dict[str, str] | None = None,
     now_s: float = 0.0,
+    has_grammar: bool = False,
+    is_begun: bool = False,
 ) -> RouteRequest:
     hashes = prefix(1, 64) if hashes is None else hashes
     return RouteRequest(
@@ -90,6 +92,8 @@ def request(
         session=session,
         preferred_labels=prefers or {},
         required_labels=requires or {},
+        has_grammar=has_grammar,
+        is_begun=is_begun,
     )
 
 

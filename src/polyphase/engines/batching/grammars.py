@@ -55,7 +55,11 @@ class Grammars:
 
     def _start(self, grammar: Grammar, emitted: list[int]) -> GrammarMatcher:
         matcher = self._fresh(grammar)
-        if emitted and not matcher.accept(emitted):
+        if not emitted or matcher.accept(emitted):
+            return matcher
+        # Another kind of engine may have let more whitespace be.
+        matcher = self._vocabulary.start(grammar, any_whitespace=True)
+        if not matcher.accept(emitted):
             raise InvalidRequest(f"the {len(emitted)} tokens that were emitted elsewhere do not begin a sentence of the request's grammar")
         return matcher
 

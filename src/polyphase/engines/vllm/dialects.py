@@ -177,15 +177,12 @@ def sampling_fields(request: Submit, max_tokens: int) -> dict[str, Any]:
 
 
 def _structured_outputs(grammar: Grammar) -> dict[str, Any]:
-    """Source: vLLM's StructuredOutputsParams, which both ways to ask have under this name since 0.11.
-
-    JSON without whitespace at will: small models go on with it for ever, and an engine that goes on with the output may not let it be.
-    """
+    """Source: vLLM's StructuredOutputsParams, which both ways to ask have under this name since 0.11."""
     match grammar.kind:
         case GrammarKind.JSON:
-            return {"json_object": True, "disable_any_whitespace": True}
+            return {"json_object": True}
         case GrammarKind.JSON_SCHEMA:
-            return {"json": grammar.text, "disable_any_whitespace": True}
+            return {"json": grammar.text}
         case GrammarKind.REGEX:
             return {"regex": grammar.text}
         case GrammarKind.CHOICE:
