@@ -81,7 +81,8 @@ class PrefixImport(Protocol):
 class KvImporter(Protocol):
     """Optional ability: blocks of other workers are taken in beside the steps, ahead of the request that wants them."""
 
-    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport: ...
+    def open_import(self, request_id: str, namespace: str | None) -> PrefixImport:
+        """`namespace`: of the request, `core.hashing.namespace_of`."""
 
 
 class Engine(Protocol):
@@ -151,6 +152,7 @@ class Ability(enum.StrEnum):
     PRIORITY = "priority"
     STRUCTURED_OUTPUT = "structured-output"  # it keeps to grammars
     RESUMED_GRAMMARS = "resumed-grammars"  # also of requests that began elsewhere
+    LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
 
@@ -162,6 +164,7 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.PRIORITY: card.keeps_priorities,
         Ability.STRUCTURED_OUTPUT: card.takes_grammars,
         Ability.RESUMED_GRAMMARS: card.takes_grammars and card.resumes_grammars,
+        Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }
     return [ability for ability, is_there in has.items() if is_there]

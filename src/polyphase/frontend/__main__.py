@@ -240,7 +240,16 @@ async def serve(
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
     grammars = GrammarChecks(settings.grammar_cpu_s)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, grammars, streams=fleet.streams)
+    services = Services(
+        models,
+        dispatcher,
+        Records(settings.record_count),
+        metrics,
+        settings,
+        grammars,
+        streams=fleet.streams,
+        turned_away=fleet.turned_away,
+    )
     server = HttpServer(build_app(services, router), services, listener)
     server.install_signal_handlers()
     async with asyncio.TaskGroup() as tasks:

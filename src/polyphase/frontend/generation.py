@@ -95,6 +95,7 @@ class Generation:
             priority=order.wishes.priority,
             hints=order.hints,
             grammar=None if order.wishes.grammar is None else order.wishes.grammar.grammar,
+            lora=order.wishes.lora,
         )
 
     async def next_pieces(self) -> list[Piece]:
