@@ -44,18 +44,8 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
     "least-loaded": {**_LOAD, **_SHARE},
     "round-robin": _SHARE,  # all workers are equal, and equals take turns
 }
-FILTERS = (
-    "draining",
-    "stalled",
-    "excluded",
-    "required-labels",
-    "adapter",
-    "grammars",
-    "role",
-    "full",
-    "mates",
-    "reserve",
-)  # of every policy
+# Of every policy.
+FILTERS = ("draining", "stalled", "excluded", "required-labels", "adapter", "grammars", "role", "full", "mates", "reserve")
 
 
 @dataclass(frozen=True, slots=True)
