@@ -246,6 +246,7 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
         publishes_events=card.publishes_events,
+        passes=frozenset(card.passes),
         is_draining=entry.is_draining,
         labels=entry.labels,
     )

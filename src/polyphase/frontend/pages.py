@@ -89,7 +89,7 @@ def _model(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": card.created_unix_s,
         "owned_by": "polyphase",
-        "max_model_len": card.context_length,
+        "max_model_len": card.context_length or None,
     }
 
 

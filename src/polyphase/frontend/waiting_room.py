@@ -1,8 +1,8 @@
 """Requests that wait at the frontend because every worker they could go to is saturated: the queues of `router.admission`, with flights.
 
 A *party* is all sequences of one HTTP request: they wait, leave and are turned out together. A *lane* is a queue of parties that wait
-for the same workers: those of one model that carry the labels they require, and where there are prefill workers, with or without one of
-these. Nothing is done until something changes; who waits costs nothing but memory, and one timer for all.
+for the same workers: those of one model that carry the labels they require and pass on what they need, and where there are prefill
+workers, with or without one of these. Nothing is done until something changes; who waits costs nothing but memory, and one timer for all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from polyphase.router import (
 )
 
 BASE_COST_TOKENS = 64  # what a request costs beside its prompt, so that one that is cached all over is not free
-LaneKey = tuple[str, bool, tuple[tuple[str, str], ...]]  # model, whether a prefill worker is needed, required labels
+# Model, whether a prefill worker is needed, required labels, and what its worker has to pass.
+LaneKey = tuple[str, bool, tuple[tuple[str, str], ...], tuple[str, ...]]
 PROBE_NS = 5_000_000_000  # a lane that stood still for so long sends one on: a worker's own answer brings its true load
 
 
@@ -94,7 +95,7 @@ class WaitingRoom:
     def key_of(self, request: RouteRequest) -> LaneKey:
         """What it has in common with those that wait for the same workers. Raises: NoWorkers."""
         labels = tuple(sorted(request.required_labels.items()))
-        return (request.model, self._router.waits_for_prefill(request), labels)
+        return (request.model, self._router.waits_for_prefill(request), labels, tuple(sorted(request.needs)))
 
     def enter(self, flights: list[Flight], request: RouteRequest, terms: Terms, now_ns: int) -> Party | None:
         """Let them wait; `request` is that of the first one.
@@ -113,7 +114,7 @@ class WaitingRoom:
             number=self._arrivals,
             tenant=terms.tenant,
             priority=flights[0].job.priority,
-            cost_tokens=sum(len(flight.job.prompt_ids) + BASE_COST_TOKENS for flight in flights),
+            cost_tokens=sum(flight.job.prompt_token_count + BASE_COST_TOKENS for flight in flights),
             arrived_ns=now_ns,
             deadline_ns=terms.leave_by_ns,
         )

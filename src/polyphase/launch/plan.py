@@ -12,7 +12,7 @@ from polyphase.config import ServeSettings
 from polyphase.config.router import weights_text
 from polyphase.launch.accelerators import Gpu, Share, find_gpus, share_gpus
 from polyphase.launch.cores import core_count, thread_environment, threads_per_worker
-from polyphase.launch.model_source import ModelSource, resolve_model
+from polyphase.launch.model_source import DEMO, ModelSource, resolve_model
 from polyphase.launch.process import ProcessKind, ProcessSpec
 from polyphase.router.tenants import format_tenant_weights
 from polyphase.wire.cards import Role
@@ -57,7 +57,9 @@ def plan_deployment(settings: ServeSettings, cores: int | None = None, gpus: Seq
 
     Raises: ConfigurationError if the model is no folder and no possible name.
     """
-    model = resolve_model(settings.model)
+    # What an attached server calls its model may be anything, and need not be here.
+    is_elsewhere = settings.engine == "openai" and not Path(settings.model).expanduser().is_dir() and settings.model != DEMO
+    model = ModelSource(settings.model, settings.model) if is_elsewhere else resolve_model(settings.model)
     if settings.device not in ("auto", "cuda") or settings.engine == "mock" or settings.attach:
         gpus = ()
     elif gpus is None:
@@ -149,6 +151,7 @@ def _worker(plan: DeploymentPlan, group: Sequence[WorkerPlan], run_folder: Path)
         "attach": worker.attach,
         "engine-python": settings.engine_python,
         "engine-command": settings.engine_command,
+        "engine-api-key-env": settings.engine_api_key_env,
         "mock-model": settings.mock_model,
         "mock-accelerator": settings.mock_accelerator,
         "mock-speedup": settings.mock_speedup,

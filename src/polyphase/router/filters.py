@@ -4,6 +4,7 @@ draining   leaves, and takes nothing new
 stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
+passes     does not take the body of a request that is passed through
 role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
@@ -84,6 +85,25 @@ class RequiredLabels:
         wanted = ", ".join(f"{name}={value}" for name, value in sorted(request.required_labels.items()))
         return NoWorkers(
             f"{every(worker_count)} of the model {request.model!r} lacks a required label; wanted: {wanted}",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
+class Passes:
+    """do not take what a request that is passed through holds"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if not request.needs:
+            return rows
+        views = workers.standings.views
+        return [row for row in rows if request.needs <= views[row].facts.passes]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"no worker of the model {request.model!r} that is there now passes on {', '.join(sorted(request.needs))}",
             retry_after_s=5,
             request_id=request.request_id,
         )

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
-from polyphase.router.filters import Draining, Excluded, FitsRole, Full, RequiredLabels, Stalled
+from polyphase.router.filters import Draining, Excluded, FitsRole, Full, Passes, RequiredLabels, Stalled
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
 from polyphase.wire.events import Tier
@@ -78,6 +78,7 @@ BUILT_IN = Parts(
         "stalled": Stalled(),
         "excluded": Excluded(),
         "required-labels": RequiredLabels(),
+        "passes": Passes(),
         "role": FitsRole(),
         "full": Full(),
     },

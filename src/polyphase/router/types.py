@@ -42,6 +42,7 @@ class WorkerFacts:
     is_draining: bool = False
     is_stalled: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
+    passes: frozenset[str] = frozenset()  # kinds of requests whose bodies its engine takes as they are
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 
@@ -59,6 +60,7 @@ class RouteRequest:
     session: int | None = None  # hash of what the client says belongs together; `frontend.sessions`
     preferred_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    needs: frozenset[str] = frozenset()  # of a request that is passed through: what its worker has to pass. Such a one is never split
 
 
 class Leg(enum.StrEnum):
@@ -107,7 +109,7 @@ class Route(msgspec.Struct, frozen=True):
     decode: Placement
     prefill: Placement | None
     reason: str
-    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker
+    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker | passed-through
 
 
 class Overlaps(Protocol):
