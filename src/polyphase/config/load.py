@@ -48,9 +48,16 @@ def load_serve_settings(flags: Mapping[str, object], environment: Mapping[str, s
     if "model" not in values:
         raise ConfigurationError("no model is named; write for example: polyphase serve demo")
     try:
-        return ServeSettings.model_validate(values)
+        settings = ServeSettings.model_validate(values)
     except ValidationError as error:
         raise ConfigurationError(_sentence(error.errors()[0], sources)) from None
+    if settings.engine_api_key_env is not None and not environment.get(settings.engine_api_key_env, "").strip():
+        # What was written there may be the key itself: it is not repeated, and goes to no command line.
+        raise ConfigurationError(
+            f"{sources['engine_api_key_env']} names an environment variable that is not set; put the engine's API key into one, "
+            "for example OPENAI_API_KEY, and write its name, never the key"
+        )
+    return settings
 
 
 def _read_toml(file: Path) -> tuple[dict[str, object], dict[str, str]]:

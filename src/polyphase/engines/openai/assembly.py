@@ -1,4 +1,4 @@
-"""Puts a worker before an OpenAI-compatible server together: asked what it is like, and the card and the way to it that follow from that."""
+"""Puts a worker before an OpenAI-compatible server together: what the server is like, and the card and the way to it that follow."""
 
 from __future__ import annotations
 
@@ -146,9 +146,8 @@ def _wait_for(url: str, access: Access) -> None:
     while not is_up(url, access):
         now_s = time.monotonic()
         if now_s - began_s > ATTACH_TIMEOUT_S:
-            raise ModelLoadError(
-                f"no server answers at {url} (GET /v1/models) after {ATTACH_TIMEOUT_S:.0f} s; start it, or correct --attach"
-            )
+            tried = f"GET /v1/models, for {ATTACH_TIMEOUT_S:.0f} s"
+            raise ModelLoadError(f"no server answers at {url} ({tried}); start it, or correct --attach")
         if now_s - told_s >= 5.0:
             told_s = now_s
             log.info("waiting for the server at %s: it does not answer yet (%.0f s)", url, now_s - began_s)

@@ -1,8 +1,7 @@
 """What an OpenAI-compatible server can, by asking it. Blocking: before the loop.
 
     GET  /v1/models                              its models
-    POST the smallest request of each kind       200: it takes that
-         a conversation with an image, a sound   200, and its prompt has more tokens than without: else it was ignored
+    POST the smallest request of each kind       `served.kinds`
          token ids to /v1/completions            200, and ids in the stream as well: tokens in, tokens out
 
 Each costs a token or two; kinds whose path does not exist cost nothing.
@@ -11,7 +10,6 @@ Each costs a token or two; kinds whose path does not exist cost nothing.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +17,14 @@ import httpx
 import msgspec
 
 from polyphase.core.errors import ModelLoadError
-from polyphase.engines.openai import samples
-from polyphase.engines.served.access import CHAT_PATH, COMPLETIONS_PATH, USUAL_PATHS, Access
+from polyphase.engines.served.access import COMPLETIONS_PATH, Access
+from polyphase.engines.served.kinds import paths_taken, post
 from polyphase.engines.served.passages import message_of
 from polyphase.wire.cards import RequestKind
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
-FIRST_TOKEN_TIMEOUT_S = 300.0  # a model may be loaded for it
-RETRIES, MAX_RETRY_S = 3, 20.0  # where a probe meets 429
-_FORMS = (RequestKind.TRANSCRIPTIONS, RequestKind.TRANSLATIONS)
 # Beyond OpenAI's own; what a server refuses of them is not sent to it.
 TOKEN_FIELDS: dict[str, Any] = {
     "ignore_eos": True,
@@ -57,7 +52,6 @@ class ServerFacts:
     paths: dict[str, str] = field(default_factory=dict)  # by kind that it takes
     tokens: TokenFacts | None = None
     has_health: bool = False  # at /health; else it is looked after by its list of models
-    tells_usage: bool = False
 
 
 class Prober:
@@ -79,34 +73,6 @@ class Prober:
         listed = found.get("data") if response.status_code == 200 else None
         return [one for one in listed if isinstance(one, dict) and "id" in one] if isinstance(listed, list) else None
 
-    def paths(self, model: str) -> tuple[dict[str, str], bool]:
-        """Of each kind that it takes; and whether its answers tell usage."""
-        taken: dict[str, str] = {}
-        usage: int | None = None
-        for kind, body in samples.bodies(model).items():
-            for path in USUAL_PATHS[kind]:
-                response = self._post(path, body)
-                if kind == RequestKind.CHAT and response.status_code == 400:  # Source: newer models at OpenAI know only the newer name
-                    newer = {**body, "max_completion_tokens": 16}
-                    del newer["max_tokens"]
-                    response = self._post(path, newer)
-                if response.status_code == 200:
-                    taken[kind] = path
-                    usage = _prompt_tokens(response) if kind == RequestKind.CHAT else usage
-                    break
-        for kind in _FORMS:
-            response = self._client.post(USUAL_PATHS[kind][0], timeout=FIRST_TOKEN_TIMEOUT_S, **samples.form(model))
-            if response.status_code == 200:
-                taken[kind] = USUAL_PATHS[kind][0]
-        if RequestKind.CHAT in taken:
-            for kind, body in samples.media_bodies(model).items():
-                response = self._post(CHAT_PATH, body)
-                with_medium = _prompt_tokens(response)
-                is_seen = usage is None or with_medium is None or with_medium > usage
-                if response.status_code == 200 and is_seen:
-                    taken[kind] = CHAT_PATH
-        return taken, usage is not None
-
     def tokens(self, model: str) -> TokenFacts | None:
         """None: it takes no token ids, or does not tell those of its answer."""
         body = {"model": model, "prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0, "return_token_ids": True, "stream": True}
@@ -122,18 +88,8 @@ class Prober:
         return self._client.get("/health").status_code == 200
 
     def _tells_ids(self, body: dict[str, Any], mark: bytes = b"") -> bool:
-        response = self._post(COMPLETIONS_PATH, body)
+        response = post(self._client, COMPLETIONS_PATH, body)
         return response.status_code == 200 and _has_ids(response.content) and mark in response.content
-
-    def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        for _ in range(RETRIES):
-            response = self._client.post(path, json=body, timeout=FIRST_TOKEN_TIMEOUT_S)
-            if response.status_code != 429:
-                break
-            asked = response.headers.get("retry-after", "1")
-            time.sleep(min(float(asked) if asked.isdecimal() else 1.0, MAX_RETRY_S))
-        log.debug("POST %s: %d %s", path, response.status_code, "" if response.is_success else self._said(response))
-        return response
 
     def _said(self, response: httpx.Response) -> str:
         return self._access.hide(message_of(response.content[:4096])) or f"status {response.status_code}"
@@ -148,7 +104,7 @@ def probe(url: str, access: Access, wanted: str | None, others: tuple[str, ...] 
         prober = Prober(client, access)
         try:
             facts = _chosen(prober.models(), wanted, others, url)
-            facts.paths, facts.tells_usage = prober.paths(facts.model)
+            facts.paths = paths_taken(client, facts.model)
             if RequestKind.COMPLETIONS in facts.paths:
                 facts.tokens = prober.tokens(facts.model)
             facts.has_health = prober.has_health()
@@ -190,12 +146,6 @@ def _object(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _prompt_tokens(response: httpx.Response) -> int | None:
-    usage = _object(response).get("usage")
-    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) else None
 
 
 def _has_ids(stream: bytes) -> bool:
