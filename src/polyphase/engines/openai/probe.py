@@ -116,11 +116,13 @@ def probe(url: str, access: Access, wanted: str | None, others: tuple[str, ...] 
 
 
 def is_up(url: str, access: Access) -> bool:
+    """It answers, and if it lists models, there are some: servers that load one, or wait for their own workers, have none yet."""
     try:
         with httpx.Client(base_url=url, headers=access.headers(), timeout=TIMEOUT_S, trust_env=access.uses_proxies) as client:
-            return client.get("/v1/models").status_code < 500
+            response = client.get("/v1/models")
     except httpx.HTTPError:
         return False
+    return response.status_code < 500 and _object(response).get("data") != []
 
 
 def _chosen(listed: list[dict[str, Any]] | None, wanted: str | None, others: tuple[str, ...], url: str) -> ServerFacts:

@@ -167,7 +167,7 @@ class Passages:
             elif _is_json(content_type):
                 await self._take_whole(passage, response, content_type)
             else:
-                await self._begin(passage, response.status_code, content_type)
+                self._begin(passage, response.status_code, content_type)
                 async for data in response.aiter_bytes(PIECE_BYTES):
                     await self._tell(passage, data)
         if not response.status_code >= 500:
@@ -175,12 +175,15 @@ class Passages:
 
     async def _take_stream(self, passage: Passage, response: httpx.Response, content_type: str) -> None:
         events = EventRewriter(self._names)
-        await self._begin(passage, response.status_code, content_type)
+        self._begin(passage, response.status_code, content_type)
+        early = b""  # comments that keep a connection alive
         async for received in response.aiter_bytes():
-            if data := events.push(received):
+            early += events.push(received)
+            if early and (passage.has_answered or b"data:" in early or len(early) > PIECE_BYTES):
                 passage.usage = events.usage
+                data, early = early, b""
                 await self._tell(passage, data)
-        if rest := events.rest():
+        if rest := early + events.rest():
             await self._tell(passage, rest)
         if passage.request.kinds[0] in _GENERATING and not events.has_ended:
             raise EngineFailed(f"{self._engine} ended its answer without saying why")
@@ -192,14 +195,14 @@ class Passages:
             gathered += received
             if len(gathered) > MAX_WHOLE_BYTES and not is_begun:
                 is_begun = True
-                await self._begin(passage, response.status_code, content_type)
+                self._begin(passage, response.status_code, content_type)
             if is_begun:
                 await self._tell(passage, bytes(gathered))
                 gathered.clear()
         if not is_begun:
             whole = bytes(gathered)
             passage.usage = usage_in(whole)
-            await self._begin(passage, response.status_code, content_type)
+            self._begin(passage, response.status_code, content_type)
             await self._tell(passage, self._names.in_json(whole))
 
     async def _take_error(self, passage: Passage, response: httpx.Response) -> None:
@@ -220,13 +223,12 @@ class Passages:
             raise EngineFailed(f"{self._engine} refused this deployment's API key or has none (status {status}): {said}")
         if status in (404, 405, 501) and not _is_openai_error(body):
             raise InvalidRequest(f"{self._engine} does not take {passage.request.kinds[0]} requests (status {status}): {said}")
-        await self._begin(passage, status, "application/json")
+        self._begin(passage, status, "application/json")
         await self._tell(passage, self._access.hide(_openai_error(body, said, status).decode()).encode())
 
-    async def _begin(self, passage: Passage, status: int, content_type: str) -> None:
+    def _begin(self, passage: Passage, status: int, content_type: str) -> None:
+        """It goes with the first bytes: many servers say 200 before they have done anything, and until then another one may be asked."""
         passage.status, passage.content_type = status, content_type
-        passage.has_answered = True
-        self._note_changed(passage)
 
     async def _tell(self, passage: Passage, data: bytes) -> None:
         """Waits while the window is full. Several pieces before the next report are one."""
@@ -236,6 +238,7 @@ class Passages:
                 passage.has_room.clear()
                 await passage.has_room.wait()
             piece = data[start : start + PIECE_BYTES]
+            passage.has_answered = True
             passage.pending += piece
             passage.unread += len(piece)
             self._note_changed(passage)
