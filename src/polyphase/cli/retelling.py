@@ -40,10 +40,9 @@ def _is_refused(route: Page) -> bool:
 
 def _what_was_asked(page: Page) -> str:
     if page.get("passed_through"):
-        return (
-            f"Request {page['id']} asked the model {page['model']} for something that tokens do not carry. Its body went to an engine as it "
-            f"was (passed through: {page['passed_through']}), counted here as about {count_of(page['prompt_tokens'], 'prompt token')}."
-        )
+        size = f"counted here as about {count_of(page['prompt_tokens'], 'prompt token')}"
+        how = f"Its body went to an engine as it was (passed through: {page['passed_through']}), {size}."
+        return f"Request {page['id']} asked the model {page['model']}. {how}"
     choices = f", in {page['choices']} sequences of which the first is told of here" if page["choices"] > 1 else ""
     return f"Request {page['id']} asked the model {page['model']} to go on from {count_of(page['prompt_tokens'], 'prompt token')}{choices}."
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODEL = "acme/large-1"
+VOCABULARY = 1000
 WORDS = ["Once", " upon", " a", " time", ",", " there", " was", " a", " server", "."]
 _COMMON = {
     "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "user", "presence_penalty",
@@ -66,6 +67,7 @@ class OpenAIServer:
     closed_by_client: int = 0  # in the middle of an answer
     sent_bytes: int = 0
     open_count: int = 0  # answers under way
+    prompts: list[list[int]] = field(default_factory=list)  # of token ids
     port: int = 0
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -157,8 +159,14 @@ class OpenAIServer:
             _write(writer, 400, _error("prompt must be a string", None))
             return
         count = min(asked.get("max_tokens") or len(WORDS), len(WORDS) if not isinstance(prompt, list) else 64)
-        done = len(prompt) - 3 if isinstance(prompt, list) and prompt[:3] == [1, 2, 3] else 0
         usage = {"prompt_tokens": 10 + 500 * images, "completion_tokens": count, "total_tokens": 10 + 500 * images + count}
+        if isinstance(prompt, list):
+            if min(prompt) < 0 or max(prompt) >= VOCABULARY:
+                _write(writer, 400, _error("a token id is out of range", None))
+                return
+            cached = max(_common(prompt[:-1], earlier) for earlier in [[], *self.prompts])
+            self.prompts.append(prompt)
+            usage |= {"prompt_tokens": len(prompt), "prompt_tokens_details": {"cached_tokens": cached}}
         kind = "chat.completion" if is_chat else "text_completion"
         base = {"id": "cmpl-7", "object": kind + (".chunk" if is_chat and asked.get("stream") else ""), "created": 1, "model": MODEL}
         if not asked.get("stream"):
@@ -183,7 +191,7 @@ class OpenAIServer:
                     await reader.read()
                     raise ConnectionError
                 last = at == (self.manner.big_events or count) - 1
-                await self._send(writer, {**base, "choices": [self._choice(asked, is_chat, at, done, "length" if last else None)]})
+                await self._send(writer, {**base, "choices": [self._choice(asked, is_chat, at, "length" if last else None)]})
                 if self.manner.pause_s:
                     await asyncio.sleep(self.manner.pause_s)
                 if reader.at_eof():
@@ -197,12 +205,17 @@ class OpenAIServer:
         finally:
             self.open_count -= 1
 
-    def _choice(self, asked: dict[str, Any], is_chat: bool, at: int, done: int, finish: str | None) -> dict[str, Any]:
+    def _choice(self, asked: dict[str, Any], is_chat: bool, at: int, finish: str | None) -> dict[str, Any]:
         word = "x" * 16_000 if self.manner.big_events else WORDS[at % len(WORDS)]
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
         choice |= {"delta": {"content": word}} if is_chat else {"text": word}
         if asked.get("return_token_ids") and self.manner.takes_ids:
-            choice["token_ids"] = [5 + (done + at) % 40]
+            token_id = token_at(len(asked["prompt"]) + at)
+            choice["token_ids"] = [token_id]
+            if (top := asked.get("logprobs")) is not None:
+                names = [f"token_id:{(token_id + more) % VOCABULARY}" for more in range(max(top, 1))]
+                best = {name: -0.5 - more for more, name in enumerate(names)}
+                choice["logprobs"] = {"tokens": names[:1], "token_logprobs": [-0.5], "top_logprobs": [best], "text_offset": [0]}
         return choice
 
     async def _send(self, writer: asyncio.StreamWriter, chunk: dict[str, Any]) -> None:
@@ -220,6 +233,15 @@ class OpenAIServer:
             _write(writer, 400, _error(f"no sound, or another model: {named.get(b'model')!r}", None))
         else:
             _write(writer, 200, json.dumps({"text": f"{len(named[b'file'])} bytes of sound"}))
+
+
+def token_at(position: int) -> int:
+    """Of prompt and answer together, so that an answer goes on wherever it is taken up."""
+    return 100 + 7 * position % 800
+
+
+def _common(some: list[int], others: list[int]) -> int:
+    return next((at for at, (one, other) in enumerate(zip(some, others, strict=False)) if one != other), min(len(some), len(others)))
 
 
 def _images(asked: dict[str, Any]) -> int:
