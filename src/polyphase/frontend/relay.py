@@ -34,6 +34,7 @@ from polyphase.wire.requests import FinishReason, Passed, PassedUsage, SamplingP
 
 log = logging.getLogger(__name__)
 
+WRITE_GRACE_S = 10.0  # for the last bytes, beyond the request's own deadline
 EVENT_STREAM = "text/event-stream"
 _GRANT_BYTES = WINDOW_BYTES // 4  # read before the worker is told: a message for each token would cost more than it saves
 
@@ -85,7 +86,16 @@ class Relay:
         self.record.sequences.append(self._flight.record)
 
     async def run(self, send: Send) -> None:
-        """To the last byte. Raises: the error that ended it before the first one; ClientGone."""
+        """To the last byte. Raises: the error that ended it before the first one; ClientGone, also for one that does not read in time."""
+        left_s = max(self._errand.terms.deadline_ns - self._dispatcher.now_ns(), 0) / 1e9
+        try:
+            async with asyncio.timeout(left_s + WRITE_GRACE_S):
+                await self._relay(send)
+        except TimeoutError:
+            log.warning("the client did not read its answer in time; giving it up")
+            raise ClientGone from None
+
+    async def _relay(self, send: Send) -> None:
         arrival = await self._next()
         if arrival.end is not None and arrival.end.error is not None:
             raise arrival.end.error

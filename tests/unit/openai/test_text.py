@@ -238,3 +238,38 @@ async def test_a_stream_that_breaks_off_ends_with_an_error(served: Served, serve
     assert said in json.loads(events[-2][6:])["error"]["message"]
     assert len(events) == 5
     assert (await served.latest_record())["status"] == "failed"
+
+
+async def test_a_client_that_never_reads_is_given_up(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polyphase.frontend.relay.WRITE_GRACE_S", 0.2)
+    server.manner.big_events = 2500
+    async with serving(None, server, timeout_s=1) as served:
+        body = json.dumps(chat_body(stream=True))
+        connection = raw_connection(served.url)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall((head + body).encode())
+        await wait_for(lambda: server.open_count == 1)
+        await wait_for(lambda: server.open_count == 0)
+        await wait_for(lambda: served.frontend.services.door.inside_count == 0)
+        assert served.frontend.is_at_rest
+        connection.close()
+
+
+async def test_a_long_answer_is_progress_while_the_server_is_there(served: Served, server: OpenAIServer) -> None:
+    """Nobody sees a step of it; without the server's word, the worker would be taken for stuck."""
+    server.manner.pause_s = 3.0
+    engine = served.workers["w0"].engine
+    task = asyncio.create_task(served.post("/v1/chat/completions", chat_body()))
+    await wait_for(lambda: engine.load().running_count == 1)
+    step = engine.load().step
+    await wait_for(lambda: engine.load().step >= step + 2)
+    assert (await task).status_code == 200
+    load = engine.load()
+    assert (load.finished_total, load.prompt_tokens_total, load.generated_tokens_total) == (1, 10, 10)
+
+
+async def test_a_redirect_is_not_followed(served: Served, server: OpenAIServer) -> None:
+    server.manner.fails = (307, {"location": "http://elsewhere/"}, "")
+    answer = await served.post("/v1/chat/completions", chat_body())
+    assert answer.status_code == 500
+    assert "sends elsewhere (status 307)" in answer.json()["error"]["message"]

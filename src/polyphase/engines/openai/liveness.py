@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 
 import httpx
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 NEAR_INTERVAL_S, FAR_INTERVAL_S = 1.0, 15.0  # on this machine, and elsewhere, where each question may count against a limit
 OUTAGE_INTERVAL_S = 1.0
+TICK_S = 0.5
 TIMEOUT_S = 5.0
 SILENCES = 2  # questions without an answer in a row: one may be lost, or the machine is busy
 
@@ -32,15 +34,20 @@ class LivenessObserver:
         self._silent_count = 0
 
     async def watch(self, client: httpx.AsyncClient, sink: Sink) -> None:
-        """Until cancelled."""
+        """Until cancelled. Between questions the last answer counts: elsewhere they are rare, and frontends watch closely."""
+        asked_s = -math.inf
         while True:
-            before = self._gate.outage
-            await self._ask(client, sink)
+            before, now_s = self._gate.outage, time.monotonic()
+            if now_s - asked_s >= (min(self._interval_s, OUTAGE_INTERVAL_S) if before else self._interval_s):
+                asked_s = now_s
+                await self._ask(client, sink)
+            elif not before:
+                sink.note_alive()
             if self._gate.outage and not before:
                 log.warning("it gets no requests: %s", self._gate.outage)
             elif before and not self._gate.outage:
                 log.info("it answers again")
-            await asyncio.sleep(min(self._interval_s, OUTAGE_INTERVAL_S) if self._gate.outage else self._interval_s)
+            await asyncio.sleep(min(TICK_S, self._interval_s))
 
     async def _ask(self, client: httpx.AsyncClient, sink: Sink) -> None:
         try:

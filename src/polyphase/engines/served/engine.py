@@ -177,6 +177,8 @@ class ServedEngine:
         changed, events, released = self._changed, self._events, self._released
         self._changed, self._events, self._released = {}, [], []
         outputs = [flight.take_output() for flight in changed.values()] + self._passages.take_outputs()
+        for output in outputs:
+            self._tally.note_passed(output)
         if any(output.token_ids or output.passed for output in outputs):
             self._tally.note_step()
         return StepReport(self._tally.step, outputs, events, released)
@@ -290,8 +292,8 @@ class ServedEngine:
             self._news.set()
 
     def note_alive(self) -> None:
-        """The server answers. It tells no steps: while somebody waits for an answer's beginning, that is all the progress to be seen."""
-        if self._passages.awaits_answers:
+        """The server answers. What is passed through tells no steps: while some of it is awaited, that is all the progress to be seen."""
+        if self._passages:
             self._tally.note_step()
         self._news.set()
 

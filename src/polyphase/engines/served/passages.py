@@ -98,10 +98,6 @@ class Passages:
         """Of prompts whose first token is awaited. Nothing tells when that of a whole answer comes, so these do not count."""
         return sum(one.request.prompt_token_count for one in self._live.values() if one.request.wants_stream and not one.has_answered)
 
-    @property
-    def awaits_answers(self) -> bool:
-        return any(not one.has_answered for one in self._live.values())
-
     def start(self, request: Forward, client: httpx.AsyncClient, tasks: asyncio.TaskGroup, why_broken: WhyBroken) -> None:
         passage = self._live[request.request_id] = Passage(request)
         passage.task = tasks.create_task(self._travel(passage, client, why_broken), name=f"passed-{request.request_id}")
@@ -160,6 +156,8 @@ class Passages:
         }
         async with client.stream("POST", self._passes.path_of(request.kinds[0]), content=body, headers=headers) as response:
             content_type = response.headers.get("content-type", "application/octet-stream")
+            if 300 <= response.status_code < 400:
+                raise EngineFailed(f"{self._engine} sends elsewhere (status {response.status_code}); attach to the address that it names")
             if response.status_code >= 400:
                 await self._take_error(passage, response)
             elif content_type.startswith("text/event-stream"):
