@@ -13,7 +13,7 @@ from polyphase.core.errors import BodyTooLarge, KindNotServed
 from polyphase.frontend.bodies import check_content_type, header, read_body, until_gone
 from polyphase.frontend.forms import asked_in_form
 from polyphase.frontend.hints import RoutingHints
-from polyphase.frontend.models import ServedModel
+from polyphase.frontend.models import Addressed, ServedModel
 from polyphase.frontend.names import RequestNames
 from polyphase.frontend.passing import (
     GENERATING,
@@ -56,7 +56,11 @@ class Claim:
 
     kind: RequestKind
     asked: Asked
-    model: ServedModel
+    addressed: Addressed
+
+    @property
+    def model(self) -> ServedModel:
+        return self.addressed.model
 
 
 class PassThrough:
@@ -76,10 +80,10 @@ class PassThrough:
         if not has_media and not models.takes_text():
             return None
         asked = asked_in_json(body)
-        model = models.get(asked.model)
-        if model.takes_tokens and not (has_media and media_in(asked.fields)):
+        addressed = models.resolve(asked.model)
+        if addressed.model.takes_tokens and not (has_media and media_in(asked.fields)):
             return None
-        return Claim(kind, asked, model)
+        return Claim(kind, asked, addressed)
 
     async def serve(self, claim: Claim, body: bytes, received_ns: int, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises: whatever ends it before its answer begins."""
@@ -95,14 +99,15 @@ class PassThrough:
         record = RequestRecord(
             id=names.shown,
             answer_id=names.answer_id("pass"),
-            model=model.name,
+            model=claim.addressed.true_name,
+            asked_for=asked.model if asked.model != claim.addressed.true_name else None,
             endpoint=_endpoint(claim.kind),
             created_unix_s=int(time.time()),
             prompt_tokens=passing.prompt_token_count,
             passed=passing.shown_kinds,
         )
         services.records.add(names.internal, record)
-        errand = Errand(names.internal, model, passing, terms, RoutingHints.of(scope, asked))
+        errand = Errand(names.internal, claim.addressed, passing, terms, RoutingHints.of(scope, asked))
         with Relay(errand, services.dispatcher, services.metrics, record) as relay:
             relay.start()
             async with until_gone(receive, relay.abandon):
@@ -145,7 +150,7 @@ class PassedEndpoint:
                 await refuse_body(error, receive, send)
                 return
             asked = asked_in_form(body, content_type) if self._kind in FORMS else asked_in_json(body)
-            claim = Claim(self._kind, asked, self._services.models.get(asked.model))
+            claim = Claim(self._kind, asked, self._services.models.resolve(asked.model))
             await self._passing.serve(claim, body, received_ns, scope, receive, send)
 
 

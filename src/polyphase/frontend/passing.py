@@ -48,6 +48,7 @@ _OWN = (b"x-request-id", b"x-forwarded", b"x-real-ip", b"x-polyphase", b"x-stain
 class Passing:
     """A body on its way to an engine. `kinds`: the first one says where it goes, the others what it holds besides."""
 
+    model: str  # as the client calls it
     kinds: list[str]
     body: bytes
     content_type: str
@@ -128,6 +129,7 @@ def passing_of(kind: str, asked: Asked, body: bytes, content_type: str, headers:
     text, media_count = _prompt_text(kind, fields)
     token_count = _estimate(text, body) + TOKENS_PER_MEDIUM * media_count
     return Passing(
+        model=asked.model,
         kinds=[kind, *media],
         body=body,
         content_type=content_type,

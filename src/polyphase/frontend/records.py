@@ -108,6 +108,7 @@ class RequestRecord:
     finish_reason: str | None = None
     error: str | None = None
     passed: str | None = None  # what it was passed through for, such as images; its prompt tokens are a guess unless the engine told
+    asked_for: str | None = None  # the model's name as the client gave it, where that is an alias
 
     def as_json(self) -> dict[str, Any]:
         first = self.sequences[0] if self.sequences else None
@@ -117,6 +118,7 @@ class RequestRecord:
             "id": self.id,
             "answer_id": self.answer_id,
             "model": self.model,
+            "asked_for": self.asked_for,
             "endpoint": self.endpoint,
             "passed_through": self.passed,
             "created": self.created_unix_s,
@@ -187,7 +189,7 @@ def _candidates(attempt: Attempt | None) -> list[dict[str, Any]]:
     if attempt is None:
         return []
     placements = [placement for placement in (attempt.route.prefill, attempt.route.decode) if placement is not None]
-    return [row for placement in placements for row in candidates_json(placement, attempt.token_count, attempt.block_size)]
+    return [row for placement in placements for row in candidates_json(placement, attempt.token_count)]
 
 
 def _place(route: Route | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from polyphase.frontend.flight import Flight, Job
 from polyphase.frontend.hints import RoutingHints
 from polyphase.frontend.inbox import Arrival, End, Inbox
 from polyphase.frontend.metrics import Metrics
-from polyphase.frontend.models import ServedModel
+from polyphase.frontend.models import Addressed
 from polyphase.frontend.passing import WINDOW_BYTES, Passing
 from polyphase.frontend.problems import error_events, start_message
 from polyphase.frontend.records import RequestRecord, places_of
@@ -44,7 +44,7 @@ class Errand:
     """What is to be passed on, for whom, and on what terms."""
 
     internal_id: RequestId
-    model: ServedModel
+    addressed: Addressed
     passing: Passing
     terms: Terms
     hints: RoutingHints
@@ -57,7 +57,7 @@ class Relay:
         self._errand = errand
         self._dispatcher = dispatcher
         self._metrics = metrics
-        self._model_metrics = metrics.of(errand.model.name)
+        self._model_metrics = metrics.of(errand.addressed.model.name)
         self.record = record
         self._inbox = Inbox()
         self._flight: Flight | None = None
@@ -72,14 +72,15 @@ class Relay:
         job = Job(
             sequence_id=errand.internal_id,
             index=0,
-            model=errand.model.name,
-            block_size=errand.model.card.block_size,
+            model=errand.addressed.model.name,
+            block_size=errand.addressed.model.card.block_size,
             prompt_ids=[],
             hashes=passing.hashes,
             sampling=SamplingParams(seed=0),
             stop=StopConditions(max_tokens=passing.max_output_tokens),
             priority=passing.priority,
             hints=errand.hints,
+            lora=errand.addressed.adapter,
             passing=passing,
         )
         (self._flight,) = self._dispatcher.start([job], self._inbox, errand.terms)

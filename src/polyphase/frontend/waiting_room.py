@@ -27,8 +27,8 @@ from polyphase.router import (
 )
 
 BASE_COST_TOKENS = 64  # what a request costs beside its prompt, so that one that is cached all over is not free
-# Model, whether a prefill worker is needed, required labels, and what its worker has to pass.
-LaneKey = tuple[str, bool, tuple[tuple[str, str], ...], tuple[str, ...]]
+# Model, adapter, whether a prefill worker is needed, required labels, and what its worker has to pass.
+LaneKey = tuple[str, str | None, bool, tuple[tuple[str, str], ...], tuple[str, ...]]
 PROBE_NS = 5_000_000_000  # a lane that stood still for so long sends one on: a worker's own answer brings its true load
 
 
@@ -47,6 +47,14 @@ class Lane:
     queue: AdmissionQueue
     moved_ns: int  # when one was last sent, or the first began to wait
     deserted_ns: int | None = None  # since when there is no worker at all
+
+    @property
+    def waits_for_prefill(self) -> bool:
+        return self.key[2]
+
+    @property
+    def has_labels(self) -> bool:
+        return bool(self.key[3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ class WaitingRoom:
     def key_of(self, request: RouteRequest) -> LaneKey:
         """What it has in common with those that wait for the same workers. Raises: NoWorkers."""
         labels = tuple(sorted(request.required_labels.items()))
-        return (request.model, self._router.waits_for_prefill(request), labels, tuple(sorted(request.needs)))
+        return (request.model, request.adapter, self._router.waits_for_prefill(request), labels, tuple(sorted(request.needs)))
 
     def enter(self, flights: list[Flight], request: RouteRequest, terms: Terms, now_ns: int) -> Party | None:
         """Let them wait; `request` is that of the first one.
@@ -201,7 +209,7 @@ class WaitingRoom:
         return [
             LaneView(
                 lane.model,
-                lane.key[1],
+                lane.waits_for_prefill,
                 len(lane.queue),
                 lane.queue.tokens,
                 max((now_ns - ticket.arrived_ns) / 1e9 for ticket in self._parties if ticket in lane.queue),
@@ -230,7 +238,7 @@ class WaitingRoom:
     def _out(self, ticket: Ticket) -> Party:
         party = self._parties.pop(ticket)
         self._metrics.queued_requests.labels(party.lane.model).dec()
-        if not party.lane.queue and party.lane.key[2]:
+        if not party.lane.queue and party.lane.has_labels:
             self._lanes.pop(party.lane.key, None)
         for flight in party.flights:
             flight.party = None

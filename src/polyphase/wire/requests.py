@@ -104,6 +104,8 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True, tag="forward", omit_def
     kinds: list[str]  # of `RequestKind`; the first says which of the engine's paths it goes to
     body: bytes
     content_type: str
+    model: str  # as the client calls it: so the answer is to call it
+    lora: str | None = None  # name of the adapter that is meant, one of the card's
     model_span: tuple[int, int] | None = None  # where a body that is not JSON names the model
     headers: list[tuple[str, str]] = []  # of the client, those that may be carried
     wants_stream: bool
@@ -130,6 +132,7 @@ class PullAhead(msgspec.Struct, frozen=True, tag="pull_ahead", omit_defaults=Tru
     token_ids: list[int]
     part: KvPart
     cache_salt: str | None = None
+    lora: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -85,7 +85,8 @@ def test_messages_of_errors(body: bytes, said: str) -> None:
 
 
 def test_the_end_comes_once_and_with_what_is_left() -> None:
-    forward = Forward(request_id="a", kinds=["chat"], body=b"", content_type="", wants_stream=True, window=10, prompt_token_count=1)
+    told = {"model": "x", "wants_stream": True, "window": 10, "prompt_token_count": 1}
+    forward = Forward(request_id="a", kinds=["chat"], body=b"", content_type="", **told)  # type: ignore[arg-type]
     passage = Passage(forward)
     passage.status, passage.content_type = 200, "text/plain"
     passage.pending += b"abc"

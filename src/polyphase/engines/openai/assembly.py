@@ -59,7 +59,7 @@ def load_openai_engine(settings: OpenAISettings) -> ServedEngine:
         url,
         TokenDialect(facts.model, facts.tokens) if takes_tokens and facts.tokens is not None else None,
         [LivenessObserver(gate, path, access, interval_s)],
-        passes=Passes(name, facts.model, facts.paths),
+        passes=Passes(facts.model, facts.paths),
         access=access,
         gate=gate,
     )

@@ -41,7 +41,6 @@ class ApiKey:
 class Passes:
     """What a server takes as bodies: the path of each kind (media have that of the conversation), and its name of the model."""
 
-    served_name: str
     upstream_name: str
     paths: Mapping[str, str] = field(default_factory=dict)
 

@@ -70,7 +70,7 @@ class ServedEngine:
         self._access = access or Access()
         self._gate = gate
         self._limits = StopLimits(frozenset(card.eos_token_ids), card.context_length, tokenizer) if tokenizer is not None else None
-        own_passes = passes or Passes(card.name, card.name)
+        own_passes = passes or Passes(card.name)
         self._passages = Passages(own_passes, self._access, card.engine, gate or Gate(), self._note_news)
         self._flights: dict[str, Flight] = {}
         self._changed: dict[str, Flight] = {}  # with something to report

@@ -86,7 +86,6 @@ class Passages:
         self._engine = engine
         self._gate = gate
         self._on_change = on_change
-        self._names = AnswerModel(passes.served_name, passes.upstream_name)
         self._live: dict[str, Passage] = {}
         self._changed: dict[str, Passage] = {}
 
@@ -146,7 +145,7 @@ class Passages:
 
     async def _exchange(self, passage: Passage, client: httpx.AsyncClient) -> None:
         request = passage.request
-        body = with_model(request.body, self._passes.upstream_name, request.model_span)
+        body = with_model(request.body, request.lora or self._passes.upstream_name, request.model_span)
         headers = {
             **dict(request.headers),
             **self._access.headers(),
@@ -172,7 +171,7 @@ class Passages:
             self._gate.note_success()
 
     async def _take_stream(self, passage: Passage, response: httpx.Response, content_type: str) -> None:
-        events = EventRewriter(self._names)
+        events = EventRewriter(self._names_of(passage.request))
         self._begin(passage, response.status_code, content_type)
         early = b""  # comments that keep a connection alive
         async for received in response.aiter_bytes():
@@ -201,7 +200,7 @@ class Passages:
             whole = bytes(gathered)
             passage.usage = usage_in(whole)
             self._begin(passage, response.status_code, content_type)
-            await self._tell(passage, self._names.in_json(whole))
+            await self._tell(passage, self._names_of(passage.request).in_json(whole))
 
     async def _take_error(self, passage: Passage, response: httpx.Response) -> None:
         """The caller's own fault comes through as the engine says it. Raises: what another server may do better, or we did wrong."""
@@ -223,6 +222,9 @@ class Passages:
             raise InvalidRequest(f"{self._engine} does not take {passage.request.kinds[0]} requests (status {status}): {said}")
         self._begin(passage, status, "application/json")
         await self._tell(passage, self._access.hide(_openai_error(body, said, status).decode()).encode())
+
+    def _names_of(self, request: Forward) -> AnswerModel:
+        return AnswerModel(request.model, request.lora or self._passes.upstream_name)
 
     def _begin(self, passage: Passage, status: int, content_type: str) -> None:
         """It goes with the first bytes: many servers say 200 before they have done anything, and until then another one may be asked."""

@@ -92,7 +92,7 @@ def _engine(
     way = "token-in/token-out" if facts.has_generate else "completions with token ids"
     log.info("vLLM %s at %s: %s, %d blocks of %d tokens", facts.version, url, way, facts.block_count, facts.block_size)
     dialect = dialect_of(facts.model, has_generate=facts.has_generate, takes_priority=takes_priority)
-    passes = Passes(card.name, facts.model, facts.paths)
+    passes = Passes(facts.model, facts.paths)
     return ServedEngine(card, model.tokenizer, url, dialect, observers, server, passes=passes)
 
 
@@ -127,6 +127,7 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         default_temperature=generation.get("temperature"),
         default_top_p=generation.get("top_p"),
         default_top_k=generation.get("top_k"),
+        adapters=list(facts.adapters),
         created_unix_s=int(time.time()),
         engine="vllm",
     )
