@@ -37,7 +37,7 @@ class Hosted:
 
 @dataclass
 class Served:
-    """The model is served as `large`."""
+    """The model is served as `large`, and `big` stands for that."""
 
     frontend: Stack
     workers: dict[str, Hosted] = field(default_factory=dict)
@@ -80,6 +80,7 @@ async def hosting(served: Served, worker_id: str, engine: ServedEngine) -> Async
         host="here",
         request_endpoint=paths.request_endpoint,
         event_endpoint=paths.event_endpoint,
+        aliases=["big"],
     )
     with join_transfer(engine, entry, str(paths.pool_socket), TransferOptions(None, None)) as (agent, region):
         host = WorkerHost(engine, Registry(run_folder).claim(worker_id), HostSettings(entry, paths, 5.0, agent, region))

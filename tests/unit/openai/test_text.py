@@ -11,10 +11,12 @@ import openai
 import pytest
 
 from polyphase.cli.retelling import paragraphs
+from polyphase.testing.engines import stepping
+from polyphase.wire.requests import Forward
 from tests.unit.frontend.stack import raw_connection, wait_for
 from tests.unit.openai.server import MODEL, WORDS, Manner, OpenAIServer
 from tests.unit.openai.server import serving as serving_server
-from tests.unit.openai.stack import Served, serving
+from tests.unit.openai.stack import Served, load, serving
 
 STORY = "".join(WORDS)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -273,3 +275,26 @@ async def test_a_redirect_is_not_followed(served: Served, server: OpenAIServer) 
     answer = await served.post("/v1/chat/completions", chat_body())
     assert answer.status_code == 500
     assert "sends elsewhere (status 307)" in answer.json()["error"]["message"]
+
+
+async def test_an_answer_calls_the_model_as_the_client_did(served: Served, server: OpenAIServer) -> None:
+    for stream in (False, True):
+        answer = await served.post("/v1/chat/completions", chat_body(model="big", stream=stream))
+        assert '"model":"big"' in answer.text.replace(" ", "")
+        assert MODEL not in answer.text
+    assert {one.fields["model"] for one in server.seen} == {MODEL}
+    record = await served.latest_record()
+    assert (record["model"], record["asked_for"]) == ("large", "big")
+
+
+async def test_an_adapter_is_asked_for_by_its_own_name(server: OpenAIServer) -> None:
+    engine = await load(server)
+    body = json.dumps(chat_body(model="polite")).encode()
+    told = {"model": "polite", "lora": "polite", "wants_stream": False, "window": 1 << 20, "prompt_token_count": 1}
+    async with stepping(engine) as run:
+        engine.forward(Forward(request_id="a", kinds=["chat"], body=body, content_type="application/json", **told))  # type: ignore[arg-type]
+        await run.end("a")
+    passed = run.outputs("a")[0].passed
+    assert passed is not None
+    assert passed.status == 404
+    assert b"The model `polite` does not exist" in passed.data
