@@ -44,8 +44,9 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
     "least-loaded": {**_LOAD, **_SHARE},
     "round-robin": _SHARE,  # all workers are equal, and equals take turns
 }
-# Of every policy.
-FILTERS = ("draining", "stalled", "excluded", "required-labels", "passes", "adapter", "role", "full", "mates", "reserve")
+FILTERS = (  # of every policy
+    "draining", "stalled", "excluded", "required-labels", "passes", "adapter", "role", "context", "full", "mates", "reserve",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,3 +55,9 @@ def test_nobody() -> None:
     router = router_of({"a": frozenset({"chat"})})
     with pytest.raises(NoWorkers, match="passes on chat, images"):
         router.route(replace(request("r", []), needs=IMAGES))
+
+
+def test_a_guess_of_its_size_keeps_no_worker_out() -> None:
+    router = Router(RouterSettings())
+    router.upsert_worker(replace(facts("a"), passes=IMAGES, context_length=100))
+    assert router.route(replace(request("r", [], tokens=4000), needs=IMAGES)).decode.worker_id == "a"
