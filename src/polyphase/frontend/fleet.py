@@ -261,11 +261,12 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         takes_grammars=card.takes_grammars,
         resumes_grammars=card.takes_grammars and card.resumes_grammars,
         publishes_events=card.publishes_events,
+        passes=frozenset(card.passes),
         engine=card.engine,
         group=entry.group or card.engine,
         weight=entry.weight,
         adapters=frozenset(card.adapters),
-        context_length=card.context_length,
+        context_length=card.context_length or None,
         is_draining=entry.is_draining,
         labels=entry.labels,
     )
