@@ -25,7 +25,7 @@ from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvOffer, KvPart
-from polyphase.wire.requests import Forward, KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
+from polyphase.wire.requests import Forward, Grammar, KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
     from polyphase.frontend.waiting_room import Party
@@ -48,6 +48,7 @@ class Job:
     cache_salt: str | None = None
     priority: int = 0
     hints: RoutingHints = NO_HINTS
+    grammar: Grammar | None = None
     lora: str | None = None  # adapter of the model
     passing: Passing | None = None  # it is no tokens but a body, for an engine that takes it; `prompt_ids` is empty then
 
@@ -145,6 +146,7 @@ class Flight:
             sampling=job.sampling,
             stop=job.stop,
             cache_salt=job.cache_salt,
+            grammar=job.grammar,
             lora=job.lora,
             priority=job.priority,
             hand_over=hand_over,

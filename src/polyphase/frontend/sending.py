@@ -185,6 +185,8 @@ class Sending:
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
             needs=NOTHING_NEEDED if job.passing is None else job.passing.needs,
+            has_grammar=job.grammar is not None,
+            is_begun=bool(flight.emitted),
             adapter=job.lora,
             other_hashes={size: flight.hashes(size) for size in others} if others else None,
         )
