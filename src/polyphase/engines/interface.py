@@ -172,9 +172,9 @@ class Ability(enum.StrEnum):
     KV_EVENTS = "kv-events"  # it tells which blocks it holds
     HAND_OVER = "hand-over"  # `KvExporter`: its blocks go to other workers
     PRIORITY = "priority"
+    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     STRUCTURED_OUTPUT = "structured-output"  # it keeps to grammars
     RESUMED_GRAMMARS = "resumed-grammars"  # also of requests that began elsewhere
-    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
@@ -185,9 +185,9 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.KV_EVENTS: card.publishes_events,
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
+        Ability.PASS_THROUGH: bool(card.passes),
         Ability.STRUCTURED_OUTPUT: card.takes_grammars,
         Ability.RESUMED_GRAMMARS: card.takes_grammars and card.resumes_grammars,
-        Ability.PASS_THROUGH: bool(card.passes),
         Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }
