@@ -5,6 +5,7 @@ here knows what a request means, and nothing is retried behind the caller's back
 """
 
 from polyphase.runtime.channel import PeerId, WorkerClient, WorkerServer
+from polyphase.runtime.deaths import DeathWatch
 from polyphase.runtime.fence import EventSink, StreamCounts, StreamView
 from polyphase.runtime.paths import WorkerPaths
 from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
@@ -13,6 +14,7 @@ from polyphase.runtime.stream import AskedHistory, EventPublisher, EventSubscrib
 
 __all__ = [
     "AskedHistory",
+    "DeathWatch",
     "EventPublisher",
     "EventSink",
     "EventSubscriber",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ import pytest
 
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import AdmissionSettings
+from polyphase.runtime.deaths import start_ticks
 from polyphase.wire.cards import Role
 from polyphase.wire.requests import WireFailure
 
@@ -173,6 +176,33 @@ async def test_a_client_that_leaves_a_split_request(stack: Stack, stage: str) ->
 
 
 # Workers that die
+
+
+async def test_a_dying_process_is_noticed_while_it_keeps_its_connections(stack: Stack, story: list[int]) -> None:
+    """As one does whose memory the kernel is still freeing."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        dying = FakeWorker(stack.run_folder, "worker-0", stack.card, stack.story)
+        dying.entry = msgspec.structs.replace(dying.entry, pid=process.pid, began_ticks=start_ticks(process.pid))
+        await dying.start()
+        try:
+            await wait_for(lambda: stack.router.workers())
+            slow(dying)
+            async with open_stream(stack) as stream:
+                await stream.read(5)
+                await stack.add("worker-1")
+                process.kill()
+                await stream.read()
+            assert stream.ids == told(story)
+            assert stream.is_done
+            assert [view.facts.worker_id for view in stack.router.workers()] == ["worker-1"]
+            assert stack.workers["worker-1"].submits
+            dying.update(msgspec.structs.replace(dying.entry, role=Role.PREFILL))  # late news of a life that is over
+            await asyncio.sleep(0.1)
+            assert [view.facts.worker_id for view in stack.router.workers()] == ["worker-1"]
+        finally:
+            await dying.die()
+        await wait_for(lambda: stack.is_at_rest)
+        await stack.add("worker-0")  # the next life
 
 
 async def test_a_worker_dies_in_mid_stream(stack: Stack, story: list[int]) -> None:
