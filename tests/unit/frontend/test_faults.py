@@ -180,7 +180,7 @@ async def test_a_client_that_leaves_a_split_request(stack: Stack, stage: str) ->
 
 async def test_a_dying_process_is_noticed_while_it_keeps_its_connections(stack: Stack, story: list[int]) -> None:
     """As one does whose memory the kernel is still freeing."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:  # noqa: ASYNC220  it starts at once
         dying = FakeWorker(stack.run_folder, "worker-0", stack.card, stack.story)
         dying.entry = msgspec.structs.replace(dying.entry, pid=process.pid, began_ticks=start_ticks(process.pid))
         await dying.start()
