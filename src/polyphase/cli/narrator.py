@@ -53,7 +53,7 @@ async def show_start(console: Console, deployment: LocalDeployment) -> None:
     """Until the deployment is ready. On a terminal, a live table of what each process is doing; elsewhere one line."""
     plan = deployment.plan
     console.print(
-        f"[bold]Polyphase[/] serves [bold]{escape(plan.model.served_name)}[/]: 1 frontend, {plan.describe_workers()}, "
+        f"[bold]Polyphase[/] serves [bold]{escape(plan.model.served_name)}[/]: {plan.describe_frontends()}, {plan.describe_workers()}, "
         f"{plan.threads_per_worker} thread{'s' if plan.threads_per_worker > 1 else ''} each; logs in {escape(str(deployment.logs_folder))}",
         soft_wrap=True,
     )

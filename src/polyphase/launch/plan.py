@@ -36,12 +36,27 @@ class DeploymentPlan:
     threads_per_worker: int
 
     @property
+    def ports(self) -> range:
+        """One for each frontend."""
+        return range(self.settings.port, self.settings.port + self.settings.frontends)
+
+    @property
     def url(self) -> str:
-        """For clients on this machine."""
+        """The first frontend's, for clients on this machine."""
+        return self.urls[0]
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Every frontend's, for clients on this machine."""
         host = self.settings.host
         if host in ("0.0.0.0", "::", ""):
             host = "127.0.0.1" if host != "::" else "::1"
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
+        return tuple(f"http://{f'[{host}]' if ':' in host else host}:{port}" for port in self.ports)
+
+    def describe_frontends(self) -> str:
+        """`1 frontend`, `3 frontends at ports 8000 to 8002`."""
+        count = self.settings.frontends
+        return "1 frontend" if count == 1 else f"{count} frontends at ports {self.ports[0]} to {self.ports[-1]}"
 
     def describe_workers(self) -> str:
         """`1 prefill and 2 decode workers`."""
@@ -84,7 +99,7 @@ def _workers(settings: ServeSettings, gpus: Sequence[Gpu]) -> tuple[WorkerPlan, 
 
 
 def process_specs(plan: DeploymentPlan, run_folder: Path) -> list[ProcessSpec]:
-    """The frontend first, then the workers by role and name; all start at the same time.
+    """The frontends first, then the workers by role and name; all start at the same time.
 
     Many mock workers, which compute nothing, share processes, so that hundreds fit on a laptop: alone, each takes 55 MB and a third of a
     second of CPU to start, and beside others 3 MB and a fiftieth. A process is called after its first worker.
@@ -95,15 +110,16 @@ def process_specs(plan: DeploymentPlan, run_folder: Path) -> list[ProcessSpec]:
     for role in Role:
         alike = [worker for worker in plan.workers if worker.role is role]
         groups += [tuple(alike[start : start + size]) for start in range(0, len(alike), size)]
-    return [_frontend(plan, run_folder), *(_worker(plan, group, run_folder) for group in groups)]
+    frontends = [_frontend(plan, number, run_folder) for number in range(len(plan.ports))]
+    return [*frontends, *(_worker(plan, group, run_folder) for group in groups)]
 
 
-def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
+def _frontend(plan: DeploymentPlan, number: int, run_folder: Path) -> ProcessSpec:
     settings = plan.settings
     flags = {
         "run-folder": run_folder,
         "host": settings.host,
-        "port": settings.port,
+        "port": plan.ports[number],
         "policy": settings.policy,
         "router-weights": weights_text(settings.router_weights) or None,
         "router-filters": ",".join(settings.router_filters) or None,
@@ -122,7 +138,8 @@ def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
         "max-queue-wait-s": settings.max_queue_wait,
         "tenant-weights": format_tenant_weights(settings.tenant_weights) or None,
     }
-    return ProcessSpec("frontend", ProcessKind.FRONTEND, _command("polyphase.frontend", flags), _environment(1))
+    name = f"frontend-{number}" if number else "frontend"
+    return ProcessSpec(name, ProcessKind.FRONTEND, _command("polyphase.frontend", flags), _environment(1))
 
 
 def _worker(plan: DeploymentPlan, group: Sequence[WorkerPlan], run_folder: Path) -> ProcessSpec:
