@@ -25,7 +25,7 @@ class Ledger:
         plant(folder.resolve(), __name__)
 
     def violations(self) -> list[str]:
-        return [line for path in sorted(self._folder.iterdir()) for line in path.read_text().splitlines()]
+        return [line for path in sorted(self._folder.glob("*.violations")) for line in path.read_text().splitlines()]
 
     def ended_count(self) -> int:
         """Requests that were seen to end: an account of nothing says nothing. Killed workers' are not counted."""
