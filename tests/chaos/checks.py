@@ -18,12 +18,13 @@ from polyphase.testing import Deployment
 from polyphase.wire.cards import Role
 
 SETTLING_S = 60.0  # leases that nobody will read run out after 30 s
+SETTLING_WITHOUT_FAULTS_S = 10.0  # then all leases were given back by their readers
 BUGS = re.compile(r"kv_error|KvError|released more often|named although|is not scheduled|an engine step failed|inconsistent|AssertionError")
 
 
-async def at_rest(served: Deployment, worker_ids: list[str]) -> list[str]:
+async def at_rest(served: Deployment, worker_ids: list[str], settling_s: float = SETTLING_S) -> list[str]:
     """Every worker is back, nothing runs, no block is used, nothing is booked; waited for, but not for ever."""
-    deadline_s = time.monotonic() + SETTLING_S
+    deadline_s = time.monotonic() + settling_s
     while found := await _not_at_rest(served, worker_ids):
         if time.monotonic() > deadline_s:
             return found

@@ -23,7 +23,7 @@ from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.runtime import switch_role
 from polyphase.testing import Deployment
 from polyphase.testing.connections import CannotCut, cut_connections
-from polyphase.testing.tripwires import MOMENTS, Action, Trip, Tripwires
+from polyphase.testing.tripwires import Action, Trip, Tripwires
 from polyphase.testing.wire_faults import KINDS, WireFaults
 from polyphase.wire.cards import Role, WorkerEntry
 from tests.chaos.disks import hold_filler, hold_limit
@@ -31,6 +31,9 @@ from tests.chaos.outages import Outages
 from tests.chaos.pools import find_pool, renew_for_a_while
 
 ORDER_PATIENCE_S = 4.0  # for its moment to come
+ANYBODYS_MOMENTS = ("accepting", "switching", "switched", "finishing")
+PREFILL_MOMENTS = ("part-told", "offering")
+DECODE_MOMENTS = ("part-heard", "opening", "reading", "read", "handing-back")
 Fault = Callable[["Chaos"], Awaitable[str | None]]
 
 
@@ -183,11 +186,11 @@ async def moment(chaos: Chaos) -> str | None:
     if len(workers) < 2 or "moment" in chaos.lasting or chaos.stopped:
         return None
     victim = chaos.rng.choice(workers)
-    when = chaos.rng.choice(sorted(MOMENTS))
+    when = chaos.rng.choice([*ANYBODYS_MOMENTS, *(PREFILL_MOMENTS if victim.role is Role.PREFILL else DECODE_MOMENTS)])
     action: Action = chaos.rng.choice(["kill", "kill", "stop"])
     seconds = chaos.rng.choice([0.2, 1.0, 3.0, 6.0])
-    others = [each for each in Role if each is not victim.role]
-    chaos.begin("moment", _wait_for_moment(chaos, victim, Trip(action, when, victim.pid), seconds, chaos.rng.choice(others)))
+    another = Role.DECODE if victim.role is Role.PREFILL else Role.PREFILL
+    chaos.begin("moment", _wait_for_moment(chaos, victim, Trip(action, when, victim.pid), seconds, another))
     return None
 
 

@@ -98,6 +98,7 @@ def play(scene: Scene, seed: int, *, is_verbose: bool = False) -> Outcome:
     served = Deployment("demo", *scene.options, environment=planted_environment(plants), frontends=scene.frontends)
     means = Means(tripwires, wire_faults, has_small_disk=mount_small_disk(served.home))
     try:
+        served.keep_temporary_files()
         served.start()
         mapped: set[str] = set()
         try:
@@ -154,7 +155,7 @@ async def _play(scene: Scene, seed: int, served: Deployment, means: Means, outco
     wrong += await checks.restore_roles(served, scene.worker_ids)
     wrong += await compare_again(served.urls, truth)
     wrong += await checks.hands_over(served, random.Random(f"{seed} at last"))
-    wrong += await checks.at_rest(served, scene.worker_ids)
+    wrong += await checks.at_rest(served, scene.worker_ids, checks.SETTLING_WITHOUT_FAULTS_S)
     outcome.violations += [f"{scene.name}: {violation}" for violation in wrong]
     if outcome.violations and is_verbose:
         sys.stderr.write("\n".join(chaos.log) + "\n")

@@ -95,6 +95,12 @@ class Deployment:
         self.stop()
         shutil.rmtree(self.home, ignore_errors=True)
 
+    def keep_temporary_files(self) -> None:
+        """From the next start on, temporary files are made in a folder of `home`, so that one can see what is left of them."""
+        folder = self.home / "tmp"
+        folder.mkdir(exist_ok=True)
+        self._environment["TMPDIR"] = str(folder)
+
     def launch(self) -> None:
         """Start the process and return at once."""
         with self._output.open("wb") as output:
