@@ -95,6 +95,9 @@ async def hands_over(served: Deployment, rng: random.Random, token_count: int = 
         body = {"model": "demo", "prompt": [rng.randrange(300, 1300) for _ in range(token_count)], "max_tokens": 4}
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             answer = await client.post("/v1/completions", json=body)
+            if answer.status_code != 200:
+                found.append(f"at {url}, after all faults: status {answer.status_code}: {answer.text}")
+                continue
             record = (await client.get(f"/debug/requests/{answer.headers['x-request-id']}")).json()
         moved = record["transferred_tokens"]
         if not record["split"] or moved < token_count // 2:
