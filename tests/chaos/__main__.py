@@ -24,6 +24,7 @@ SCENES = {
         request_count=1500,
         client_count=16,
         case_count=72,  # more than 96 blocks a worker hold, so that prompts are computed, split and moved again
+        has_slow_tokens=False,
         salts=False,  # the mock engine's tokens follow from the names of the prompt's blocks
         mean_interval_s=0.25,
     ),

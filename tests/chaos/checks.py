@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -124,8 +127,40 @@ def effects(served: Deployment) -> dict[str, int]:
 
 
 def log_lines(served: Deployment) -> list[str]:
-    """What only a bug writes: blocks freed twice, steps that failed."""
-    return [f"log: {line}" for line in served.logs().splitlines() if BUGS.search(line)]
+    """What only a bug writes: blocks freed twice, steps that failed, processes that ended by themselves."""
+    logs = served.logs()
+    return [f"log: {line}" for line in logs.splitlines() if BUGS.search(line)] + breakdowns(logs)
+
+
+def breakdowns(logs: str) -> list[str]:
+    """Processes that broke down, but for those that could not begin because their disk was full; what a full disk cut off is no proof."""
+    found = []
+    for told in re.findall(r"^[-\d]+ [\d:.]+ ERROR .* broke down.*\n(?:(?![-\d]+ [\d:.]+ |===).*\n?)*", logs, re.MULTILINE):
+        causes = re.findall(r"^[\s|+]*(?:\w+\.)*(\w*(?:Error|Exception|Lost|Failed): .*)$", told, re.MULTILINE)
+        if causes and not re.search(r"No space left on device|File too large", told):
+            found.append(f"log: {told.splitlines()[0]}: {causes[-1]}")
+    return found
+
+
+async def frees_what_a_dead_frontend_asked_for(served: Deployment, token_count: int = 4000, patience_s: float = 8.0) -> list[str]:
+    """A long answer begins, its frontend is killed, and no worker goes on with it. (Only where `token_count` tokens take far longer.)"""
+    url = served.urls[-1]
+    body = {"model": "demo", "prompt": list(range(300, 316)), "max_tokens": token_count, "ignore_eos": True, "stream": True}
+    with contextlib.suppress(httpx.HTTPError):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client, client.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data:"):
+                    os.kill(served.frontend_pids()[url], signal.SIGKILL)
+                    break
+    until_s = time.monotonic() + patience_s
+    while True:
+        answers = await ask_workers(served.run_folder)
+        busy = [name for name, status in answers.items() if status is not None and status.load.running_count]
+        if not busy:
+            return []
+        if time.monotonic() > until_s:
+            return [f"{patience_s:.0f} s after their frontend was killed, {', '.join(busy)} still compute for it"]
+        await asyncio.sleep(0.1)
 
 
 def nothing_left(served: Deployment, exit_code: int, mapped: set[str]) -> list[str]:

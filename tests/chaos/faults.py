@@ -326,7 +326,7 @@ WEIGHTS = {
     "stop": 0.08,
     "kill-frontend": 0.05,
     "stop-frontend": 0.03,
-    "moment": 0.2,
+    "moment": 0.4,
     "role": 0.28,
     "cut": 0.12,
     "full-disk": 0.04,

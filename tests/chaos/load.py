@@ -17,6 +17,7 @@ from tests.chaos.outages import Outages
 REFUSALS = {"no_workers", "overloaded", "draining", "queue_full"}
 TIMEOUT_S = 120.0
 STOP_CASES = 4
+NEVER_S = 1e9  # httpcore closes an idle connection that has expired even when it has just been given to a request
 
 
 @dataclass
@@ -106,7 +107,9 @@ class Load:
         self._is_stopping = True
 
     async def run(self) -> None:
-        limits = httpx.Limits(max_connections=4 * self._client_count, max_keepalive_connections=self._client_count)
+        limits = httpx.Limits(
+            max_connections=4 * self._client_count, max_keepalive_connections=self._client_count, keepalive_expiry=NEVER_S
+        )
         async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client, asyncio.TaskGroup() as tasks:
             for number in range(self._client_count):
                 tasks.create_task(self._ask_again_and_again(client, random.Random(f"{self._seed}-{number}")))
@@ -134,7 +137,8 @@ class Load:
                 tally.broken += 1
                 found = difference_so_far(expected, answer)
             else:
-                found = f"no terminal message: {type(error).__name__}: {error}"
+                waited_s = time.monotonic() - began_s
+                found = f"no terminal message: {error!r} after {waited_s:.1f} s, because of {error.__cause__!r}"
             self._judge(asked, answer, found, stream=stream)
             await asyncio.sleep(0.1 + 0.3 * rng.random())
             return

@@ -38,6 +38,7 @@ class Scene:
     mean_interval_s: float = 0.7
     longest_s: float = 420.0
     salts: bool = True
+    has_slow_tokens: bool = True  # 4,000 of one answer take far longer than any check
 
     @property
     def weights(self) -> dict[str, float]:
@@ -157,6 +158,9 @@ async def _play(scene: Scene, seed: int, served: Deployment, means: Means, outco
         wrong += await compare_again(served.urls[-1:], truth)
         wrong += await checks.hands_over(served, random.Random(f"{seed} at last"))
         wrong += await checks.at_rest(served, scene.worker_ids, checks.SETTLING_WITHOUT_FAULTS_S)
+        if scene.has_slow_tokens:
+            wrong += await checks.frees_what_a_dead_frontend_asked_for(served)
+            wrong += await checks.at_rest(served, scene.worker_ids)
     outcome.violations += [f"{scene.name}: {violation}" for violation in wrong]
     if outcome.violations and is_verbose:
         sys.stderr.write("\n".join(chaos.log) + "\n")

@@ -16,6 +16,7 @@ from polyphase.testing.tripwires import Tripwires
 from polyphase.wire.requests import FinishReason, SequenceOutput
 from tests.chaos.__main__ import SCENES
 from tests.chaos.cases import Answer, Case, Choice, difference, difference_so_far
+from tests.chaos.checks import breakdowns
 from tests.chaos.outages import Outages
 from tests.chaos.run import play
 
@@ -125,6 +126,22 @@ def test_the_ledger_and_tripwires_work_in_a_real_worker(tmp_path: Path) -> None:
         wires.withdraw()
         assert wires.pending() == []
     assert ledger.violations() == []
+
+
+ENDED = """2026-11-24 18:38:51.771 ERROR   decode-0 the worker broke down
+  + Exception Group Traceback (most recent call last):
+      |   File "registry.py", line 79, in publish
+      | {cause}
+2026-11-24 18:39:11.831 INFO    decode-0 loading demo with engine mock
+"""
+
+
+@pytest.mark.parametrize(
+    ("cause", "complaint_count"),
+    [("OSError: [Errno 28] No space left on device", 0), ("polyphase.core.errors.KvError: lease 1 exists already", 1), ("", 0)],
+)
+def test_a_worker_that_broke_down_by_itself_is_a_violation(cause: str, complaint_count: int) -> None:
+    assert len(breakdowns(ENDED.format(cause=cause))) == complaint_count
 
 
 def test_the_checkers_let_right_answers_pass() -> None:
