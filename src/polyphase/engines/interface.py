@@ -81,7 +81,8 @@ class PrefixImport(Protocol):
 class KvImporter(Protocol):
     """Optional ability: blocks of other workers are taken in beside the steps, ahead of the request that wants them."""
 
-    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport: ...
+    def open_import(self, request_id: str, namespace: str | None) -> PrefixImport:
+        """`namespace`: of the request, `core.hashing.namespace_of`."""
 
 
 class Engine(Protocol):
@@ -149,6 +150,7 @@ class Ability(enum.StrEnum):
     KV_EVENTS = "kv-events"  # it tells which blocks it holds
     HAND_OVER = "hand-over"  # `KvExporter`: its blocks go to other workers
     PRIORITY = "priority"
+    LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
 
@@ -158,6 +160,7 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.KV_EVENTS: card.publishes_events,
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
+        Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }
     return [ability for ability, is_there in has.items() if is_there]

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import httpx
 
+from polyphase.launch.supervisor import StartFailed
 from polyphase.runtime import Registry
 
 TIMEOUT_S = 2.0
@@ -24,13 +25,19 @@ class ReadinessProbe:
         self._client = httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
 
     async def __call__(self) -> bool:
+        """Raises: StartFailed if the frontend will send a worker nothing."""
         if not self._expected <= self.joined_worker_ids():
             return False
         try:
             answers = [await self._client.get(f"{url}/health") for url in self._urls]
         except httpx.HTTPError:
             return False
-        return all(answer.status_code == 200 and self._expected <= _worker_ids(answer.json()) for answer in answers)
+        pages = [answer.json() for answer in answers]
+        for page in pages:
+            for worker_id, reason in page.get("turned_away", {}).items():
+                if worker_id in self._expected:
+                    raise StartFailed(reason)
+        return all(answer.status_code == 200 for answer in answers) and all(self._expected <= _worker_ids(page) for page in pages)
 
     def joined_worker_ids(self) -> set[str]:
         return {entry.worker_id for entry in self._registry.entries()}

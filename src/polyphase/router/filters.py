@@ -4,11 +4,14 @@ draining   leaves, and takes nothing new
 stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
+adapter    does not have the LoRA adapter that the request is for
 role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
              prefill   only if alone   no           yes, if it can hand over and somebody else decodes
 full       runs and queues as many requests of this router as it may
+mates      is of another group, engine or block size than the worker that has the other leg
+reserve    weighs 0, and a worker that does not can take the request at once
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyphase.core.errors import NoWorkers, Overloaded, Refused
+from polyphase.router.groups import mates_of
 from polyphase.router.lineup import Lineup
 from polyphase.router.types import Leg, RouteRequest
 from polyphase.wire.cards import Role
@@ -89,6 +93,26 @@ class RequiredLabels:
         )
 
 
+class HasAdapter:
+    """do not have the LoRA adapter that the request is for"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if request.adapter is None:
+            return rows
+        views = workers.standings.views
+        return [row for row in rows if request.adapter in views[row].facts.adapters]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} that could take it is without the LoRA adapter {request.adapter!r}; "
+            "retry when one that has it has joined",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
 class FitsRole:
     """are not for this leg
 
@@ -125,6 +149,42 @@ class Full:
             retry_after_s=2,
             request_id=request.request_id,
         )
+
+
+class Mates:
+    """cannot exchange KV with the worker that has the other leg"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if workers.partner is None or len(workers.standings.mates) == 1:
+            return rows
+        views, wanted = workers.standings.views, mates_of(workers.partner)
+        return [row for row in rows if mates_of(views[row].facts) == wanted]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} that has room is of another group, engine or block size "
+            "than the one that would compute the prompt",
+            retry_after_s=2,
+            request_id=request.request_id,
+        )
+
+
+class Reserve:
+    """weigh 0, while others can take the request at once"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        standings = workers.standings
+        if not standings.has_reserve or workers.partner is not None:
+            return rows
+        weighty = [row for row in rows if standings.weights[standings.views[row].facts.group] > 0]
+        return weighty if standings.has_headroom(weighty) else rows
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return no_worker_serves(request)  # does not happen: it leaves somebody
 
 
 def no_worker_serves(request: RouteRequest) -> Refused:

@@ -67,6 +67,7 @@ def _load_mock(options: EngineOptions) -> Engine:
             max_waiting=options.max_waiting,
             context_length=options.context_length,
             lease_s=options.lease_s,
+            adapters=tuple(options.adapters),
         )
     )
 
@@ -91,6 +92,7 @@ def _load_vllm(options: EngineOptions) -> Engine:
             context_length=options.context_length,
             max_batch_tokens=options.max_batch_tokens,
             max_running=options.max_running,
+            adapters=options.adapters,
         )
     )
 

@@ -124,6 +124,7 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         default_temperature=generation.get("temperature"),
         default_top_p=generation.get("top_p"),
         default_top_k=generation.get("top_k"),
+        adapters=list(facts.adapters),
         created_unix_s=int(time.time()),
         engine="vllm",
     )

@@ -88,7 +88,7 @@ class GenerateDialect:
         if request.sampling.top_logprobs is not None:
             sampling["logprobs"] = request.sampling.top_logprobs
         body = {
-            "model": self._model,
+            "model": request.lora or self._model,  # vLLM knows an adapter by its name
             "request_id": request.request_id,
             "token_ids": request.token_ids,
             "sampling_params": sampling,
@@ -121,7 +121,7 @@ class CompletionsDialect:
 
     def body(self, request: Submit, max_tokens: int) -> bytes:
         body = {
-            "model": self._model,
+            "model": request.lora or self._model,  # vLLM knows an adapter by its name
             "prompt": request.token_ids,
             **sampling_fields(request, max_tokens),
             **_common_fields(request, takes_priority=self._takes_priority),

@@ -36,6 +36,7 @@ class ServerFacts:
     has_generate: bool  # /inference/v1/generate
     events: EventSource | None
     rank_count: int  # data parallel
+    adapters: tuple[str, ...] = ()  # LoRA, by the names that it lists
 
 
 def is_up(url: str) -> bool:
@@ -50,7 +51,7 @@ def probe(url: str, wanted_model: str | None) -> ServerFacts:
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False, verify=False) as client:
         try:
             version = str(_json(client, "/version").get("version", "unknown"))
-            model, context_length = _model(_json(client, "/v1/models"), wanted_model, url)
+            model, context_length, adapters = _model(_json(client, "/v1/models"), wanted_model, url)
             block_size, block_count = cache_of(client.get("/metrics").text)
             sources = _json(client, "/kv_event_sources", must=False)
             has_generate = _has_generate(client, model)
@@ -58,7 +59,8 @@ def probe(url: str, wanted_model: str | None) -> ServerFacts:
             raise ModelLoadError(f"vLLM at {url} does not answer: {error or type(error).__name__}") from error
     if not block_size or not block_count:
         raise ModelLoadError(f"vLLM {version} at {url} does not tell its KV cache in /metrics (vllm:cache_config_info)")
-    return ServerFacts(version, model, context_length, block_size, block_count, has_generate, _source(sources), max(1, len(sources)))
+    source, ranks = _source(sources), max(1, len(sources))
+    return ServerFacts(version, model, context_length, block_size, block_count, has_generate, source, ranks, adapters)
 
 
 def _json(client: httpx.Client, path: str, *, must: bool = True) -> dict[str, Any]:
@@ -74,12 +76,13 @@ def _json(client: httpx.Client, path: str, *, must: bool = True) -> dict[str, An
     return {}
 
 
-def _model(listed: dict[str, Any], wanted: str | None, url: str) -> tuple[str, int]:
+def _model(listed: dict[str, Any], wanted: str | None, url: str) -> tuple[str, int, tuple[str, ...]]:
     models = {str(entry["id"]): entry for entry in listed.get("data", []) if isinstance(entry, dict) and "id" in entry}
     found = models.get(wanted) if wanted is not None else next(iter(models.values()), None)
     if found is None:
         raise ModelLoadError(f"vLLM at {url} does not serve {wanted!r}, but {', '.join(models) or 'nothing'}")
-    return str(found["id"]), int(found.get("max_model_len") or 0)
+    adapters = sorted(name for name, entry in models.items() if entry.get("parent") == found["id"])
+    return str(found["id"]), int(found.get("max_model_len") or 0), tuple(adapters)
 
 
 def _has_generate(client: httpx.Client, model: str) -> bool:

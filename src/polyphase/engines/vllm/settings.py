@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -24,4 +25,5 @@ class VllmSettings:
     context_length: int | None = None
     max_batch_tokens: int | None = None
     max_running: int | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA: folder by name
     start_timeout_s: float = 1800.0  # a first download of the weights counts
