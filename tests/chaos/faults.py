@@ -56,6 +56,7 @@ class Chaos:
         self.rng = random.Random(seed)
         self.stopped: dict[int, asyncio.Task[None]] = {}  # by pid, workers and frontends
         self.aimed_at: set[int] = set()  # pids with an order to kill or stop themselves
+        self.killed: set[int] = set()  # pids; the registry shows a dying process until its memory is freed
         self.lasting: dict[str, asyncio.Task[None]] = {}  # one of each kind
         self.counts: Counter[str] = Counter()
         self.moments: Counter[str] = Counter()
@@ -71,7 +72,7 @@ class Chaos:
 
     def workers(self) -> list[WorkerEntry]:
         """Living and not stopped, nor soon to be, in an order that depends on nothing but their names."""
-        spoken_for = self.stopped.keys() | self.aimed_at
+        spoken_for = self.stopped.keys() | self.aimed_at | self.killed
         return [entry for _, entry in sorted(self.served.workers().items()) if entry.pid not in spoken_for]
 
     async def run(self, is_enough: Callable[[], bool]) -> None:
@@ -146,6 +147,7 @@ async def kill(chaos: Chaos) -> str | None:
     victim = chaos.rng.choice(workers)
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim.pid, signal.SIGKILL)
+    chaos.killed.add(victim.pid)
     return victim.worker_id
 
 
@@ -209,6 +211,8 @@ async def _wait_for_moment(chaos: Chaos, victim: WorkerEntry, trip: Trip, second
             chaos.moments[f"{trip.action} {trip.moment}"] += 1
             if trip.action == "stop":
                 chaos.stop_for(victim.pid, seconds)
+            else:
+                chaos.killed.add(victim.pid)
         chaos.aimed_at.discard(victim.pid)
 
 

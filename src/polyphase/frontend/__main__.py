@@ -22,6 +22,7 @@ from polyphase.frontend.app import build_app
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.fleet import Fleet
+from polyphase.frontend.grammar_checks import GrammarChecks
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models
 from polyphase.frontend.records import Records
@@ -34,6 +35,7 @@ from polyphase.router import (
     AdmissionSettings,
     IndexSettings,
     PolicySettings,
+    PullRule,
     Router,
     RouterSettings,
     SessionRule,
@@ -114,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         default=http.migration_limit,
         metavar="N",
         help="how often a sequence may be taken up by another worker (default: %(default)s)",
+    )
+    add(
+        "--kv-pull",
+        choices=("on", "off"),
+        default="on",
+        help="off: what another worker holds of a prompt is computed again where the request goes (default: %(default)s)",
     )
     add(
         "--kv-flow",
@@ -225,7 +233,7 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         raise ConfigurationError(f"--index-capacity must be at least 1 block, not {flags.index_capacity}")
     index = IndexSettings(flags.index_capacity, flags.kv_events == "on", int(flags.predicted_lifetime_s * 1e9))
     sessions = SessionRule(idle_ns=int(flags.session_idle_s * 1e9))
-    router = RouterSettings(policy, split, first_turn, flags.max_waiting_requests, sessions, index)
+    router = RouterSettings(policy, split, first_turn, flags.max_waiting_requests, sessions, index, PullRule(flags.kv_pull == "on"))
     return http, router
 
 
@@ -238,8 +246,16 @@ async def serve(
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
+    grammars = GrammarChecks(settings.grammar_cpu_s)
     services = Services(
-        models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams, turned_away=fleet.turned_away
+        models,
+        dispatcher,
+        Records(settings.record_count),
+        metrics,
+        settings,
+        grammars,
+        streams=fleet.streams,
+        turned_away=fleet.turned_away,
     )
     server = HttpServer(build_app(services, router), services, listener)
     server.install_signal_handlers()
@@ -251,6 +267,7 @@ async def serve(
         await server.run()
         for helper in helpers:
             helper.cancel()
+    grammars.close()
 
 
 async def _stop_when_cut(lifeline: Lifeline, server: HttpServer) -> None:

@@ -65,6 +65,10 @@ class Dispatcher:
     def now_ns(self) -> int:
         return self._clock.now_ns()
 
+    def takes_grammars(self, model: str) -> bool:
+        """Whether a worker of the model has structured output."""
+        return any(facts.takes_grammars for facts in self._router.facts() if facts.model == model)
+
     # What the caller does
 
     def start(self, jobs: Sequence[Job], inbox: Inbox, terms: Terms | None = None) -> list[Flight]:
@@ -108,8 +112,9 @@ class Dispatcher:
 
     # What happens elsewhere
 
-    def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
-        self._sending.joined(worker_id, epoch)
+    def worker_joined(self, worker_id: WorkerId, epoch: Epoch, endpoint: str | None = None) -> None:
+        """`endpoint`: where other workers reach it; None: they cannot."""
+        self._sending.joined(worker_id, epoch, endpoint)
         self._waiting.let_in()
 
     def worker_reported(self, worker_id: WorkerId) -> None:
@@ -130,7 +135,9 @@ class Dispatcher:
 
     def connection_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """Nobody knows which words between here and this worker were lost: what it had begins anew, at whichever worker."""
+        self._sending.say_again(worker_id)
         for flight in self._at(worker_id, epoch):
+            self._sending.call_off(flight)  # it may have been handed over, with a lease that we never heard of
             self._break_off(flight, ConnectionLost(f"the connection to worker {worker_id} broke"))
         self._waiting.let_in()
 
@@ -141,19 +148,27 @@ class Dispatcher:
         """
         asked_count = 0
         for flight in self._at(worker_id, epoch):
-            if flight.stage in stages and not flight.is_leaving and self._sending.ask_back(flight):
+            if flight.stage in stages and not flight.is_leaving and self._can_move(flight) and self._sending.ask_back(flight):
                 asked_count += 1
         return asked_count
 
     def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
         """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
-        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < self._settings.migration_limit]
+        limit = self._settings.migration_limit
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < limit and self._can_move(flight)]
         for flight in leaving:
             self._sending.call_off(flight)  # it may come round
             flight.avoided.add(worker_id)  # and then, if there is no other, go on with it after all
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
         self._waiting.let_in()
         return len(leaving)
+
+    def _can_move(self, flight: Flight) -> bool:
+        """Whether it is of use to take it away from where it is: output that has begun to follow a grammar cannot go on everywhere."""
+        if flight.job.grammar is None or not flight.emitted:
+            return True
+        others = [facts for facts in self._router.facts() if facts.model == flight.job.model and facts.worker_id != flight.worker_id]
+        return any(facts.resumes_grammars for facts in others)
 
     def _at(self, worker_id: WorkerId, epoch: Epoch) -> list[Flight]:
         return [
@@ -176,8 +191,9 @@ class Dispatcher:
         if output.part is not None:
             self._sending.pass_on(flight, output.part)
         if output.stats is not None:
-            self._note_pace(flight, output.stats, now_ns)
+            self._router.mark_prefill_done(flight.job.sequence_id)  # also of what was taken up with tokens already emitted
             flight.note_stats(output.stats, now_ns)
+            self._note_pace(flight, output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
             if prediction is not None:
                 self.predictions.note_report(prediction, output.stats.cached_token_count)
@@ -213,9 +229,13 @@ class Dispatcher:
         """What the first token at this worker says of its pace, and of the way of its blocks."""
         took_ms = (now_ns - flight.sent_ns) / 1e6 - stats.queue_ms
         moved = stats.transferred_token_count
-        if not moved:
-            known = len(flight.job.prompt_ids) + len(flight.emitted)
-            self._router.paces.note_prefill(flight.worker_id, known - stats.cached_token_count, took_ms)
+        if not moved or flight.holder is not None:
+            uncached = len(flight.job.prompt_ids) + len(flight.emitted) - stats.cached_token_count - moved
+            self._router.paces.note_prefill(flight.worker_id, uncached, took_ms - stats.transfer_ms)
+            if flight.holder is not None:
+                self._router.paces.note_pull(flight.holder, flight.worker_id, moved, stats.transfer_ms, now_ns)
+                flight.metrics.note_pull(moved)
+                flight.holder = None
         elif flight.offer is not None:
             source = WorkerId(flight.offer.worker_id)
             self._router.paces.note_transfer(source, flight.worker_id, moved, stats.transfer_ms, took_ms - stats.transfer_ms)

@@ -137,7 +137,7 @@ class Fleet:
             return
         assert self._dispatcher is not None
         self._cards[worker_id] = without_tokenizer(card)
-        self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch))
+        self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch), entry.request_endpoint)
         facts = _facts(self._entries[worker_id], card)
         self._router.upsert_worker(facts)
         if self._router.follows_events(facts):
@@ -272,11 +272,14 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_batch_tokens=card.max_batch_tokens,
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
+        takes_grammars=card.takes_grammars,
+        resumes_grammars=card.takes_grammars and card.resumes_grammars,
         publishes_events=card.publishes_events,
         engine=card.engine,
         group=entry.group or card.engine,
         weight=entry.weight,
         adapters=frozenset(card.adapters),
+        context_length=card.context_length,
         is_draining=entry.is_draining,
         labels=entry.labels,
     )

@@ -5,10 +5,12 @@ stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
 adapter    does not have the LoRA adapter that the request is for
+grammars   has no structured output, or not for an output that has begun elsewhere, and the request wants it
 role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
              prefill   only if alone   no           yes, if it can hand over and somebody else decodes
+context    is too short for it: it joined when the request was under way already
 full       runs and queues as many requests of this router as it may
 mates      is of another group, engine or block size than the worker that has the other leg
 reserve    weighs 0, and a worker that does not can take the request at once
@@ -113,6 +115,32 @@ class HasAdapter:
         )
 
 
+class TakesGrammars:
+    """have no structured output, for requests that want it
+
+    An output that has begun at another worker, as that of a split request will have, needs one that can take it up. Nobody computes a
+    prompt for others if none of them can.
+    """
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if not request.has_grammar:
+            return rows
+        views = workers.standings.views
+        able = [row for row in rows if views[row].facts.takes_grammars]
+        resuming = [row for row in able if views[row].facts.resumes_grammars]
+        if request.is_begun or leg is Leg.DECODE:
+            return resuming
+        if leg is Leg.PREFILL and all(views[row].facts.role is Role.PREFILL for row in resuming):
+            return []
+        return able
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        what = "cannot go on with structured output that has begun elsewhere" if request.is_begun else "has no structured output"
+        return NoWorkers(f"{every(worker_count)} of the model {request.model!r} {what}", retry_after_s=5, request_id=request.request_id)
+
+
 class FitsRole:
     """are not for this leg
 
@@ -132,6 +160,26 @@ class FitsRole:
 
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(f"no worker of the model {request.model!r} has a fitting role", retry_after_s=5, request_id=request.request_id)
+
+
+class FitsContext:
+    """have too short a context"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        least, needed = workers.standings.least_context, request.prompt_token_count + request.max_output_tokens
+        if least is None or needed <= least:
+            return rows
+        views = workers.standings.views
+        return [row for row in rows if (length := views[row].facts.context_length) is None or needed <= length]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} that is left has too short a context for it",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
 
 
 class Full:

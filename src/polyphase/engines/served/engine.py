@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import httpx
 
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
+from polyphase.engines.batching.admission import check_grammar
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
 from polyphase.engines.served.dialect import Dialect, Gauges, Observer
@@ -77,6 +78,7 @@ class ServedEngine:
                 f"the request has {len(request.token_ids)} tokens; with one of output at least, it takes {self._card.context_length}",
                 request_id=request.request_id,
             )
+        check_grammar(request, self._card)
         if request.offer is not None:
             self._released.append(request.offer)  # a stock engine computes the prompt itself
         flight = flight_of(request, self._limits)

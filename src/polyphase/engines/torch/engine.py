@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,8 +11,10 @@ import torch
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import KvError
+from polyphase.core.ids import ContentKey
 from polyphase.engines.batching.core import EngineCore
 from polyphase.engines.batching.exports import OfferOrigin
+from polyphase.engines.batching.grammars import Grammars
 from polyphase.engines.batching.outcome import StepOutcome
 from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
 from polyphase.engines.batching.stepping import StepLoop
@@ -24,14 +26,14 @@ from polyphase.text import Tokenizer
 from polyphase.transfer import SharedPool
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
-from polyphase.wire.kv import KvLayout
+from polyphase.wire.kv import KvLayout, KvPart
 from polyphase.wire.requests import Submit
 from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What `assembly` puts together. Owner: the engine closes `storage` and `runner`."""
+    """What `assembly` puts together. Owner: the engine closes `storage`, `runner` and `grammars`."""
 
     card: ModelCard
     storage: KvStorage
@@ -39,6 +41,7 @@ class EngineParts:
     tokenizer: Tokenizer
     limits: SchedulerLimits
     lease_ns: int
+    grammars: Grammars | None  # None: the card says that it takes none
 
 
 class TorchEngine:
@@ -56,10 +59,14 @@ class TorchEngine:
             limits=parts.limits,
             lease_ns=parts.lease_ns,
             clock=self._clock,
+            grammars=parts.grammars,
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._loop = StepLoop(self.core, self._clock, self._perform)
         self.core.imports.on_arrival = self._loop.wake
+        self._grammars = parts.grammars
+        if self._grammars is not None:
+            self._grammars.on_ready = self._loop.wake_from_thread
         self._is_closed = False
 
     @property
@@ -91,6 +98,8 @@ class TorchEngine:
 
     def step(self) -> StepReport | None:
         """One step on the calling thread; None if there is nothing to do or to say. Not to be mixed with `run`."""
+        if self._grammars is not None:
+            self._grammars.wait()
         plan = self.core.begin_step()
         if plan.is_empty:
             return self.core.take_idle_report()
@@ -108,6 +117,8 @@ class TorchEngine:
             return
         self._is_closed = True
         self._thread.shutdown()
+        if self._grammars is not None:
+            self._grammars.close()
         self._runner.close()
         self._storage.close()
 
@@ -128,6 +139,9 @@ class TorchEngine:
     def release_lease(self, lease_id: str) -> None:
         self._loop.wake()
         self.core.exports.release(lease_id)
+
+    def find_blocks(self, first_block: int, keys: Sequence[ContentKey]) -> KvPart:
+        return self.core.exports.find(first_block, keys)
 
     @property
     def kv_memory(self) -> SharedPool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,12 @@ class ServerFacts:
     events: EventSource | None
     rank_count: int  # data parallel
     adapters: tuple[str, ...] = ()  # LoRA, by the names that it lists
+
+    @property
+    def has_structured_outputs(self) -> bool:
+        """Whether it knows the field of this name. Versions before 0.11 ignore it, and would answer with whatever they like."""
+        numbers = re.match(r"v?(\d+)\.(\d+)", self.version)
+        return self.has_generate or (numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 11))
 
 
 def is_up(url: str) -> bool:
