@@ -65,7 +65,7 @@ def install(folder: Path) -> None:
     made, send = WorkerServer.__init__, WorkerServer.send
     violations, ends = folder / "ledger" / f"{os.getpid()}.violations", folder / "ledger" / f"{os.getpid()}.ends"
 
-    def init(self: WorkerServer, endpoint: str, handler: Any) -> None:
+    def init(self: WorkerServer, endpoint: str, handler: Any, *further: Any) -> None:
         account = accounts[id(self)] = Account()
 
         def handle(peer: Any, message: Any) -> None:
@@ -73,11 +73,11 @@ def install(folder: Path) -> None:
                 account.submitted(peer, message.request_id)
             handler(peer, message)
 
-        made(self, endpoint, handle)
+        made(self, endpoint, handle, *further)
 
-    def tell(self: WorkerServer, peer: Any, message: Any) -> bool:
-        is_sent = send(self, peer, message)
-        if is_sent and isinstance(message, StepOutputs):
+    def tell(self: WorkerServer, peer: Any, message: Any) -> Any:
+        delivery = send(self, peer, message)
+        if delivery and isinstance(message, StepOutputs):
             for output in message.outputs:
                 if (wrong := accounts[id(self)].told(peer, output)) is not None:
                     with violations.open("a") as file:
@@ -85,6 +85,6 @@ def install(folder: Path) -> None:
                 elif output.finish_reason is not None:
                     with ends.open("a") as file:
                         file.write(".")
-        return is_sent
+        return delivery
 
-    WorkerServer.__init__, WorkerServer.send = init, tell  # type: ignore[method-assign]
+    WorkerServer.__init__, WorkerServer.send = init, tell  # type: ignore[method-assign, assignment]
