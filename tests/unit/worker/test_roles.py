@@ -147,7 +147,9 @@ async def test_an_unread_offer_goes_on_as_it_came(start_host: HostStarter, peer:
         await eventually(lambda hosted=hosted: hosted.engine.running)  # type: ignore[misc]
         peer.client.send(place, HandOver(request_id))
         back = await peer.last(request_id)
-        assert (back.finish_reason, back.offer) == (FinishReason.HANDED_OVER, last.offer)
+        assert back.finish_reason is FinishReason.HANDED_OVER
+        assert back.offer is not None
+        assert (back.offer.lease_id, back.offer.block_ids) == (last.offer.lease_id, last.offer.block_ids)
     assert last.offer.lease_id in prefill.agent.lending
     assert last.offer.lease_id not in decode.agent.lending
     assert prefill.engine.leases
