@@ -165,6 +165,7 @@ class Dispatcher:
         leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < limit and self._can_move(flight)]
         for flight in leaving:
             self._sending.call_off(flight)  # it may come round
+            flight.avoided.add(worker_id)  # and then, if there is no other, go on with it after all
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
         self._waiting.let_in()
         return len(leaving)
@@ -314,7 +315,7 @@ class Dispatcher:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
         if isinstance(cause, ConnectionLost):
             flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
-        else:
+        elif flight.worker_id not in flight.avoided:
             flight.tried.add((flight.worker_id, flight.epoch))
         flight.note_break(self._clock.now_ns(), cause.message)
         if flight.has_answered:
