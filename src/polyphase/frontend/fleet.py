@@ -263,6 +263,7 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         group=entry.group or card.engine,
         weight=entry.weight,
         adapters=frozenset(card.adapters),
+        context_length=card.context_length,
         is_draining=entry.is_draining,
         labels=entry.labels,
     )

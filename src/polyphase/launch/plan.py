@@ -75,8 +75,9 @@ class DeploymentPlan:
         if not counts[Role.PREFILL] and not counts[Role.DECODE]:
             return f"{counts[Role.BOTH]} worker{'s' if counts[Role.BOTH] > 1 else ''}"
         phases = [f"{counts[role]} {role}" for role in (Role.PREFILL, Role.DECODE) if counts[role]]
-        phases += [f"{counts[Role.BOTH]} for both"] if counts[Role.BOTH] else []
-        return f"{' and '.join(phases)} worker{'s' if len(self.workers) > 1 else ''}"
+        is_plural = counts[Role.PREFILL] + counts[Role.DECODE] > 1
+        others = f", and {counts[Role.BOTH]} for both" if counts[Role.BOTH] else ""
+        return f"{' and '.join(phases)} worker{'s' if is_plural else ''}{others}"
 
 
 def plan_deployment(

@@ -46,6 +46,7 @@ class WorkerFacts:
     group: str = ""
     weight: float | None = None  # of its group; None: nobody set one
     adapters: frozenset[str] = frozenset()
+    context_length: int | None = None  # tokens; None: long enough for all that comes
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
 
 

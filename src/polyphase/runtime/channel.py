@@ -23,8 +23,10 @@ from typing import NewType
 import msgspec
 import zmq
 
+from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import ConfigurationError, ConnectionLost, WorkerLost
 from polyphase.runtime.pump import SocketPump
+from polyphase.wire import offer_times
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
 from polyphase.wire.events import MissedBatches, SnapshotPage
 from polyphase.wire.kv import KvPart
@@ -68,10 +70,11 @@ class Delivery(enum.Enum):
 class WorkerServer:
     """The worker's end. `handler` is called on the loop with each message, in order per peer, and must not block."""
 
-    def __init__(self, endpoint: str, handler: Callable[[PeerId, ToWorker], None]) -> None:
+    def __init__(self, endpoint: str, handler: Callable[[PeerId, ToWorker], None], clock: Clock = MonotonicClock()) -> None:
         """Raises: ConfigurationError if the endpoint cannot be bound."""
         self._handler = handler
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._clock = clock  # by which offers end
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # its own, so that `close` can wait for what is on its way
         self._socket = _socket(self._context, zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -96,7 +99,7 @@ class WorkerServer:
         try:
             if len(frames) != 2:
                 raise msgspec.DecodeError(f"{len(frames)} frames instead of 2")
-            message = self._decoder.decode(frames[1])
+            message = offer_times.from_frontend(self._decoder.decode(frames[1]), self._clock.now_ns())
         except msgspec.DecodeError as error:
             self.undecodable_count += 1
             log.warning("a message of %s was dropped: %s", peer_name(peer), error)
@@ -107,7 +110,7 @@ class WorkerServer:
         """Queue a message, if that can be done now; otherwise the peer will not get it."""
         if self._socket.closed:
             return Delivery.GONE
-        data = _encoder.encode(message)
+        data = _encoder.encode(offer_times.for_frontend(message, self._clock.now_ns()))
         try:
             self._socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)  # fails here or not at all; half the cost of send_multipart
             self._socket.send(data, zmq.NOBLOCK)
@@ -159,7 +162,13 @@ class WorkerClient:
     had asked for. Whoever watches the registry calls `connect` and `disconnect`.
     """
 
-    def __init__(self, on_outputs: Callable[[StepOutputs], None], name: str = "peer", on_cut: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_outputs: Callable[[StepOutputs], None],
+        name: str = "peer",
+        on_cut: Callable[[str], None] | None = None,
+        clock: Clock = MonotonicClock(),
+    ) -> None:
         """`on_outputs` is called on the loop with each worker's outputs, in order. `name` shows in the workers' logs.
 
         `on_cut` is called with the id of a worker whose connection broke. What had arrived before is still delivered, later.
@@ -168,6 +177,7 @@ class WorkerClient:
         self._on_cut = on_cut
         self._name = name
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
+        self._clock = clock
         self._connections: dict[str, _Connection] = {}
         self._query_ids = itertools.count(1)
         self._is_running = False
@@ -221,7 +231,7 @@ class WorkerClient:
         if connection is None:
             raise WorkerLost(f"worker {worker_id} is not connected")
         try:
-            connection.socket.send(_encoder.encode(message), zmq.NOBLOCK)
+            connection.socket.send(_encoder.encode(offer_times.for_worker(message, self._clock.now_ns())), zmq.NOBLOCK)
         except zmq.Again:
             raise WorkerLost(f"worker {worker_id} does not take messages: {MAX_QUEUED_MESSAGES} are waiting") from None
         finally:
@@ -276,7 +286,7 @@ class WorkerClient:
 
     def _receive(self, worker_id: str, data: bytes) -> None:
         try:
-            message = self._decoder.decode(data)
+            message = offer_times.from_worker(self._decoder.decode(data), self._clock.now_ns())
         except msgspec.DecodeError as error:
             self.undecodable_count += 1
             log.warning("a message of worker %s was dropped: %s", worker_id, error)

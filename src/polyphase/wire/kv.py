@@ -13,9 +13,9 @@ __all__ = ["KvLayout", "KvOffer", "KvPart"]
 class KvOffer(msgspec.Struct, frozen=True):
     """What a prefill worker hands over: blocks that hold the KV of the first `token_count` tokens.
 
-    The blocks stay pinned until the reader gives the lease back to the agent, dies, or the lease runs out at `expires_at_ns`
-    (CLOCK_MONOTONIC of the agent's host). Each block's generation changes when the block is given to somebody else: a block that has
-    another generation after it was copied must not be used.
+    The blocks stay pinned until the reader gives the lease back to the agent, dies, or the lease runs out at `expires_at_ns`: a time of
+    the monotonic clock of whoever holds this, and in a message the time that is left (offer_times.py). Each block's generation changes
+    when the block is given to somebody else: a block that has another generation after it was copied must not be used.
     """
 
     worker_id: str

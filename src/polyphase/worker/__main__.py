@@ -28,7 +28,7 @@ from polyphase.runtime import Lease, Registry, WorkerPaths
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
-from polyphase.worker.engines import load_engine
+from polyphase.worker.engines import check_adapters, load_engine
 from polyphase.worker.host import HostSettings, WorkerHost, engine_failure
 from polyphase.worker.options import WorkerOptions, parse_options
 from polyphase.worker.room import QueueLimits
@@ -85,6 +85,7 @@ def _serve(options: WorkerOptions, lifeline: Lifeline) -> None:
         started_s = time.monotonic()
         log.info("loading %s with engine %s", options.engine_options.model, options.engine)
         engines = [stack.enter_context(closing(load_engine(options.engine, options.engine_options))) for _ in names]
+        check_adapters(engines[0], options.engine, options.engine_options.adapters)
         lives = [_Life(*parts) for parts in zip(names, engines, leases, paths, strict=True)]
         stack.enter_context(_long_lived_objects_left_alone())
         log.info("loaded %s in %.1f s", lives[0].engine.card.name, time.monotonic() - started_s)

@@ -111,6 +111,7 @@ async def test_a_signal_while_loading_ends_at_once(start_process: ProcessStarter
         ("missing", (), 1, "there is no folder 'missing' with a model"),
         ("broken", (), 70, "a bug while loading"),
         ("fake", ("--engine", "nonsense"), 1, "there is no engine 'nonsense'"),
+        ("fake", ("--lora", "a=/x"), 1, "did not take the LoRA adapter 'a'"),
         ("fake", ("--engine", "no.such:module"), 1, "cannot be imported"),
         ("fake", ("--worker-id", "../x"), 1, "is not usable"),
         ("fake", ("--block-size", "0"), 2, "--block-size: 0 is not a positive number"),
