@@ -20,7 +20,7 @@ from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
 from polyphase.wire.kv import KvLayout, KvOffer, KvPart
-from polyphase.wire.requests import SequenceOutput, Submit
+from polyphase.wire.requests import Forward, SequenceOutput, Submit
 from polyphase.wire.transfer import AgentCard
 
 
@@ -151,12 +151,30 @@ class KvExporter(Protocol):
         """Where the first of these lie, as far as the prefix cache has them; they are forgotten last now, but not kept."""
 
 
+@runtime_checkable
+class Forwarder(Protocol):
+    """Optional ability: bodies of requests go to the engine as they are, of the kinds that its card `passes`.
+
+    Answers are outputs in step reports: pieces (`SequenceOutput.passed`) in order, then a finish reason. `abort` ends one; `hand_over`
+    does as well while nothing of its answer was reported. Not more than the request's window is kept or on its way at a time.
+    """
+
+    def forward(self, request: Forward) -> None:
+        """Raises: RequestError if it can never run here; Refused if not now. Then nothing was kept."""
+
+    def read_on(self, request_id: str, byte_count: int) -> None:
+        """So much of its answer was read, so that as much more may come. Unknown ids are ignored."""
+
+
 class Ability(enum.StrEnum):
     """What not every engine can; `polyphase status` shows which a worker has."""
 
     KV_EVENTS = "kv-events"  # it tells which blocks it holds
     HAND_OVER = "hand-over"  # `KvExporter`: its blocks go to other workers
     PRIORITY = "priority"
+    STRUCTURED_OUTPUT = "structured-output"  # it keeps to grammars
+    RESUMED_GRAMMARS = "resumed-grammars"  # also of requests that began elsewhere
+    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
@@ -167,6 +185,9 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.KV_EVENTS: card.publishes_events,
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
+        Ability.STRUCTURED_OUTPUT: card.takes_grammars,
+        Ability.RESUMED_GRAMMARS: card.takes_grammars and card.resumes_grammars,
+        Ability.PASS_THROUGH: bool(card.passes),
         Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }

@@ -12,7 +12,20 @@ from typing import TypeVar
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
-from polyphase.router.filters import Draining, Excluded, FitsContext, FitsRole, Full, HasAdapter, Mates, RequiredLabels, Reserve, Stalled
+from polyphase.router.filters import (
+    Draining,
+    Excluded,
+    FitsContext,
+    FitsRole,
+    Full,
+    HasAdapter,
+    Mates,
+    Passes,
+    RequiredLabels,
+    Reserve,
+    Stalled,
+    TakesGrammars,
+)
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
 from polyphase.router.shares import Share
@@ -80,7 +93,9 @@ BUILT_IN = Parts(
         "stalled": Stalled(),
         "excluded": Excluded(),
         "required-labels": RequiredLabels(),
+        "passes": Passes(),
         "adapter": HasAdapter(),
+        "grammars": TakesGrammars(),
         "role": FitsRole(),
         "context": FitsContext(),
         "full": Full(),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import cast
 
 from polyphase.core.errors import ConfigurationError
-from polyphase.engines.interface import Engine, KvExporter, KvImporter
+from polyphase.engines.interface import Engine, Forwarder, KvExporter, KvImporter
 from polyphase.worker.options import EngineOptions
 
 BLOCK_SIZE = 16  # tokens, of engines of our own
@@ -19,7 +20,7 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
     """Load the model and allocate what the engine needs.
 
     Args:
-        name: `torch`, `vllm`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
+        name: `torch`, `vllm`, `openai`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
     Owner: the caller closes the engine.
@@ -30,9 +31,11 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
         return _load_mock(options)
     if name == "vllm":
         return _load_vllm(options)
+    if name == "openai":
+        return _load_openai(options)
     if ":" in name:
         return _foreign_loader(name)(options)
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, mock, or module:function of an engine's loader")
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, openai, mock, or module:function of an engine's loader")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
@@ -97,6 +100,24 @@ def _load_vllm(options: EngineOptions) -> Engine:
     )
 
 
+def _load_openai(options: EngineOptions) -> Engine:
+    from polyphase.engines.openai import OpenAISettings
+    from polyphase.engines.openai.assembly import load_openai_engine
+
+    return load_openai_engine(
+        OpenAISettings(
+            model=options.model,
+            name=options.name,
+            url=options.attach,
+            key_variable=options.engine_api_key_env,
+            context_length=options.context_length,
+            max_running=options.max_running,
+            max_batch_tokens=options.max_batch_tokens,
+            environment=os.environ,
+        )
+    )
+
+
 def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:
     module_name, _, function_name = name.partition(":")
     try:
@@ -118,6 +139,11 @@ def check_adapters(engine: Engine, name: str, wanted: Collection[str]) -> None:
 def kv_exporter(engine: Engine) -> KvExporter | None:
     """The engine's ability to hand blocks over, if its card says that it has it."""
     return cast("KvExporter", engine) if engine.card.can_hand_over else None
+
+
+def forwarder(engine: Engine) -> Forwarder | None:
+    """The engine's ability to take bodies, if its card says that it has it."""
+    return cast("Forwarder", engine) if engine.card.passes else None
 
 
 def kv_importer(engine: Engine) -> KvImporter | None:

@@ -24,6 +24,8 @@ def facts(
     can_hand_over: bool = True,
     is_draining: bool = False,
     labels: dict[str, str] | None = None,
+    takes_grammars: bool = False,
+    resumes_grammars: bool | None = None,
 ) -> WorkerFacts:
     return WorkerFacts(
         worker_id=WorkerId(worker_id),
@@ -37,6 +39,8 @@ def facts(
         can_hand_over=can_hand_over,
         is_draining=is_draining,
         labels=labels or {},
+        takes_grammars=takes_grammars,
+        resumes_grammars=takes_grammars if resumes_grammars is None else resumes_grammars,
     )
 
 
@@ -73,6 +77,8 @@ def request(
     prefers: dict[str, str] | None = None,
     requires: dict[str, str] | None = None,
     now_s: float = 0.0,
+    has_grammar: bool = False,
+    is_begun: bool = False,
 ) -> RouteRequest:
     hashes = prefix(1, 64) if hashes is None else hashes
     return RouteRequest(
@@ -86,6 +92,8 @@ def request(
         session=session,
         preferred_labels=prefers or {},
         required_labels=requires or {},
+        has_grammar=has_grammar,
+        is_begun=is_begun,
     )
 
 

@@ -9,6 +9,7 @@ import time
 from urllib.parse import urlsplit
 
 from polyphase.core.errors import ConfigurationError, ModelLoadError
+from polyphase.engines.served.access import Passes
 from polyphase.engines.served.dialect import Observer
 from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.model_files import ModelFacts, read_model_facts
@@ -91,7 +92,8 @@ def _engine(
     way = "token-in/token-out" if facts.has_generate else "completions with token ids"
     log.info("vLLM %s at %s: %s, %d blocks of %d tokens", facts.version, url, way, facts.block_count, facts.block_size)
     dialect = dialect_of(facts.model, has_generate=facts.has_generate, takes_priority=takes_priority)
-    return ServedEngine(card, model.tokenizer, url, dialect, observers, server)
+    passes = Passes(facts.model, facts.paths)
+    return ServedEngine(card, model.tokenizer, url, dialect, observers, server, passes=passes)
 
 
 def _own_source(settings: VllmSettings) -> EventSource:
@@ -120,6 +122,9 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         publishes_events=publishes_events,
         keeps_priorities=takes_priority,
         resumes_sampling=False,
+        takes_grammars=facts.has_structured_outputs,
+        resumes_grammars=False,  # what was emitted is prompt to it, and its grammar would begin anew
+        passes=sorted(facts.paths),
         block_bytes=facts.block_size * model.kv_bytes_per_token,
         default_temperature=generation.get("temperature"),
         default_top_p=generation.get("top_p"),

@@ -12,7 +12,7 @@ import xxhash
 
 from polyphase.core.errors import EngineFailed, InvalidRequest, Overloaded, PolyphaseError, WireError
 from polyphase.engines.served.dialect import Chunk, Dialect, Usage
-from polyphase.wire.requests import Submit, TokenLogprob
+from polyphase.wire.requests import Grammar, GrammarKind, Submit, TokenLogprob
 
 _TOKEN_ID_PREFIX = "token_id:"  # Source: `return_tokens_as_token_ids`
 
@@ -171,7 +171,24 @@ def sampling_fields(request: Submit, max_tokens: int) -> dict[str, Any]:
         fields["seed"] = _seed(sampling.seed, already)
     if sampling.logit_bias:
         fields["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
+    if request.grammar is not None:
+        fields["structured_outputs"] = _structured_outputs(request.grammar)
     return fields
+
+
+def _structured_outputs(grammar: Grammar) -> dict[str, Any]:
+    """Source: vLLM's StructuredOutputsParams, which both ways to ask have under this name since 0.11."""
+    match grammar.kind:
+        case GrammarKind.JSON:
+            return {"json_object": True}
+        case GrammarKind.JSON_SCHEMA:
+            return {"json": grammar.text}
+        case GrammarKind.REGEX:
+            return {"regex": grammar.text}
+        case GrammarKind.CHOICE:
+            return {"choice": msgspec.json.decode(grammar.text)}
+        case GrammarKind.EBNF:
+            return {"grammar": grammar.text}
 
 
 def _seed(seed: int, already: int) -> int:

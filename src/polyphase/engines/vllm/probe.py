@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from polyphase.core.errors import ModelLoadError
+from polyphase.engines.served.kinds import paths_taken
 from polyphase.engines.vllm.metrics import cache_of
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,14 @@ class ServerFacts:
     has_generate: bool  # /inference/v1/generate
     events: EventSource | None
     rank_count: int  # data parallel
+    paths: dict[str, str] = field(default_factory=dict)  # of bodies that it takes, by kind
     adapters: tuple[str, ...] = ()  # LoRA, by the names that it lists
+
+    @property
+    def has_structured_outputs(self) -> bool:
+        """Whether it knows the field of this name. Versions before 0.11 ignore it, and would answer with whatever they like."""
+        numbers = re.match(r"v?(\d+)\.(\d+)", self.version)
+        return self.has_generate or (numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 11))
 
 
 def is_up(url: str) -> bool:
@@ -55,12 +64,13 @@ def probe(url: str, wanted_model: str | None) -> ServerFacts:
             block_size, block_count = cache_of(client.get("/metrics").text)
             sources = _json(client, "/kv_event_sources", must=False)
             has_generate = _has_generate(client, model)
+            paths = paths_taken(client, model)
         except httpx.HTTPError as error:
             raise ModelLoadError(f"vLLM at {url} does not answer: {error or type(error).__name__}") from error
     if not block_size or not block_count:
         raise ModelLoadError(f"vLLM {version} at {url} does not tell its KV cache in /metrics (vllm:cache_config_info)")
     source, ranks = _source(sources), max(1, len(sources))
-    return ServerFacts(version, model, context_length, block_size, block_count, has_generate, source, ranks, adapters)
+    return ServerFacts(version, model, context_length, block_size, block_count, has_generate, source, ranks, paths, adapters)
 
 
 def _json(client: httpx.Client, path: str, *, must: bool = True) -> dict[str, Any]:
