@@ -1,6 +1,6 @@
 """The request channel: a ZeroMQ ROUTER at each worker, a DEALER of each peer (frontend, other worker, command line) for each worker.
 
-Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by `send` returning false: its
+Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by what `send` returns: its
 requests are then aborted. A worker whose queue at a peer is full raises `WorkerLost` there. Nothing is sent again; messages that do not
 decode are logged, counted and dropped.
 
@@ -11,6 +11,7 @@ A connection that breaks may have swallowed messages in both directions. ZeroMQ 
 from __future__ import annotations
 
 import asyncio
+import enum
 import itertools
 import logging
 import secrets
@@ -28,12 +29,24 @@ from polyphase.runtime.pump import SocketPump
 from polyphase.wire import offer_times
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
 from polyphase.wire.events import MissedBatches, SnapshotPage
-from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, StepOutputs, SwitchRole, ToWorker
+from polyphase.wire.kv import KvPart
+from polyphase.wire.requests import (
+    Answer,
+    Denied,
+    FindBlocks,
+    FromWorker,
+    HeldBlocks,
+    Query,
+    Question,
+    StepOutputs,
+    SwitchRole,
+    ToWorker,
+)
 
 log = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", bytes)
-AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
+AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | HeldBlocks | Denied
 
 MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
 MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
@@ -41,6 +54,17 @@ CLOSING_LINGER_MS = 500
 RECONNECT_MS = 2000
 
 _encoder = msgspec.msgpack.Encoder()
+
+
+class Delivery(enum.Enum):
+    """What became of a message to a peer; true if it is on its way."""
+
+    QUEUED = "queued"
+    NOT_READ = "not read"  # the peer's queue is full; it may read again
+    GONE = "gone"
+
+    def __bool__(self) -> bool:
+        return self is Delivery.QUEUED
 
 
 class WorkerServer:
@@ -82,10 +106,10 @@ class WorkerServer:
             return
         self._handler(peer, message)
 
-    def send(self, peer: PeerId, message: FromWorker) -> bool:
-        """Queue a message. False: the peer has gone or does not read, and will not get it."""
+    def send(self, peer: PeerId, message: FromWorker) -> Delivery:
+        """Queue a message, if that can be done now; otherwise the peer will not get it."""
         if self._socket.closed:
-            return False
+            return Delivery.GONE
         data = _encoder.encode(offer_times.for_frontend(message, self._clock.now_ns()))
         try:
             self._socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)  # fails here or not at all; half the cost of send_multipart
@@ -93,10 +117,10 @@ class WorkerServer:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            return False
+            return Delivery.GONE if error.errno == zmq.EHOSTUNREACH else Delivery.NOT_READ
         finally:
             self._pump.after_send()  # also after a failure, which may have swallowed the news of input
-        return True
+        return Delivery.QUEUED
 
     def close(self) -> None:
         """Last messages still go out, if their peers read them within half a second. Idempotent."""
@@ -235,7 +259,18 @@ class WorkerClient:
             return body
         raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
 
-    async def _ask(self, worker_id: str, message: Query | SwitchRole, what: str, timeout_s: float) -> AnswerBody:
+    async def find_blocks(self, worker_id: str, epoch: int, first_block: int, keys: list[bytes], timeout_s: float) -> KvPart:
+        """Where this life of a worker has the blocks of these keys, as far as it has them.
+
+        Raises: WorkerLost as `ask`, and if it is another life, or no other process can read its blocks.
+        """
+        message = FindBlocks(next(self._query_ids), epoch, first_block, keys)
+        body = await self._ask(worker_id, message, "the question for its blocks", timeout_s)
+        if isinstance(body, HeldBlocks):
+            return body.part
+        raise WorkerLost(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
+
+    async def _ask(self, worker_id: str, message: Query | SwitchRole | FindBlocks, what: str, timeout_s: float) -> AnswerBody:
         query_id = message.query_id
         self.send(worker_id, message)
         questions = self._connections[worker_id].questions

@@ -40,10 +40,10 @@ class KvOffer(msgspec.Struct, frozen=True):
 
 
 class KvPart(msgspec.Struct, frozen=True):
-    """Full blocks of a prompt that is still being computed, number `first_block` and following.
+    """Full blocks of a prompt that is still being computed, or of a cached prefix: number `first_block` and following.
 
-    There is no lease on them: they are the running request's own, and if it ends early they may be given to others. Their generation tells
-    a reader so, who then has nothing. The offer at the end of the prompt names all blocks again, and keeps them.
+    There is no lease on them: they are the running request's own or the cache's, and may be given to others. Their generation tells a
+    reader so, who then has nothing. The offer at the end of a prompt names all blocks again, and keeps them.
     """
 
     first_block: int
