@@ -16,9 +16,9 @@ import httpx
 import zmq
 
 from polyphase.engines.served.dialect import Dialect
+from polyphase.engines.served.kv_events import connectable
 from polyphase.engines.served.sse import DONE, EventSplitter
 from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
-from polyphase.engines.vllm.kv_events import connectable
 from polyphase.engines.vllm.probe import probe_body
 from polyphase.wire.requests import SamplingParams, StopConditions, Submit
 

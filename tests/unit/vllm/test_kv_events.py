@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from polyphase.core.errors import WireError
 from polyphase.core.hashing import namespace_of, sequence_hashes
 from polyphase.engines.served.dialect import Gauges
-from polyphase.engines.vllm.kv_events import KvEventObserver, connectable, parse_frames
-from polyphase.engines.vllm.translation import Batch, Translator, decode_batch
+from polyphase.engines.served.kv_events import KvEventObserver, connectable, parse_frames
+from polyphase.engines.served.kv_translation import Batch, Translator, decode_batch
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
 from tests.unit.vllm.double import EventsDouble, Recording
 

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 from polyphase.core.errors import ConfigurationError, ModelLoadError
 from polyphase.engines.served.dialect import Observer
 from polyphase.engines.served.engine import ServedEngine
+from polyphase.engines.served.kv_events import KvEventObserver, connectable
 from polyphase.engines.served.model_files import ModelFacts, read_model_facts
 from polyphase.engines.served.process import ServerProcess
 from polyphase.engines.vllm import flags
 from polyphase.engines.vllm.dialects import dialect_of
-from polyphase.engines.vllm.kv_events import KvEventObserver, connectable
 from polyphase.engines.vllm.metrics import MetricsObserver
 from polyphase.engines.vllm.probe import EventSource, ServerFacts, is_up, probe
 from polyphase.engines.vllm.settings import VllmSettings
