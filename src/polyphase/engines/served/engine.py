@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
 import msgspec
 
+from polyphase.core.clock import MonotonicClock
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
@@ -54,10 +55,14 @@ class ServedEngine:
         observers: Sequence[Observer] = (),
         server: ServerProcess | None = None,
         prefill: PrefillDialect | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`url`: of the server, without a slash at its end. `prefill`: for servers that bring KV to others; the card says so too."""
+        """`url`: of the server, without a slash at its end. `prefill`: for servers that bring KV to others; the card says so too.
+        `headers`: of each request to the server."""
         self._card = card
         self._url = url
+        self._headers = dict(headers or {})
+        self._clock = MonotonicClock()
         self._dialect = dialect
         self._observers = observers
         self._server = server
@@ -86,7 +91,7 @@ class ServedEngine:
         if request.offer is not None and not self._takes(request.offer):
             self._released.append(request.offer)  # and computes the prompt itself
             request = msgspec.structs.replace(request, offer=None)
-        flight = flight_of(request, self._limits)
+        flight = flight_of(request, self._limits, self._clock.now_ns())
         self._flights[request.request_id] = flight
         self._tally.note_accepted()
         if self._tasks is not None:
@@ -125,7 +130,9 @@ class ServedEngine:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         try:
             async with (
-                httpx.AsyncClient(base_url=self._url, timeout=timeout, limits=limits, trust_env=False) as self._client,
+                httpx.AsyncClient(
+                    base_url=self._url, timeout=timeout, limits=limits, headers=self._headers, trust_env=False
+                ) as self._client,
                 asyncio.TaskGroup() as self._tasks,
             ):
                 for observer in self._observers:
@@ -268,6 +275,9 @@ class ServedEngine:
     def _note_changed(self, flight: Flight) -> None:
         if flight.taken_offer is not None and (flight.token_count or flight.is_whole):
             self._released.append(flight.taken_offer)
+            if flight.token_count:
+                self._tally.note_transfer(flight.taken_offer.token_count)
+                flight.note_taken(flight.taken_offer, (self._clock.now_ns() - flight.began_ns) / 1e6)
             flight.taken_offer = None
         if flight.is_whole:
             if self._flights.pop(flight.request_id, None) is None:
