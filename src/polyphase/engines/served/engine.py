@@ -22,7 +22,7 @@ from polyphase.core.clock import MonotonicClock
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.engines.served.dialect import Dialect, Gauges, Observer, PrefillDialect
+from polyphase.engines.served.dialect import Dialect, Gauges, Observer, PrefillDialect, SleepPaths
 from polyphase.engines.served.flight import Flight, flight_of
 from polyphase.engines.served.offers import OpenOffers
 from polyphase.engines.served.process import ServerProcess
@@ -30,7 +30,7 @@ from polyphase.engines.served.sse import event_data
 from polyphase.engines.served.tally import Tally
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
-from polyphase.wire.events import KvEvent, Load
+from polyphase.wire.events import AllCleared, KvEvent, Load
 from polyphase.wire.kv import EngineOffer, Offer
 from polyphase.wire.requests import FinishReason, Submit
 
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 _CHECK_INTERVAL_S = 0.1
+_FETCHING_INTERVAL_S = 0.5
+_SLEEP_TIMEOUT_S = 300.0  # weights go to host memory and back
 _LAST_WORDS_S = 0.5  # after a connection broke, until the server has ended too
 _SAID_ENOUGH_BYTES = 4096  # of an error's body
 
@@ -56,12 +58,14 @@ class ServedEngine:
         server: ServerProcess | None = None,
         prefill: PrefillDialect | None = None,
         headers: Mapping[str, str] | None = None,
+        sleep_paths: SleepPaths | None = None,
     ) -> None:
         """`url`: of the server, without a slash at its end. `prefill`: for servers that bring KV to others; the card says so too.
         `headers`: of each request to the server."""
         self._card = card
         self._url = url
         self._headers = dict(headers or {})
+        self._sleep_paths = sleep_paths
         self._clock = MonotonicClock()
         self._dialect = dialect
         self._observers = observers
@@ -113,6 +117,27 @@ class ServedEngine:
     def load(self) -> Load:
         return self._tally.load(self._flights.values(), self._offers.block_count())
 
+    # Implements `Sleeper`
+
+    async def sleep(self) -> None:
+        assert self._sleep_paths is not None
+        await self._tell(self._sleep_paths.sleep)
+        self.note_events([AllCleared()])  # the server says so too, but only with its next step
+
+    async def wake(self) -> None:
+        assert self._sleep_paths is not None
+        await self._tell(self._sleep_paths.wake)
+
+    async def _tell(self, path: str) -> None:
+        if self._client is None:
+            raise EngineFailed(f"{self._card.engine} is not running")
+        try:
+            response = await self._client.post(path, timeout=_SLEEP_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            raise EngineFailed(f"{self._card.engine} does not answer {path}: {_said(error)}") from error
+        if response.status_code != 200:
+            raise error_of_status(response.status_code, _message_in(response.content), self._card.engine)
+
     # Implements `KvSender`
 
     def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str) -> None:
@@ -137,6 +162,8 @@ class ServedEngine:
             ):
                 for observer in self._observers:
                     self._tasks.create_task(observer.watch(self._client, self), name=type(observer).__name__)
+                if self._prefill is not None:
+                    self._tasks.create_task(self._count_fetching(), name="fetching")
                 if self._server is not None:
                     self._tasks.create_task(self._watch_server(self._server), name="server")
                 for flight in self._flights.values():
@@ -297,6 +324,20 @@ class ServedEngine:
         self._tally.note_gauges(gauges)
         if self._tally.step != step:
             self._news.set()
+
+    async def _count_fetching(self) -> None:
+        """KV on its way here is work of the server's, in which it makes no steps, and which comes to an end with the offer's lease."""
+        while True:
+            await asyncio.sleep(_FETCHING_INTERVAL_S)
+            if self._is_fetching():
+                self._tally.note_step()
+                self._news.set()
+
+    def _is_fetching(self) -> bool:
+        """Whether nothing else runs there."""
+        offers = [flight.taken_offer for flight in self._flights.values()]
+        now_ns = self._clock.now_ns()
+        return bool(offers) and all(offer is not None and now_ns < offer.expires_at_ns for offer in offers)
 
     async def _watch_server(self, server: ServerProcess) -> None:
         while not server.has_ended():  # noqa: ASYNC110  a process that a thread listens to has no event on this loop

@@ -42,6 +42,7 @@ class ServerFacts:
     root: str = ""  # the model's folder or name, as the server knows it
     cache_dtype: str = "auto"
     adapters: tuple[str, ...] = ()  # LoRA
+    can_sleep: bool = False
 
     @property
     def rank_count(self) -> int:
@@ -65,6 +66,9 @@ def probe(url: str, wanted_model: str | None, headers: Mapping[str, str] | None 
             metrics = client.get("/metrics").text
             block_size, block_count = cache_of(metrics)
             sources = _json(client, "/kv_event_sources", must=False)
+            sleeps = _json(client, "/is_sleeping", must=False).get("is_sleeping")
+            if sleeps:
+                raise ModelLoadError(f"vLLM at {url} is asleep, and hangs its callers; wake it: curl -X POST {url}/wake_up")
             has_generate = _has_generate(client, model)
             hands_over = _hands_over(client, model, has_generate=has_generate)
         except httpx.HTTPError as error:
@@ -82,6 +86,7 @@ def probe(url: str, wanted_model: str | None, headers: Mapping[str, str] | None 
         events=[_source(sources[rank]) for rank in sorted(sources, key=int)] if sources else [None] * ranks_of(metrics),
         root=str(listed[model].get("root") or model),
         cache_dtype=cache_dtype_of(metrics),
+        can_sleep=sleeps is False,
         adapters=tuple(name for name, entry in listed.items() if entry.get("parent") is not None),
     )
 
