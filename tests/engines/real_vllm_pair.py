@@ -26,6 +26,7 @@ from tests.engines.vllm_setting import (
     is_well,
     metric,
     options,
+    polyphase,
     tokens_of_stream,
 )
 
@@ -102,6 +103,21 @@ def test_a_full_deployment_queues_and_then_refuses_with_a_time(served: Deploymen
     for error in refused:
         assert error.status_code in (429, 503), error
         assert int(error.response.headers["retry-after"]) >= 1
+
+
+def test_who_sleeps_gets_nothing_until_it_is_woken(served: Deployment, client: OpenAI) -> None:
+    served.wait_for(lambda: is_well(served), "two workers", 60)
+    assert "worker-0 is asleep" in polyphase(served, "sleep", "worker-0")
+    assert "asleep" in polyphase(served, "status")
+    for number in range(70, 74):
+        answer = client.completions.with_raw_response.create(model="tiny", prompt=prompt_of(number, 64), max_tokens=4, temperature=0)
+        assert answer.headers["x-polyphase-decode-worker"] == "worker-1"
+    assert "worker-0 is awake" in polyphase(served, "wake", "worker-0")
+    used = set()
+    for number in range(80, 88):
+        answer = client.completions.with_raw_response.create(model="tiny", prompt=prompt_of(number, 64), max_tokens=4, temperature=0)
+        used.add(answer.headers["x-polyphase-decode-worker"])
+    assert "worker-0" in used
 
 
 def test_a_stopped_engine_loses_its_streams_to_the_other(served: Deployment, client: OpenAI) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +26,7 @@ from tests.engines.vllm_setting import (
     is_well,
     metric,
     options,
+    polyphase,
     tokens_of_stream,
 )
 
@@ -111,21 +110,13 @@ def test_roles_change_while_a_stream_runs(served: Deployment, client: OpenAI) ->
     stream = iter(complete(client, prompt, 300, stream=True))
     found = [token for _ in range(30) for token in tokens_of_stream([next(stream)])]
     for worker_id, role in (("prefill-0", "decode"), ("decode-0", "prefill")):
-        _switch(served, worker_id, role)
+        polyphase(served, "role", worker_id, role)
     found += tokens_of_stream(stream)
     assert found == expected
     after = complete(client, prompt_of(500, seed=6), 8).choices[0].token_ids
     for worker_id, role in (("decode-0", "decode"), ("prefill-0", "prefill")):
-        _switch(served, worker_id, role)
+        polyphase(served, "role", worker_id, role)
     assert complete(client, prompt_of(500, seed=6), 8).choices[0].token_ids == after
-
-
-def _switch(served: Deployment, worker_id: str, role: str) -> None:
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(served.home)}
-    done = subprocess.run(
-        [sys.executable, "-m", "polyphase", "role", worker_id, role], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_prefill_engine_that_is_killed_costs_time_and_nothing_else(served: Deployment, client: OpenAI) -> None:

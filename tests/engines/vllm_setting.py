@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,12 @@ def is_well(served: Deployment, count: int = 2) -> bool:
     """Whether so many workers are there and make progress."""
     workers = served.health().get("models", {}).get("tiny", {}).get("workers", {})
     return len(workers) >= count and not any(worker["is_stalled"] for worker in workers.values())
+
+
+def polyphase(served: Deployment, *arguments: str) -> str:
+    """A command about the deployment, and what it says."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(served.home), "NO_COLOR": "1", "COLUMNS": "140"}
+    command = [sys.executable, "-m", "polyphase", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout

@@ -125,6 +125,10 @@ def _has_generate(client: httpx.Client, model: str) -> bool:
     return client.post("/inference/v1/generate", json=probe_body(model), timeout=FIRST_TOKEN_TIMEOUT_S).status_code == 200
 
 
+def completions_probe_body(model: str) -> dict[str, Any]:
+    return {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
+
+
 def probe_body(model: str) -> dict[str, Any]:
     return {"model": model, "token_ids": [1], "sampling_params": {"max_tokens": 1, "temperature": 0, "detokenize": False}}
 
@@ -134,7 +138,7 @@ def _hands_over(client: httpx.Client, model: str, *, has_generate: bool) -> bool
     if has_generate:
         path, body = "/inference/v1/generate", probe_body(model)
     else:
-        path, body = "/v1/completions", {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
+        path, body = "/v1/completions", completions_probe_body(model)
     response = client.post(path, json={**body, "kv_transfer_params": ASK_FOR_OFFER}, timeout=FIRST_TOKEN_TIMEOUT_S)
     try:
         params = response.json().get("kv_transfer_params") if response.status_code == 200 else None
