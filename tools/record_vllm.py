@@ -87,19 +87,23 @@ def record(url: str, decode_url: str) -> dict[str, Any]:
     replay_endpoint = connectable(sources["0"]["replay_endpoint"], "127.0.0.1")
     before = len(replay(replay_endpoint))
     found["exchanges"].append(exchange(client, "probe", "/inference/v1/generate", json.dumps(probe_body("tiny")).encode()))
-    body = json.dumps({**probe_body("tiny"), "kv_transfer_params": ASK_FOR_OFFER}).encode()
-    found["exchanges"].append(exchange(client, "probe-hand-over", "/inference/v1/generate", body))
-    body = json.dumps({**completions_probe_body("tiny"), "kv_transfer_params": ASK_FOR_OFFER}).encode()
-    found["exchanges"].append(exchange(client, "probe-hand-over-completions", "/v1/completions", body))
-    for dialect in (GenerateDialect("tiny", takes_priority=True), CompletionsDialect("tiny", takes_priority=True)):
+    dialects = (GenerateDialect("tiny", takes_priority=True), CompletionsDialect("tiny", takes_priority=True))
+    for dialect in dialects:
         all_asked = requests()
         all_asked += conformance(tokens_of(client, dialect, ask("long", LONG, 6)))
         for asked in all_asked:
             name, body = f"{type(dialect).__name__}/{asked.request_id}", dialect.body(asked, asked.stop.max_tokens)
             found["exchanges"].append(exchange(client, name, dialect.path, body, asked.request_id))
         client.post("/reset_prefix_cache").raise_for_status()
-        found["exchanges"] += hand_over(client, decode, dialect)
     client.post(dialect.path, content=dialect.body(requests()[0], 6)).raise_for_status()  # events go out with a step
+    for dialect in dialects:  # at last: what is kept for others cannot be cleared
+        found["exchanges"] += hand_over(client, decode, dialect)
+    for name, path, probe in (
+        ("probe-hand-over", "/inference/v1/generate", probe_body("tiny")),
+        ("probe-hand-over-completions", "/v1/completions", completions_probe_body("tiny")),
+    ):
+        body = json.dumps({**probe, "kv_transfer_params": ASK_FOR_OFFER}).encode()
+        found["exchanges"].append(exchange(client, name, path, body))
     kept = [line for line in client.get("/metrics").text.splitlines() if line.startswith("vllm:") and "bucket" not in line]
     found["pages"] = {
         "/version": client.get("/version").json(),
