@@ -19,6 +19,8 @@ from polyphase.core.errors import ConfigurationError
 
 OVERLOADED_TTFT_MS = 10_000.0
 _CONCURRENCY = re.compile(r"silicon_concurrency=(\d+)")
+# By name, or by how releases of the table name their dumps of its database.
+_INFERENCEX = re.compile(r"InferenceX|^db-dump/|^source_file=\d{4}-\d\d-\d\d\.csv")
 _ENGINES = {"trt": "trtllm", "sglang": "sglang", "vllm": "vllm"}  # also under another's name, as in dynamo-trt
 _ONE_NODE = 8  # InferenceX's aggregated runs; larger ones are disaggregated deployments with their accelerators added up, TP 72 for example
 _LAYOUT = ("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
@@ -45,7 +47,7 @@ class Measurement:
     ttft_ms: float
     itl_ms: float
     gpu_count: int
-    is_doubtful: bool = False  # labelled as what it cannot be: judged, not learned from
+    is_doubtful: bool = False  # not what it is labelled as, or with a balancer's times in it: judged, not learned from
 
     @property
     def out_tok_s_per_gpu(self) -> float:
@@ -108,9 +110,9 @@ def _measurement(row: Mapping[str, str | None], library: Library) -> Measurement
     if serving is Serving.AGGREGATED:
         reported = _layout(row, "")
         mapping = _as_run(reported, row)
-        workers, prefill, prefill_workers = 1, mapping, 0
-        gpu_count = reported.gpu_count
         concurrency = _concurrency(row) or _count(row, "batch_size") * reported.dp
+        workers, prefill, prefill_workers = _replicas(row, concurrency, reported), mapping, 0
+        gpu_count = workers * reported.gpu_count
     else:
         workers, prefill_workers = _optional(row, "decode_num_workers"), _optional(row, "prefill_num_workers")
         if not workers or not prefill_workers:
@@ -133,7 +135,7 @@ def _measurement(row: Mapping[str, str | None], library: Library) -> Measurement
         ttft_ms,
         itl_ms,
         gpu_count,
-        is_doubtful=serving is Serving.AGGREGATED and _is_inferencex(row) and mapping.gpu_count > _ONE_NODE,
+        is_doubtful=serving is Serving.AGGREGATED and (workers > 1 or (_is_inferencex(row) and mapping.gpu_count > _ONE_NODE)),
     )
 
 
@@ -198,8 +200,17 @@ def _as_run(reported: ParallelMapping, row: Mapping[str, str | None]) -> Paralle
     return reported
 
 
+def _replicas(row: Mapping[str, str | None], concurrency: float, mapping: ParallelMapping) -> int:
+    """Engines behind one address: `batch_size` is of a rank, so a whole multiple in flight is shared by as many. InferenceX has one."""
+    if _is_inferencex(row):
+        return 1
+    each = (_number(row, "batch_size") or 0.0) * mapping.dp
+    share = concurrency / each if each else 1.0
+    return int(share) if share > 1 and share == int(share) else 1
+
+
 def _is_inferencex(row: Mapping[str, str | None]) -> bool:
-    return "InferenceX" in _text(row, "silicon_data_source")
+    return _INFERENCEX.search(_text(row, "silicon_data_source")) is not None
 
 
 def _fitting(mapping: ParallelMapping, setting: Setting) -> ParallelMapping:

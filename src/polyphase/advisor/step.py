@@ -54,9 +54,8 @@ def step_times(calibration: Calibration, setting: Setting, mapping: ParallelMapp
     m = Mappings.of([mapping])
     weights = dict(zip(ITL_PRIORS, map(float, calibration.weights("itl", setting)), strict=True))
     one, two = (_decode(setting, m, batch) for batch in (1.0, 2.0))
-    prompt = dict(
-        zip(PREFILL_TERMS, prefill_terms(setting.shape, setting.accelerator, setting.precision, m, _CONTEXT, 0.0)[0], strict=True)
-    )
+    terms = prefill_terms(setting.shape, setting.accelerator, setting.precision, m, _CONTEXT, 0.0)
+    prompt = dict(zip(PREFILL_TERMS, map(float, terms[0]), strict=True))
     rows = quantities_of(m, np.array([_TYPICAL_BATCH]), np.array([traffic.isl]), np.array([traffic.osl]))
     learned = calibration.itl_residual.grid_mean(calibration.categories(setting), rows[:, 1:], rows[:, 0])
     factor = exp(float(learned[0, 0]))

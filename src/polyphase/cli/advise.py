@@ -14,16 +14,18 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from polyphase.advisor.advice import Advice, Inquiry, Option, advise, reasons
+from polyphase.advisor.advice import Advice, Inquiry, Option, advise, question_of, reasons
 from polyphase.advisor.calibration import Calibration
 from polyphase.advisor.deployment import Serving, Speculation, Traffic
 from polyphase.advisor.estimate import Figure
 from polyphase.advisor.fleet import parse_fleet
 from polyphase.advisor.goal import Goal, traffic_from_requests
 from polyphase.advisor.library import Library, model_from_text
+from polyphase.advisor.operator_tables import AIConfiguratorTables
 from polyphase.advisor.outputs.launch_files import launch_files
 from polyphase.advisor.outputs.page import as_page
 from polyphase.advisor.outputs.records import advice_record, as_csv, record_of
+from polyphase.advisor.second_opinion import NoAnswer, OperatorTables, SecondOpinion, taken_together
 from polyphase.advisor.shapes import ModelShape
 from polyphase.advisor.sizing import Sizing, size_for
 from polyphase.cli.calibration import calibration_of, library_with, read_text
@@ -68,6 +70,7 @@ class Flags:
     acceptance: str | None = None
     accelerator_file: list[Path] | None = None
     calibration: Path | None = None
+    operator_tables: bool = False
     top: int = 5
     out: Path | None = None
     as_json: bool = False
@@ -83,13 +86,16 @@ def show_advice(flags: Flags) -> None:
     if flags.rate is not None:
         _show_sizes(flags, calibration, inquiries, console)
         return
+    tables = AIConfiguratorTables(location) if flags.operator_tables else None  # refused before the search, not after
     answers = _answers(calibration, inquiries, flags.top, console)
+    opinions = [_second_opinions(tables, answer, console) if tables else [] for answer in answers]
     if flags.as_json:
-        records = [advice_record(answer) for answer in answers]
+        records = [_record(answer, own) for answer, own in zip(answers, opinions, strict=True)]
         print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
-        for answer in answers:
+        for answer, own in zip(answers, opinions, strict=True):
             _print_answer(answer, console)
+            _print_opinions(answer, own, console)
         if any(answer.frontier for answer in answers):
             console.print(_plot(answers, console.width), markup=False)
     if flags.out is not None:
@@ -103,6 +109,47 @@ def _answers(calibration: Calibration, inquiries: Sequence[Inquiry], top: int, c
             task = progress.add_task(str(inquiry.fleet), total=None, count="")
             answers.append(advise(calibration, inquiry, top, _counting(progress, task)))
     return answers
+
+
+def _second_opinions(tables: OperatorTables, answer: Advice, console: Console) -> list[SecondOpinion | NoAnswer]:
+    """Of the best, in their order."""
+    found: list[SecondOpinion | NoAnswer] = []
+    with _progress(console) as progress:
+        task = progress.add_task("asking the operator tables", total=None, count="")
+        for number_, option in enumerate(answer.best):
+            progress.update(task, count=f"{number_ + 1} of {len(answer.best)}")
+            question = question_of(option.decode, option.prefill, option.concurrency, answer.inquiry.traffic)
+            try:
+                found.append(taken_together(option.estimate.itl_ms, tables.itl_ms(question)))
+            except NoAnswer as nothing:
+                found.append(nothing)
+    return found
+
+
+def _print_opinions(answer: Advice, opinions: Sequence[SecondOpinion | NoAnswer], console: Console) -> None:
+    for place, (option, opinion) in enumerate(zip(answer.best, opinions, strict=False), start=1):
+        if isinstance(opinion, NoAnswer):
+            said = f"the operator tables have no answer ({opinion})"
+        else:
+            word = "contradict the interval: " if opinion.contradicts(option.estimate.itl_ms) else ""
+            said = f"the operator tables {word}say ITL {_ms(opinion.itl_ms)}; taken together {_interval(opinion.together)}"
+        console.print(f"{place}. {said}.", style="dim", markup=False)
+
+
+def _record(answer: Advice, opinions: Sequence[SecondOpinion | NoAnswer]) -> dict[str, object]:
+    record = advice_record(answer)
+    for best, opinion in zip(record["best"], opinions, strict=False):
+        if isinstance(opinion, SecondOpinion):
+            both = opinion.together
+            best["operators"] = {
+                "itl_ms": opinion.itl_ms,
+                "together_ms": both.value,
+                "together_ms_low": both.low,
+                "together_ms_high": both.high,
+            }
+        else:
+            best["operators"] = {"no_answer": str(opinion)}
+    return record
 
 
 def _progress(console: Console) -> Progress:

@@ -76,6 +76,10 @@ def advise(
     ] = None,
     accelerator_file: Sheets = None,
     calibration: Calibrated = None,
+    operator_tables: Annotated[
+        bool,
+        typer.Option("--operator-tables", help="Ask AIConfigurator's as well: pip install 'polyphase[advisor]'.", rich_help_panel=_OUTPUT),
+    ] = False,
     top: Annotated[int, typer.Option(min=1, max=50, help="Rows of the table.", rich_help_panel=_OUTPUT)] = 5,
     out: Annotated[
         Path | None,

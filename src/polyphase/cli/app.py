@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from polyphase.cli.advisor_commands import add_advisor_commands
+from polyphase.cli.join import HELP, join_command
 from polyphase.cli.router import router_commands
 from polyphase.core.errors import PolyphaseError
 from polyphase.wire.cards import Role
@@ -68,13 +69,34 @@ Name = Annotated[str | None, typer.Option("--name", help="Which deployment, wher
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="A folder, a name on the Hugging Face hub (Qwen/Qwen3-0.6B), or demo.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, a name on the Hugging Face hub (Qwen/Qwen3-0.6B), or demo. Several: in --config.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Workers that prefill and decode. [default: 1]", rich_help_panel=_MODEL)] = None,
     prefill: Annotated[int | None, typer.Option(help="Workers that only prefill.", rich_help_panel=_MODEL)] = None,
     decode: Annotated[int | None, typer.Option(help="Workers that decode.", rich_help_panel=_MODEL)] = None,
     name: Annotated[str | None, typer.Option(help="Name of this deployment. [default: default]", rich_help_panel=_MODEL)] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. [default: its folder or hub name]", rich_help_panel=_MODEL)
+    ] = None,
+    aliases: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Further names that clients may call it by.", rich_help_panel=_MODEL)
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=FOLDER,…", help="LoRA adapters, each served as a model of this name.", rich_help_panel=_MODEL),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Workers of one model and group share a weight. [default: the engine]", rich_help_panel=_MODEL),
+    ] = None,
+    weight: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="The group's part of the model's requests beside other groups'; 0: only what no other can take. See docs/models.md.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]", rich_help_panel=_SERVER)
@@ -229,6 +251,10 @@ def serve(
     from polyphase.cli.serve import serve_model
 
     serve_model(flags, config)
+
+
+join = join_command(serve, (_MODEL, _ENGINE, _MOCK, _SERVED))
+app.command("join", help=HELP)(join)
 
 
 @app.command()

@@ -73,7 +73,7 @@ def show_demo(*, port: int | None, name: str, is_once: bool) -> None:
         else:
             _print_try_next(console, plan)
 
-    run_in_foreground(plan, console, converse)
+    run_in_foreground(plan, lambda hear: LocalDeployment(plan, hear), console, converse)
 
 
 def _openai_client(url: str) -> AsyncOpenAI:

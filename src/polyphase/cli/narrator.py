@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from polyphase.launch import DeploymentPlan, Exited, LocalDeployment, News, Ready, Started, Stopping
+from polyphase.launch import DeploymentPlan, Exited, JoinedWorkers, LocalDeployment, News, Ready, Started, Stopping
 from polyphase.launch.process import ProcessKind, exit_phrase
 
 REFRESH_S = 0.15
@@ -49,11 +49,12 @@ class Narrator:
         self._console.print(Text(text, style), soft_wrap=True)
 
 
-async def show_start(console: Console, deployment: LocalDeployment) -> None:
+async def show_start(console: Console, deployment: LocalDeployment | JoinedWorkers) -> None:
     """Until the deployment is ready. On a terminal, a live table of what each process is doing; elsewhere one line."""
     plan = deployment.plan
+    frontend = "1 frontend, " if isinstance(deployment, LocalDeployment) else ""
     console.print(
-        f"[bold]Polyphase[/] serves [bold]{escape(plan.model.served_name)}[/]: 1 frontend, {plan.describe_workers()}, "
+        f"[bold]Polyphase[/] serves [bold]{escape(', '.join(plan.model_names))}[/]: {frontend}{plan.describe_workers()}, "
         f"{plan.threads_per_worker} thread{'s' if plan.threads_per_worker > 1 else ''} each; logs in {escape(str(deployment.logs_folder))}",
         soft_wrap=True,
     )
@@ -67,7 +68,7 @@ async def show_start(console: Console, deployment: LocalDeployment) -> None:
             await asyncio.sleep(REFRESH_S)
 
 
-def _start_table(deployment: LocalDeployment, elapsed_s: float) -> Table:
+def _start_table(deployment: LocalDeployment | JoinedWorkers, elapsed_s: float) -> Table:
     joined = deployment.joined_worker_ids()
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     spinner = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(elapsed_s * 8) % 10]
@@ -94,7 +95,7 @@ def print_try_next(console: Console, plan: DeploymentPlan) -> None:
     name = f" --name {plan.settings.name}" if plan.settings.name != "default" else ""
     facts = [
         ("URL", f"{plan.url}/v1"),
-        ("model", plan.model.served_name),
+        ("model" if len(plan.model_names) == 1 else "models", ", ".join(plan.model_names)),
         ("try", curl_example(plan)),
         ("", f"polyphase chat{name}"),
         ("", f"polyphase status --watch{name}"),

@@ -40,7 +40,9 @@ def _is_refused(route: Page) -> bool:
 
 def _what_was_asked(page: Page) -> str:
     choices = f", in {page['choices']} sequences of which the first is told of here" if page["choices"] > 1 else ""
-    return f"Request {page['id']} asked the model {page['model']} to go on from {count_of(page['prompt_tokens'], 'prompt token')}{choices}."
+    called = f" (as {page['asked_for']})" if page.get("asked_for") else ""
+    prompt = count_of(page["prompt_tokens"], "prompt token")
+    return f"Request {page['id']} asked the model {page['model']}{called} to go on from {prompt}{choices}."
 
 
 def _how_long_it_waited(page: Page) -> list[str]:

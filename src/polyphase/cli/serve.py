@@ -6,12 +6,15 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
 from polyphase.cli.narrator import Narrator, print_try_next, show_start
 from polyphase.config import load_serve_settings
-from polyphase.launch import DeploymentPlan, LocalDeployment, News, Stopping, plan_deployment
+from polyphase.launch import DeploymentPlan, JoinedWorkers, LocalDeployment, News, Stopping, plan_deployment
+
+Running = TypeVar("Running", LocalDeployment, JoinedWorkers)
 
 
 def serve_model(flags: Mapping[str, object], config: Path | None) -> None:
@@ -25,18 +28,28 @@ def serve_model(flags: Mapping[str, object], config: Path | None) -> None:
     async def say_what_next(deployment: LocalDeployment) -> None:
         print_try_next(console, plan)
 
-    run_in_foreground(plan, console, say_what_next)
+    run_in_foreground(plan, lambda hear: LocalDeployment(plan, hear), console, say_what_next)
 
 
-def run_in_foreground(plan: DeploymentPlan, console: Console, when_ready: Callable[[LocalDeployment], Awaitable[None]]) -> None:
+def run_in_foreground(
+    plan: DeploymentPlan,
+    make: Callable[[Callable[[News], None]], Running],
+    console: Console,
+    when_ready: Callable[[Running], Awaitable[None]],
+) -> Running:
     """Run until stopped by a signal, or by `when_ready`, which runs once beside the deployment and is cancelled when that stops.
 
-    Raises: ConfigurationError, StartFailed, and whatever `when_ready` raises; the deployment has ended then.
+    Returns: what has run. Raises: ConfigurationError, StartFailed, and whatever `when_ready` raises; the deployment has ended then.
     """
-    asyncio.run(_run(plan, console, when_ready))
+    return asyncio.run(_run(plan, make, console, when_ready))
 
 
-async def _run(plan: DeploymentPlan, console: Console, when_ready: Callable[[LocalDeployment], Awaitable[None]]) -> None:
+async def _run(
+    plan: DeploymentPlan,
+    make: Callable[[Callable[[News], None]], Running],
+    console: Console,
+    when_ready: Callable[[Running], Awaitable[None]],
+) -> Running:
     narrator = Narrator(console, plan.settings.drain_timeout)
     beside: asyncio.Task[None] | None = None
 
@@ -45,11 +58,11 @@ async def _run(plan: DeploymentPlan, console: Console, when_ready: Callable[[Loc
         if isinstance(news, Stopping) and beside is not None:
             beside.cancel()
 
-    async def show_and_use(deployment: LocalDeployment) -> None:
+    async def show_and_use(deployment: Running) -> None:
         await show_start(console, deployment)
         await when_ready(deployment)
 
-    with LocalDeployment(plan, hear) as deployment:
+    with make(hear) as deployment:
         running = asyncio.create_task(deployment.run())
         beside = asyncio.create_task(show_and_use(deployment))
         try:
@@ -64,3 +77,4 @@ async def _run(plan: DeploymentPlan, console: Console, when_ready: Callable[[Loc
         for task in (running, beside):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
+        return deployment

@@ -72,7 +72,7 @@ async def ask_frontend(url: str) -> list[str]:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         log.debug("the frontend at %s tells nothing: %s", url, error)
         return []
-    return [*_index(page), *_queues(page), *_warnings(page), *_streams(page)]
+    return [*_index(page), *_names(page), *_shares(page), *_queues(page), *_warnings(page), *_streams(page)]
 
 
 def _index(page: Any) -> list[str]:
@@ -97,6 +97,26 @@ def _streams(page: Any) -> list[str]:
             f"{worker_id}: event stream: {state}{stream['gaps']} gaps ({stream['repairs']} closed), "
             f"{stream['drifts']} times drifted, {stream['snapshots']} snapshots"
         )
+    return lines
+
+
+def _names(page: Any) -> list[str]:
+    """One line for each model that clients may call by other names: aliases, and its adapters."""
+    models = page.get("models") if isinstance(page, dict) else None
+    others = {name: [other for other in model.get("names", []) if other != name] for name, model in sorted((models or {}).items())}
+    return [f"{name} is also served as {', '.join(names)}" for name, names in others.items() if names]
+
+
+def _shares(page: Any) -> list[str]:
+    """One line for each model whose groups of workers have weights."""
+    models = page.get("models") if isinstance(page, dict) else None
+    lines = []
+    for name, model in sorted((models or {}).items()):
+        weights = model.get("weights", {})
+        total = sum(weights.values())
+        if total and len(weights) > 1:
+            shares = [f"{group} {100 * weight / total:.3g}%" if weight else f"{group} in reserve" for group, weight in weights.items()]
+            lines.append(f"shares of {name}: {', '.join(shares)}")
     return lines
 
 
@@ -125,8 +145,11 @@ def _warnings(page: Any) -> list[str]:
         for worker_id, worker in workers
         if worker.get("drift")
     ]
+    turned_away = page.get("turned_away", {}) if isinstance(page, dict) else {}
+    strangers = [f"{worker_id}: gets no requests: {reason}" for worker_id, reason in sorted(turned_away.items())]
     models = page.get("models") if isinstance(page, dict) else None
-    return [*stalls, *drifts, *(line for model in (models or {}).values() for line in model.get("misfits", []))]
+    misfits = [line for model in (models or {}).values() for line in model.get("misfits", [])]
+    return strangers + stalls + drifts + misfits
 
 
 def _workers(page: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -183,14 +206,27 @@ def engine_lines(answers: Answers) -> list[str]:
 
 
 def status_table(expected_worker_ids: list[str], answers: Answers, *, is_wide: bool) -> Table:
-    """One row per worker, also for those that should be there and are not. Not wide: the less telling columns are left out."""
+    """One row per worker, also for those that should be there and are not; several models each have a heading.
+
+    Not wide: the less telling columns are left out.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for heading in ("worker", "role", "state"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("running", "waiting", "KV blocks", "hits", "in", "out", *(("cached", "memory", "up") if is_wide else ())):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for worker_id in [*expected_worker_ids, *sorted(answers.keys() - set(expected_worker_ids))]:
+    for title in ("worker", "role", "state"):
+        table.add_column(title, no_wrap=True)
+    for title in ("running", "waiting", "KV blocks", "hits", "in", "out", *(("cached", "memory", "up") if is_wide else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    model_of = {worker_id: status.entry.model for worker_id, status in answers.items() if status is not None}
+    worker_ids = [*expected_worker_ids, *sorted(answers.keys() - set(expected_worker_ids))]
+    has_headings = len(set(model_of.values())) > 1
+    if has_headings:
+        worker_ids.sort(key=lambda worker_id: (worker_id not in model_of, model_of.get(worker_id, "")))
+    heading_before: str | None = None
+    for worker_id in worker_ids:
         status = answers.get(worker_id)
+        heading = model_of.get(worker_id, "") if has_headings else None
+        if heading != heading_before:
+            table.add_row(Text(heading or "of no known model", "bold"))
+            heading_before = heading
         if status is None:
             state = Text("does not answer", "red") if worker_id in answers else Text("not there", "yellow")
             table.add_row(worker_id, "", state)

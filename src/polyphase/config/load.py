@@ -3,6 +3,7 @@
 --kv-memory 2GiB   >   POLYPHASE_KV_MEMORY=2GiB   >   kv_memory = "2GiB" in the file of --config   >   default
 
 In the file, a table may group settings: `weights = …` under `[router]` is `router_weights`; `settings.SECTIONS` says which.
+Each table under `[[groups]]` is a group of workers.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from polyphase.config.settings import SECTIONS, ServeSettings
+from polyphase.config.settings import SECTIONS, GroupSettings, ServeSettings
 from polyphase.core.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "POLYPHASE_"
 _ROLE_FIELDS = ("workers", "prefill", "decode")
+_OF_ONE_GROUP = (*_ROLE_FIELDS, "model", "served_model_name", "aliases", "lora", "group", "weight", "attach")
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def load_serve_settings(flags: Mapping[str, object], environment: Mapping[str, str], file: Path | None = None) -> ServeSettings:
@@ -27,62 +33,110 @@ def load_serve_settings(flags: Mapping[str, object], environment: Mapping[str, s
 
     Raises: ConfigurationError, naming the flag, variable or line in the file that is wrong, and what would be right.
     """
-    values: dict[str, object] = {}
-    sources: dict[str, str] = {}
-
-    def take(given: Mapping[str, object], source: Mapping[str, str]) -> None:
-        if any(field in given for field in _ROLE_FIELDS):  # these belong together: a nearer choice replaces a farther one whole
-            for field in _ROLE_FIELDS:
-                values.pop(field, None)
-        values.update(given)
-        sources.update(source)
-
+    in_file, tables = _Values(), list[_Values]()
     if file is not None:
-        content, names = _read_toml(file)
-        take(content, {field: f"{names[field]} in {file}" for field in content})
-    variables = {field: ENVIRONMENT_PREFIX + field.upper() for field in ServeSettings.model_fields}
-    from_environment = {field: environment[name] for field, name in variables.items() if environment.get(name)}
-    take(from_environment, {field: variables[field] for field in from_environment})
+        in_file, tables = _read_toml(file)
+    variables = {field: ENVIRONMENT_PREFIX + field.upper() for field in ServeSettings.model_fields if field != "groups"}
+    nearer = _Values()
+    nearer.take({field: environment[name] for field, name in variables.items() if environment.get(name)}, variables)
     given = {field: value for field, value in flags.items() if value is not None}
-    take(given, {field: "MODEL" if field == "model" else "--" + field.replace("_", "-") for field in given})
-    if "model" not in values:
-        raise ConfigurationError("no model is named; write for example: polyphase serve demo")
+    nearer.take(given, {field: "MODEL" if field == "model" else "--" + field.replace("_", "-") for field in given})
+    if not tables:
+        values = in_file.with_nearer(nearer)
+        if "model" not in values.by_field:
+            raise ConfigurationError("no model is named; write for example: polyphase serve demo")
+        return _validated(ServeSettings, values)
+    for name in _OF_ONE_GROUP:
+        if name in nearer.by_field:
+            raise ConfigurationError(
+                f"{nearer.names[name]} is for one group of workers, and {file} has groups of its own; write it there, under [[groups]]"
+            )
+    groups = tuple(_validated(GroupSettings, _group_values(in_file, table, nearer, file)) for table in tables)
+    values = in_file.with_nearer(nearer)
+    for name in GroupSettings.model_fields:
+        values.by_field.pop(name, None)
+    values.by_field |= {"model": groups[0].model, "groups": groups}
+    return _validated(ServeSettings, values)
+
+
+@dataclass(slots=True)
+class _Values:
+    """What was given, by field, and what whoever gave it calls each field."""
+
+    by_field: dict[str, object] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def take(self, given: Mapping[str, object], names: Mapping[str, str]) -> None:
+        """In place of what was there."""
+        if any(role in given for role in _ROLE_FIELDS):  # these belong together: a nearer choice replaces a farther one whole
+            for role in _ROLE_FIELDS:
+                self.by_field.pop(role, None)
+        self.by_field.update(given)
+        self.names.update({field: names[field] for field in given})
+
+    def with_nearer(self, *nearer: _Values) -> _Values:
+        values = _Values(dict(self.by_field), dict(self.names))
+        for one in nearer:
+            values.take(one.by_field, one.names)
+        return values
+
+
+def _group_values(in_file: _Values, table: _Values, nearer: _Values, file: Path | None) -> _Values:
+    """What stands outside of the groups holds for those that do not say otherwise; flags and variables hold for all."""
+    values = in_file.with_nearer(table, nearer)
+    values.by_field = {field: value for field, value in values.by_field.items() if field in GroupSettings.model_fields}
+    if "model" not in values.by_field:
+        raise ConfigurationError(f'a group in {file} names no model; write for example model = "demo" into it')
+    return values
+
+
+def _validated(kind: type[Settings], values: _Values) -> Settings:
     try:
-        return ServeSettings.model_validate(values)
+        return kind.model_validate(values.by_field)
     except ValidationError as error:
-        raise ConfigurationError(_sentence(error.errors()[0], sources)) from None
+        raise ConfigurationError(_sentence(error.errors()[0], values.names)) from None
 
 
-def _read_toml(file: Path) -> tuple[dict[str, object], dict[str, str]]:
-    """Values by field, and what the file calls each."""
+def _read_toml(file: Path) -> tuple[_Values, list[_Values]]:
+    """What the file says, and what each of its groups does; both call fields by their place in the file."""
     try:
         content = tomllib.loads(file.read_text())
     except OSError as error:
         raise ConfigurationError(f"cannot read the configuration file {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{file} is not valid TOML: {error}") from None
-    fields = dict(zip(ServeSettings.model_fields, ServeSettings.model_fields, strict=True))
-    settings: dict[str, object] = {}
-    names: dict[str, str] = {}
-
-    def take(entries: Mapping[str, object], known: Mapping[str, str], prefix: str) -> None:
-        for key, value in entries.items():
-            field = known.get(key.replace("-", "_"))
-            if field is None:
-                near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
-                hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
-                raise ConfigurationError(f"{file} sets '{prefix}{key}', which is not a setting; {hint}")
-            if field in settings:
-                raise ConfigurationError(f"{file} sets both {names[field]} and {prefix}{key}, which are the same; leave one out")
-            settings[field], names[field] = value, f"{prefix}{key}"
-
+    tables = content.pop("groups", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigurationError(f"groups in {file} is {tables!r}; write each group as a table of its own, [[groups]]")
+    values = _Values()
     for section, known in SECTIONS.items():
         table = content.pop(section, {})
         if not isinstance(table, dict):
             raise ConfigurationError(f"{section} in {file} is {table!r}; write it as a table, [{section}]")
-        take(table, known, f"{section}.")
-    take(content, fields, "")
-    return settings, names
+        _take_table(values, table, known, f"{section}.", file)
+    _take_table(values, content, _by_own_name(ServeSettings), "", file)
+    groups = []
+    for number, table in enumerate(tables):
+        groups.append(_Values())
+        _take_table(groups[-1], table, _by_own_name(GroupSettings), f"groups[{number}].", file)
+    return values, groups
+
+
+def _by_own_name(kind: type[BaseModel]) -> Mapping[str, str]:
+    return {name: name for name in kind.model_fields}
+
+
+def _take_table(values: _Values, table: Mapping[str, object], known: Mapping[str, str], prefix: str, file: Path) -> None:
+    for key, value in table.items():
+        name = known.get(key.replace("-", "_"))
+        if name is None:
+            near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigurationError(f"{file} sets '{prefix}{key}', which is not a setting; {hint}")
+        if name in values.by_field:
+            before = values.names[name].removesuffix(f" in {file}")
+            raise ConfigurationError(f"{file} sets both {before} and {prefix}{key}, which are the same; leave one out")
+        values.by_field[name], values.names[name] = value, f"{prefix}{key} in {file}"
 
 
 def _sentence(error: ErrorDetails, sources: Mapping[str, str]) -> str:

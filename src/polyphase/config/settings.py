@@ -15,6 +15,7 @@ from polyphase.router import PolicySettings, policy_of
 from polyphase.router.tenants import parse_tenant_weights
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,19}")
+_GROUP = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$"
 MIN_KV_BYTES = 1024**2
 
 
@@ -53,6 +54,16 @@ def _parse_labels(given: object) -> dict[str, str]:
     return labels
 
 
+def _parse_adapters(given: object) -> dict[str, str]:
+    pairs = parse_pairs(given, "adapters", "sql=/models/sql-lora") if isinstance(given, str) else given
+    if not isinstance(pairs, Mapping | list):
+        raise ValueError(f"{given!r} are no adapters; write for example sql=/models/sql-lora")
+    adapters = {str(name): str(folder) for name, folder in dict(pairs).items()}
+    if any(not name or not folder or set(name + folder) & {"=", ","} for name, folder in adapters.items()):
+        raise ValueError(f"{given!r} are no adapters; names and folders hold neither = nor a comma, for example sql=/models/sql-lora")
+    return adapters
+
+
 Size = Annotated[int, BeforeValidator(parse_size_bytes), AfterValidator(_check_kv_bytes)]
 Duration = Annotated[float, BeforeValidator(parse_duration_s)]
 Weights = Annotated[dict[str, float], BeforeValidator(parse_tenant_weights)]
@@ -74,18 +85,12 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-class ServeSettings(BaseModel):
-    """`polyphase serve`. None means: the engine, or the launcher, chooses what is sensible here."""
+class DeploymentSettings(BaseModel):
+    """What holds for a deployment as a whole."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Annotated[str, AfterValidator(_check_model)]  # a folder, a name on the hub, or `demo`
-    served_model_name: str | None = Field(None, min_length=1)  # what clients call it
     name: Annotated[str, AfterValidator(_check_name)] = "default"  # of the deployment
-
-    workers: int | None = Field(None, ge=1, le=256)  # each for prefill and decode
-    prefill: int | None = Field(None, ge=0, le=256)
-    decode: int | None = Field(None, ge=0, le=256)
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
@@ -98,7 +103,6 @@ class ServeSettings(BaseModel):
     split_threshold: int | None = Field(None, ge=0)  # tokens to compute from which prefill and decode are split; None: where it pays
     split_fraction: float = Field(0.3, ge=0, le=1)  # of the prompt; where less is to compute, it is not split
     kv_flow: bool = True  # a split prompt's KV goes to the decode worker while the rest of it is computed
-    labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = {}  # of this machine's workers, for example zone → eu-1
 
     # What the router remembers of the blocks that workers hold.
     kv_events: bool = True  # False: not what workers tell, but what was sent there, for predicted_lifetime
@@ -110,6 +114,40 @@ class ServeSettings(BaseModel):
     max_queued_per_tenant: int | None = Field(None, ge=1)
     max_queue_wait: Duration = Field(60.0, gt=0)  # seconds
     tenant_weights: Weights = Field(default_factory=dict)  # tenants that are not named weigh 1
+
+    start_timeout: Duration = 600.0  # seconds; a first download from the hub counts
+    drain_timeout: Duration = 30.0  # seconds; running requests get this long to finish
+
+    @property
+    def router_policy(self) -> PolicySettings:
+        return PolicySettings(self.policy, self.router_weights, self.router_temperature, self.router_filters, self.router_picker)
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> Self:
+        try:
+            policy_of(self.router_policy, parts_of(self.router_policy))
+        except ConfigurationError as error:
+            raise ValueError(error.message) from None
+        return self
+
+
+class GroupSettings(BaseModel):
+    """Workers that are alike: of one model and one engine. None means: the engine, or the launcher, chooses what is sensible here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, AfterValidator(_check_model)]  # a folder, a name on the hub, or `demo`
+    served_model_name: str | None = Field(None, min_length=1)  # what clients call it
+    aliases: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = ()  # further names for the model
+    lora: Annotated[dict[str, str], BeforeValidator(_parse_adapters)] = {}  # adapters that are served beside it: folder by name
+    group: str | None = Field(None, pattern=_GROUP)  # workers of one name and group share a weight; None: the engine's name
+    weight: float | None = Field(None, ge=0, le=1e6)  # for the group's share of the model's requests; 0: the reserve
+
+    workers: int | None = Field(None, ge=1, le=256)  # each for prefill and decode
+    prefill: int | None = Field(None, ge=0, le=256)
+    decode: int | None = Field(None, ge=0, le=256)
+
+    labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = {}  # of this machine's workers, for example zone → eu-1
 
     engine: Annotated[str, AfterValidator(_check_engine)] = "torch"
     device: str = "auto"
@@ -131,21 +169,6 @@ class ServeSettings(BaseModel):
     mock_accelerator: str | None = None
     mock_speedup: float | None = Field(None, gt=0)
 
-    start_timeout: Duration = 600.0  # seconds; a first download from the hub counts
-    drain_timeout: Duration = 30.0  # seconds; running requests get this long to finish
-
-    @property
-    def router_policy(self) -> PolicySettings:
-        return PolicySettings(self.policy, self.router_weights, self.router_temperature, self.router_filters, self.router_picker)
-
-    @model_validator(mode="after")
-    def _check_policy(self) -> Self:
-        try:
-            policy_of(self.router_policy, parts_of(self.router_policy))
-        except ConfigurationError as error:
-            raise ValueError(error.message) from None
-        return self
-
     @model_validator(mode="after")
     def _check_served_engine(self) -> Self:
         is_served = self.engine not in ("torch", "mock")
@@ -156,10 +179,19 @@ class ServeSettings(BaseModel):
             )
         if self.attach and (self.engine_python or self.engine_command or self.engine_args):
             raise ValueError("a server that is attached to runs already: engine_python, engine_command and engine_args start one")
+        if self.attach and self.lora:
+            raise ValueError("a server that is attached to has loaded its adapters itself, and they are found there; leave lora away")
         if self.attach and (self.workers or (self.decode and (self.prefill or 0) + self.decode != len(self.attach))):
             raise ValueError(
                 "attach makes a worker for each address: leave --workers away, and let --prefill and --decode together be as many"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        wrong = next((alias for alias in self.aliases if not alias.strip() or "," in alias or len(alias) > 200), None)
+        if wrong is not None:
+            raise ValueError(f"the alias {wrong!r} cannot be one; aliases have 1 to 200 characters and no comma")
         return self
 
     @model_validator(mode="after")
@@ -171,3 +203,16 @@ class ServeSettings(BaseModel):
         if self.decode == 0 or (self.prefill == 0 and self.decode is None):
             raise ValueError("no worker is left that decodes; write for example --workers 1, or --prefill 1 --decode 2")
         return self
+
+
+class ServeSettings(GroupSettings, DeploymentSettings):
+    """`polyphase serve`: a deployment, and its workers, which are one group unless `groups` has several.
+
+    With `groups`, what this says of workers itself is of no account.
+    """
+
+    groups: tuple[GroupSettings, ...] = ()
+
+    @property
+    def worker_groups(self) -> tuple[GroupSettings, ...]:
+        return self.groups or (self,)

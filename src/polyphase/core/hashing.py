@@ -53,7 +53,10 @@ class MediaSpan:
 
 
 def namespace_of(cache_salt: str | None = None, lora: str | None = None) -> str | None:
-    """The `salt` for prompts of this tenant and adapter. Without an adapter it is the tenant's own salt; with one, no salt can equal it."""
+    """The `salt` for prompts of this tenant and adapter.
+
+    Without an adapter it is the tenant's own salt; with one, it begins with a NUL, which frontends let no client's salt begin with.
+    """
     if not lora:
         return cache_salt or None
     return f"\0lora:{len(lora)}:{lora}:{cache_salt or ''}"

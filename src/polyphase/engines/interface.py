@@ -81,7 +81,8 @@ class PrefixImport(Protocol):
 class KvImporter(Protocol):
     """Optional ability: blocks of other workers are taken in beside the steps, ahead of the request that wants them."""
 
-    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport: ...
+    def open_import(self, request_id: str, namespace: str | None) -> PrefixImport:
+        """`namespace`: of the request, `core.hashing.namespace_of`."""
 
 
 class Engine(Protocol):
@@ -173,6 +174,7 @@ class Ability(enum.StrEnum):
     HAND_OVER = "hand-over"  # `KvExporter` or `KvSender`: its KV goes to other workers
     PRIORITY = "priority"
     SLEEP = "sleep"  # `Sleeper`
+    LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
 
@@ -183,6 +185,7 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
         Ability.SLEEP: card.can_sleep,
+        Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }
     return [ability for ability, is_there in has.items() if is_there]

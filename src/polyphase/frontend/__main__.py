@@ -238,7 +238,9 @@ async def serve(
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams)
+    services = Services(
+        models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams, turned_away=fleet.turned_away
+    )
     server = HttpServer(build_app(services, router), services, listener)
     server.install_signal_handlers()
     async with asyncio.TaskGroup() as tasks:

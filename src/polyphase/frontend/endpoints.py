@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -73,6 +73,7 @@ class Services:
     settings: FrontendSettings
     door: Door = field(default_factory=Door)
     streams: Callable[[], Mapping[str, StreamView]] = dict  # by worker id: how the event streams of those that are there do
+    turned_away: Callable[[], Mapping[str, str]] = dict  # by worker id: why it gets no requests although it is there
 
 
 class GenerationEndpoint(Generic[RequestT]):
@@ -98,8 +99,8 @@ class GenerationEndpoint(Generic[RequestT]):
         request = parse_body(body, self._surface.request)
         terms = terms_of(scope, request.user, self._services.settings, received_ns)
         order = await self._order(request, names, terms, RoutingHints.of(scope, request))
-        record = self._open_record(order, names)
-        answer = AnswerFields(record.answer_id, order.model.name, record.created_unix_s)
+        record = self._open_record(order, names, request.model)
+        answer = AnswerFields(record.answer_id, request.model, record.created_unix_s)
         form = self._surface.format(answer, order.wishes, order.prompts, order.model.tokenizer)
         with Generation(order, self._services.dispatcher, self._services.metrics, record) as generation:
             generation.start()
@@ -110,19 +111,22 @@ class GenerationEndpoint(Generic[RequestT]):
                     await self._answer(generation, form, send)
 
     async def _order(self, request: RequestT, names: RequestNames, terms: Terms, hints: RoutingHints) -> Order:
-        model = self._services.models.get(request.model)
-        wishes = self._surface.wishes(request, model)
+        addressed = self._services.models.resolve(request.model)
+        model = addressed.model
+        wishes = replace(self._surface.wishes(request, model), lora=addressed.adapter)
         prompts = await self._surface.prompts(request, wishes, model, self._services.settings)
         return Order(names.internal, model, wishes, prompts, terms, hints)
 
-    def _open_record(self, order: Order, names: RequestNames) -> RequestRecord:
+    def _open_record(self, order: Order, names: RequestNames, asked_for: str) -> RequestRecord:
+        model = order.wishes.lora or order.model.name
         record = RequestRecord(
             id=names.shown,
             answer_id=names.answer_id(self._surface.id_prefix),
-            model=order.model.name,
+            model=model,
             endpoint=self._surface.name,
             created_unix_s=int(time.time()),
             prompt_tokens=sum(len(prompt.token_ids) for prompt in order.prompts),
+            asked_for=asked_for if asked_for != model else None,
         )
         self._services.records.add(names.internal, record)
         return record

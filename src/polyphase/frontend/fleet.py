@@ -48,6 +48,7 @@ class Fleet:
         self._subscriber = EventSubscriber(self, AskedHistory(self._client))
         self._entries: dict[str, WorkerEntry] = {}
         self._cards: dict[str, ModelCard] = {}  # of those that were admitted
+        self._turned_away: dict[str, str] = {}  # why others were not
         self._leaving: dict[str, tuple[Epoch, asyncio.TimerHandle]] = {}
         self._dispatcher: Dispatcher | None = None
         self._watch: FleetWatch | None = None
@@ -60,6 +61,10 @@ class Fleet:
 
     def streams(self) -> dict[str, StreamView]:
         return self._subscriber.streams()
+
+    def turned_away(self) -> dict[str, str]:
+        """By worker id: why it gets no requests although it is there."""
+        return dict(self._turned_away)
 
     async def run(self, dispatcher: Dispatcher) -> None:
         """Follow the registry until cancelled; then all connections are closed."""
@@ -84,6 +89,7 @@ class Fleet:
             case Joined(entry):
                 self._forget(entry.worker_id)
                 self._entries[entry.worker_id] = entry
+                self._turned_away.pop(entry.worker_id, None)
                 tasks.create_task(self._admit(entry), name=f"admit-{entry.worker_id}")
             case Updated(entry):
                 self._entries[entry.worker_id] = entry
@@ -115,12 +121,14 @@ class Fleet:
                 return
             if card.name != entry.model:
                 raise ConfigurationError(f"worker {worker_id} announces the model {entry.model!r} and hands out a card of {card.name!r}")
-            self._models.add_worker(worker_id, model)
+            self._models.add_worker(worker_id, model, card, entry.aliases)
         except (ConfigurationError, WorkerLost) as error:
             log.error("worker %s gets no requests: %s", worker_id, error.message)
+            self._turn_away(entry, error.message)
             return
-        except Exception:  # the root of this task: one odd worker must not end the frontend
+        except Exception as error:  # the root of this task: one odd worker must not end the frontend
             log.exception("worker %s gets no requests", worker_id)
+            self._turn_away(entry, f"{type(error).__name__}: {error}")
             return
         assert self._dispatcher is not None
         self._cards[worker_id] = without_tokenizer(card)
@@ -133,6 +141,10 @@ class Fleet:
         self._watch.joined(facts)
         self._subscriber.connect(entry)
         log.info("worker %s joined: %s, role %s", worker_id, entry.model, entry.role.value)
+
+    def _turn_away(self, entry: WorkerEntry, reason: str) -> None:
+        if self._is_current(entry):
+            self._turned_away[entry.worker_id] = reason
 
     async def _card_of(self, entry: WorkerEntry) -> ModelCard | None:
         """Asked again until it comes or the worker goes; None in the latter case."""
@@ -157,6 +169,7 @@ class Fleet:
         log.warning("worker %s left", worker_id)
         del self._entries[worker_id]
         self._cards.pop(worker_id, None)
+        self._turned_away.pop(worker_id, None)
         self._router.remove_worker(WorkerId(worker_id))
         self._models.remove_worker(worker_id)
         assert self._dispatcher is not None
@@ -246,6 +259,10 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
         publishes_events=card.publishes_events,
+        engine=card.engine,
+        group=entry.group or card.engine,
+        weight=entry.weight,
+        adapters=frozenset(card.adapters),
         is_draining=entry.is_draining,
         is_asleep=entry.is_asleep,
         labels=entry.labels,

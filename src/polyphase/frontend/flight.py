@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from polyphase.core.hashing import sequence_hashes
+from polyphase.core.hashing import namespace_of, sequence_hashes
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.history import Attempt, Setback
@@ -47,6 +47,11 @@ class Job:
     cache_salt: str | None = None
     priority: int = 0
     hints: RoutingHints = NO_HINTS
+    lora: str | None = None  # adapter of the model
+
+    @property
+    def namespace(self) -> str | None:
+        return namespace_of(self.cache_salt, self.lora)
 
 
 class Stage(enum.Enum):
@@ -84,6 +89,7 @@ class Flight:
     answered_ns: int = 0  # its first tokens there, or its end; 0: none yet
     failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
     cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
+    other_hashes: dict[int, list[SequenceHash]] = field(default_factory=dict)  # of the prompt, by other block sizes than the job's
 
     @property
     def is_over(self) -> bool:
@@ -96,14 +102,22 @@ class Flight:
     def token_ids(self) -> list[int]:
         return self.job.prompt_ids + self.emitted if self.emitted else self.job.prompt_ids
 
-    def hashes(self) -> list[SequenceHash]:
+    def hashes(self, block_size: int) -> list[SequenceHash]:
         """Of the full blocks of prompt and output; the prompt's are not computed again."""
-        job = self.job
+        job, of_prompt = self.job, self.prompt_hashes(block_size)
         if not self.emitted:
-            return job.hashes
-        done = len(job.hashes) * job.block_size
-        parent = job.hashes[-1] if job.hashes else None
-        return job.hashes + sequence_hashes(self.token_ids()[done:], job.block_size, job.cache_salt, parent)
+            return of_prompt
+        done = len(of_prompt) * block_size
+        parent = of_prompt[-1] if of_prompt else None
+        return of_prompt + sequence_hashes(self.token_ids()[done:], block_size, job.namespace, parent)
+
+    def prompt_hashes(self, block_size: int) -> list[SequenceHash]:
+        if block_size == self.job.block_size:
+            return self.job.hashes
+        hashes = self.other_hashes.get(block_size)
+        if hashes is None:
+            hashes = self.other_hashes[block_size] = sequence_hashes(self.job.prompt_ids, block_size, self.job.namespace)
+        return hashes
 
     def submit(
         self,
@@ -122,6 +136,7 @@ class Flight:
             sampling=job.sampling,
             stop=job.stop,
             cache_salt=job.cache_salt,
+            lora=job.lora,
             priority=job.priority,
             hand_over=hand_over,
             with_parts=with_parts,
@@ -132,9 +147,11 @@ class Flight:
         )
 
     def pull_ahead(self, part: KvPart) -> PullAhead:
-        size = self.job.block_size
+        assert self.route is not None
+        assert self.route.prefill is not None
+        size = self.route.prefill.block_size
         token_ids = self.token_ids()[part.first_block * size : (part.first_block + len(part.block_ids)) * size]
-        return PullAhead(self.wire_id, token_ids, part, self.job.cache_salt)
+        return PullAhead(self.wire_id, token_ids, part, self.job.cache_salt, self.job.lora)
 
     def predict(self, route: Route, now_ns: int, removed_block_count: Callable[[WorkerId], int]) -> None:
         """What is expected of each leg, to be compared with what its engine reports. A migrated sequence counts as its prompt."""
@@ -144,11 +161,11 @@ class Flight:
                 worker_id=place.worker_id,
                 epoch=place.epoch,
                 routed_ns=now_ns,
-                hashes=job.hashes,
+                hashes=self.prompt_hashes(place.block_size),
                 prompt_tokens=len(job.prompt_ids),
-                predicted=min(place.overlap_block_count * job.block_size, len(job.prompt_ids)),
+                predicted=min(place.overlap_block_count * place.block_size, len(job.prompt_ids)),
                 removed_before=removed_block_count(place.worker_id),
-                is_salted=job.cache_salt is not None,
+                is_salted=job.namespace is not None,
             )
             for place in (route.prefill, route.decode)
             if place is not None
@@ -158,7 +175,7 @@ class Flight:
 
     def note_route(self, route: Route, now_ns: int, *, is_split: bool) -> None:
         token_count = len(self.job.prompt_ids) + len(self.emitted)
-        self.record.history.add(Attempt(route, now_ns, token_count, self.job.block_size, is_split))
+        self.record.history.add(Attempt(route, now_ns, token_count, is_split))
 
     def note_stats(self, stats: PhaseStats, now_ns: int) -> None:
         record, is_prefill = self.record, self.stage is Stage.PREFILL

@@ -94,6 +94,7 @@ class Generation:
             cache_salt=order.wishes.cache_salt,
             priority=order.wishes.priority,
             hints=order.hints,
+            lora=order.wishes.lora,
         )
 
     async def next_pieces(self) -> list[Piece]:

@@ -51,7 +51,6 @@ class Attempt:
     route: Route
     at_ns: int
     token_count: int  # of prompt and output, as of the route
-    block_size: int
     is_split: bool
     setback: Setback | None = None
     prefill_stats: PhaseStats | None = None
@@ -74,7 +73,7 @@ class Attempt:
         return self.route.prefill if self.is_split and self.route.prefill else self.route.decode
 
     def predicted_cached_tokens(self, placement: Placement) -> int:
-        return placement.overlap_block_count * self.block_size
+        return placement.overlap_block_count * placement.block_size
 
     def as_json(self, started_ns: int) -> dict[str, Any]:
         return {
@@ -83,7 +82,7 @@ class Attempt:
             "rule": self.route.rule,
             "split": self.is_split,
             "tokens": self.token_count,
-            "block_size": self.block_size,
+            "block_size": self.prompt_leg.block_size,
             "setback": None if self.setback is None else asdict(self.setback),
             "legs": [self._leg(placement, stats) for placement, stats in self._legs()],
         }
@@ -103,7 +102,7 @@ class Attempt:
             "queue_ms": round(stats.queue_ms, 3) if stats else None,
             "transfer_ms": round(stats.transfer_ms, 3) if stats else None,
             "candidate_count": len(placement.candidates),
-            "candidates": candidates_json(placement, self.token_count, self.block_size),
+            "candidates": candidates_json(placement, self.token_count),
         }
 
 
@@ -127,17 +126,18 @@ class History:
         self.moments.append(Moment(now_ns, event, worker, detail))
 
 
-def candidates_json(placement: Placement, token_count: int, block_size: int) -> list[dict[str, Any]]:
+def candidates_json(placement: Placement, token_count: int) -> list[dict[str, Any]]:
     """The best candidates of one leg, with the figures behind their scores. Tokens, unless the name says otherwise."""
     return [
         {
             "leg": placement.leg.value,
             "worker": candidate.worker_id,
+            "group": candidate.group,
             "is_chosen": candidate.worker_id == placement.worker_id,
             "score": round(candidate.score, 4),
             "costs": {name: round(cost, 1) for name, cost in candidate.costs},
             "overlap_blocks": candidate.overlap_block_count,
-            **_tokens(candidate, placement.leg, token_count, block_size),
+            **_tokens(candidate, placement.leg, token_count),
             "queued_tokens": candidate.queued_prefill_tokens,
             "used_blocks": candidate.used_block_count,
             "booked_prefill_tokens": candidate.booked_prefill_tokens,
@@ -148,10 +148,10 @@ def candidates_json(placement: Placement, token_count: int, block_size: int) -> 
     ]
 
 
-def _tokens(candidate: Candidate, leg: Leg, token_count: int, block_size: int) -> dict[str, int]:
+def _tokens(candidate: Candidate, leg: Leg, token_count: int) -> dict[str, int]:
     """Cached on the device, resting in lower tiers, and what remains to be computed or, on a decode leg, moved."""
-    cached = candidate.overlap_block_count * block_size
+    cached = candidate.overlap_block_count * candidate.block_size
     if leg is Leg.DECODE:
         return {"cached_tokens": cached, "tokens_to_move": token_count - cached}
-    held = cached if candidate.held_block_count is None else candidate.held_block_count * block_size
+    held = cached if candidate.held_block_count is None else candidate.held_block_count * candidate.block_size
     return {"cached_tokens": cached, "lower_tier_tokens": held - cached, "tokens_to_compute": token_count - held}

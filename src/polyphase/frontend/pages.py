@@ -12,9 +12,9 @@ from polyphase.core.errors import ModelNotFound, RouteNotFound
 from polyphase.frontend.answers import encode
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
-from polyphase.frontend.models import ServedModel
+from polyphase.frontend.models import Addressed
 from polyphase.frontend.waiting_room import LaneView
-from polyphase.router import Drift, Router, WorkerView, misfits, shortcomings
+from polyphase.router import Drift, Router, WorkerView, group_weights, misfits, shortcomings
 from polyphase.runtime import StreamView
 
 LATEST_COUNT = 50
@@ -26,13 +26,13 @@ class Pages:
         self._router = router
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [_model(model) for model in self._services.models]})
+        return _json({"object": "list", "data": [_model(addressed) for addressed in self._services.models]})
 
     async def model(self, request: Request) -> Response:
         wanted = request.path_params["name"]
-        for model in self._services.models:
-            if model.name == wanted:
-                return _json(_model(model))
+        for addressed in self._services.models:
+            if addressed.name == wanted:
+                return _json(_model(addressed))
         served = ", ".join(self._services.models.names()) or "none at the moment"
         raise ModelNotFound(f"the model {wanted[:100]!r} does not exist; served are: {served}", param="model")
 
@@ -48,7 +48,11 @@ class Pages:
             workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift), "stream": _stream(streams.get(view.facts.worker_id))}
             can_serve = can_serve or _takes_requests(view)
         for name, model in models.items():
-            model["notes"] = shortcomings(v.facts.role for v in views if v.facts.model == name and _takes_requests(v))
+            takers = [view for view in views if view.facts.model == name and _takes_requests(view)]
+            model["is_ready"] = bool(takers)
+            model["names"] = [one.name for one in self._services.models if one.model.name == name]
+            model["weights"] = group_weights(view.facts for view in views if view.facts.model == name)
+            model["notes"] = shortcomings(view.facts.role for view in takers)
             model["misfits"] = misfits(view.facts for view in views if view.facts.model == name)
         for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
             models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))
@@ -58,6 +62,7 @@ class Pages:
             "status": status,
             "active_requests": self._services.dispatcher.active_count,
             "models": models,
+            "turned_away": self._services.turned_away(),
             "index": asdict(self._router.index_fill()),
         }
         return _json(page, 200 if can_serve and not is_draining else 503)
@@ -83,13 +88,16 @@ class Pages:
         return _json(record.details())
 
 
-def _model(model: ServedModel) -> dict[str, Any]:
-    card = model.card
+def _model(addressed: Addressed) -> dict[str, Any]:
+    """Source: vLLM's list, where an alias has the model as its root, and an adapter has it as its parent."""
+    card = addressed.model.card
     return {
-        "id": card.name,
+        "id": addressed.name,
         "object": "model",
         "created": card.created_unix_s,
         "owned_by": "polyphase",
+        "root": addressed.true_name,
+        "parent": card.name if addressed.adapter else None,
         "max_model_len": card.context_length,
     }
 
@@ -98,6 +106,11 @@ def _worker(view: WorkerView) -> dict[str, Any]:
     facts, load = view.facts, view.load
     page: dict[str, Any] = {
         "role": facts.role.value,
+        "engine": facts.engine,
+        "group": facts.group,
+        "weight": facts.weight,
+        "adapters": sorted(facts.adapters),
+        "block_size": facts.block_size,
         "epoch": facts.epoch,
         "is_draining": facts.is_draining,
         "is_stalled": facts.is_stalled,

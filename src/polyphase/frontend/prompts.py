@@ -103,7 +103,7 @@ def _prompt(ids: list[int], wishes: Wishes, model: ServedModel, name: str, text:
     if not ids:
         raise InvalidRequest(f"{name} is empty: the model needs at least one token to begin with", param=name)
     stop = wishes.stop_for(len(ids), model.card.context_length, name)
-    hashes = sequence_hashes(ids, model.card.block_size, wishes.cache_salt)
+    hashes = sequence_hashes(ids, model.card.block_size, wishes.namespace)
     return Prompt(ids, hashes, stop, text if wishes.echo else "")
 
 

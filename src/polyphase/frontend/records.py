@@ -107,6 +107,7 @@ class RequestRecord:
     status: str = "running"  # running | finished | cancelled | failed
     finish_reason: str | None = None
     error: str | None = None
+    asked_for: str | None = None  # the model's name as the client gave it, where that is an alias
 
     def as_json(self) -> dict[str, Any]:
         first = self.sequences[0] if self.sequences else None
@@ -116,6 +117,7 @@ class RequestRecord:
             "id": self.id,
             "answer_id": self.answer_id,
             "model": self.model,
+            "asked_for": self.asked_for,
             "endpoint": self.endpoint,
             "created": self.created_unix_s,
             "status": self.status,
@@ -170,7 +172,7 @@ def _candidates(attempt: Attempt | None) -> list[dict[str, Any]]:
     if attempt is None:
         return []
     placements = [placement for placement in (attempt.route.prefill, attempt.route.decode) if placement is not None]
-    return [row for placement in placements for row in candidates_json(placement, attempt.token_count, attempt.block_size)]
+    return [row for placement in placements for row in candidates_json(placement, attempt.token_count)]
 
 
 def _place(route: Route | None) -> dict[str, Any]:

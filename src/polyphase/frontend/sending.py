@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from polyphase.core.clock import Clock
 from polyphase.core.errors import WorkerLost
-from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
+from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.flight import NEVER, NOBODY, Flight, Stage
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Predictions
@@ -68,11 +68,10 @@ class Sending:
     def depart(self, flight: Flight) -> None:
         """Route and submit; tries one worker after the other until one takes the message. Raises: NoWorkers, Overloaded."""
         job = flight.job
-        hashes = flight.hashes()
         while True:
             flight.worker_id, flight.epoch = NOBODY, NEVER  # so that nothing that becomes of the last one concerns it
             started = time.perf_counter()
-            request = self.request_of(flight, hashes)
+            request = self.request_of(flight)
             route = self.refusals.route(self._router.route, request, self._clock.now_ns(), self._router.has_headroom)
             self._metrics.decision_s.observe(time.perf_counter() - started)
             flight.route = route
@@ -142,12 +141,13 @@ class Sending:
 
     # For the router
 
-    def request_of(self, flight: Flight, hashes: list[SequenceHash] | None = None) -> RouteRequest:
+    def request_of(self, flight: Flight) -> RouteRequest:
         job = flight.job
+        block_size, *others = self._router.block_sizes(job.model) or (job.block_size,)
         return RouteRequest(
             request_id=job.sequence_id,
             model=job.model,
-            sequence_hashes=flight.hashes() if hashes is None else hashes,
+            sequence_hashes=flight.hashes(block_size),
             prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
             max_output_tokens=flight.remaining_tokens,
             excluded=frozenset(worker for worker, epoch in flight.tried if self.lives(worker, epoch)) | flight.avoided,
@@ -155,6 +155,8 @@ class Sending:
             session=job.hints.session,
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
+            adapter=job.lora,
+            other_hashes={size: flight.hashes(size) for size in others} if others else None,
         )
 
     def is_as_chosen(self, flight: Flight, worker_id: WorkerId) -> bool:

@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass
 
 from polyphase.core.errors import ContextLengthExceeded, InvalidRequest
+from polyphase.core.hashing import namespace_of
 from polyphase.frontend.models import ServedModel
 from polyphase.frontend.openai_types import ChatRequest, CompletionRequest, GenerationRequest
 from polyphase.wire.requests import SamplingParams, StopConditions
@@ -44,6 +45,12 @@ class Wishes:
     continuous_usage: bool
     cache_salt: str | None
     priority: int
+    lora: str | None = None  # the adapter that the request's model stands for
+
+    @property
+    def namespace(self) -> str | None:
+        """What makes equal tokens differ in every hash of them."""
+        return namespace_of(self.cache_salt, self.lora)
 
     def sampling_for(self, position: int) -> SamplingParams:
         """The first sequence has the client's seed, the others seeds derived from it."""
@@ -218,6 +225,8 @@ def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, flo
 def _cache_salt(salt: str | None) -> str | None:
     if salt is not None and not 1 <= len(salt) <= MAX_SALT_CHARS:
         raise InvalidRequest(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, not {len(salt)}", param="cache_salt")
+    if salt is not None and salt.startswith("\0"):  # Source: core.hashing.namespace_of
+        raise InvalidRequest("cache_salt must not begin with the character NUL", param="cache_salt")
     return salt
 
 

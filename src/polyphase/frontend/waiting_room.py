@@ -27,7 +27,7 @@ from polyphase.router import (
 )
 
 BASE_COST_TOKENS = 64  # what a request costs beside its prompt, so that one that is cached all over is not free
-LaneKey = tuple[str, bool, tuple[tuple[str, str], ...]]  # model, whether a prefill worker is needed, required labels
+LaneKey = tuple[str, str | None, bool, tuple[tuple[str, str], ...]]  # model, adapter, whether a prefill worker is needed, required labels
 PROBE_NS = 5_000_000_000  # a lane that stood still for so long sends one on: a worker's own answer brings its true load
 
 
@@ -46,6 +46,10 @@ class Lane:
     queue: AdmissionQueue
     moved_ns: int  # when one was last sent, or the first began to wait
     deserted_ns: int | None = None  # since when there is no worker at all
+
+    @property
+    def waits_for_prefill(self) -> bool:
+        return self.key[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ class WaitingRoom:
     def key_of(self, request: RouteRequest) -> LaneKey:
         """What it has in common with those that wait for the same workers. Raises: NoWorkers."""
         labels = tuple(sorted(request.required_labels.items()))
-        return (request.model, self._router.waits_for_prefill(request), labels)
+        return (request.model, request.adapter, self._router.waits_for_prefill(request), labels)
 
     def enter(self, flights: list[Flight], request: RouteRequest, terms: Terms, now_ns: int) -> Party | None:
         """Let them wait; `request` is that of the first one.
@@ -200,7 +204,7 @@ class WaitingRoom:
         return [
             LaneView(
                 lane.model,
-                lane.key[1],
+                lane.waits_for_prefill,
                 len(lane.queue),
                 lane.queue.tokens,
                 max((now_ns - ticket.arrived_ns) / 1e9 for ticket in self._parties if ticket in lane.queue),

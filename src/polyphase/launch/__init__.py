@@ -4,6 +4,7 @@ In comes a plan (which processes, where, with how many cores); out comes news ab
 and nothing of requests or models.
 """
 
+from polyphase.launch.joining import JoinedWorkers, plan_joining
 from polyphase.launch.local import LocalDeployment
 from polyphase.launch.plan import DeploymentPlan, plan_deployment
 from polyphase.launch.run_folder import DeploymentRecord, find_deployment, living_deployments
@@ -13,6 +14,7 @@ __all__ = [
     "DeploymentPlan",
     "DeploymentRecord",
     "Exited",
+    "JoinedWorkers",
     "LocalDeployment",
     "News",
     "Ready",
@@ -22,4 +24,5 @@ __all__ = [
     "find_deployment",
     "living_deployments",
     "plan_deployment",
+    "plan_joining",
 ]

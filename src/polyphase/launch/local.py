@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from polyphase.launch.plan import DeploymentPlan, process_specs
@@ -15,6 +13,7 @@ from polyphase.launch.ports import check_port
 from polyphase.launch.process import ChildProcess
 from polyphase.launch.readiness import ReadinessProbe
 from polyphase.launch.run_folder import DeploymentRecord, RunFolder
+from polyphase.launch.signals import signals_handled
 from polyphase.launch.supervisor import News, Ready, StartFailed, Supervisor, Timing
 
 
@@ -69,7 +68,7 @@ class LocalDeployment:
         self._folder.publish(self._record())
         async with self._probe:
             try:
-                with self._signals_handled():
+                with signals_handled(self._supervisor):
                     await self._supervisor.run()
             except StartFailed:
                 self._keeps_logs = True
@@ -83,37 +82,13 @@ class LocalDeployment:
     def _record(self) -> DeploymentRecord:
         return DeploymentRecord(
             name=self.plan.settings.name,
-            model=self.plan.model.served_name,
+            model=", ".join(self.plan.model_names),
             url=self.plan.url,
             pid=os.getpid(),
             run_folder=str(self._folder.path),
             worker_ids=[worker.worker_id for worker in self.plan.workers],
             started_unix_s=time.time(),
         )
-
-    @contextmanager
-    def _signals_handled(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        heard = 0
-
-        def hear_signal() -> None:
-            nonlocal heard
-            heard += 1
-            if heard == 1:
-                self._supervisor.stop()
-            else:
-                self._supervisor.kill()
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else it was started with nohup, to outlive the terminal
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
-            loop.add_signal_handler(number, hear_signal)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
 
     def __enter__(self) -> LocalDeployment:
         return self

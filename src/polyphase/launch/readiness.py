@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import httpx
 
+from polyphase.launch.supervisor import StartFailed
 from polyphase.runtime import Registry
 
 TIMEOUT_S = 2.0
@@ -24,13 +25,18 @@ class ReadinessProbe:
         self._client = httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
 
     async def __call__(self) -> bool:
+        """Raises: StartFailed if the frontend will send a worker nothing."""
         if not self._expected <= self.joined_worker_ids():
             return False
         try:
             answer = await self._client.get(f"{self._url}/health")
         except httpx.HTTPError:
             return False
-        return answer.status_code == 200 and self._expected <= _worker_ids(answer.json())
+        page = answer.json()
+        for worker_id, reason in page.get("turned_away", {}).items():
+            if worker_id in self._expected:
+                raise StartFailed(reason)
+        return answer.status_code == 200 and self._expected <= _worker_ids(page)
 
     def joined_worker_ids(self) -> set[str]:
         return {entry.worker_id for entry in self._registry.entries()}

@@ -35,7 +35,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     """`deployment.json`."""
 
     name: str
-    model: str  # as clients call it
+    model: str  # as clients call it; several with commas between
     url: str
     pid: int  # of the supervisor
     run_folder: str
@@ -170,7 +170,10 @@ def _already_running(name: str, path: Path) -> str:
         what = f" at {record.url} (pid {record.pid})"
     except (OSError, msgspec.DecodeError):
         what = ""
-    return f"a deployment named {name!r} is running already{what}; stop it, or give this one another --name"
+    return (
+        f"a deployment named {name!r} is running already{what}; "
+        "stop it, give this one another --name, or add workers to that one with polyphase join"
+    )
 
 
 def _is_locked(lock: Path) -> bool:

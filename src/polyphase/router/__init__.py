@@ -10,6 +10,7 @@ from polyphase.router.coverage import misfits, shortcomings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.fair_share import Ticket
+from polyphase.router.groups import group_weights
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import FILTERS, POLICIES, policy_of
@@ -73,6 +74,7 @@ __all__ = [
     "WorkerView",
     "believed_tokens",
     "default_index",
+    "group_weights",
     "is_refusal",
     "misfits",
     "native_index",

@@ -68,4 +68,6 @@ class Candidates(Sequence[Candidate]):
             used_block_count=used_block_count(view),
             held_block_count=self._lineup.depth(row, Tier.OBJECT),
             costs=tuple((part.name, part.weight * column[row]) for part, column in zip(self._parts, self._columns, strict=True)),
+            block_size=view.facts.block_size,
+            group=view.facts.group,
         )

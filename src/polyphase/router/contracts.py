@@ -36,7 +36,7 @@ class Filter(Protocol):
 
     @property
     def is_lasting(self) -> bool:
-        """True: it looks at nothing but the workers' facts, `request.excluded` and `request.required_labels`.
+        """True: it looks at nothing but the workers' facts, `request.excluded`, `request.adapter` and `request.required_labels`.
 
         For requests without these the router remembers what it answered until facts change. Lasting filters come before the others.
         """

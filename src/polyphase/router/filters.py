@@ -5,12 +5,14 @@ asleep     gave its accelerator's memory free
 stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
+adapter    does not have the LoRA adapter that the request is for
 role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
              prefill   only if alone   no           yes, if it can hand over to one that decodes
-taker        takes no offer of the worker that computes the prompt
 full       runs and queues as many requests of this router as it may
+mates      is of another group, engine, block size or kind of offers than the worker that has the other leg
+reserve    weighs 0, and a worker that does not can take the request at once
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from polyphase.core.errors import NoWorkers, Overloaded, Refused
+from polyphase.router.groups import mates_of
 from polyphase.router.lineup import Lineup
 from polyphase.router.types import Leg, RouteRequest, WorkerFacts
 from polyphase.wire.cards import Role
@@ -108,6 +111,26 @@ class RequiredLabels:
         )
 
 
+class HasAdapter:
+    """do not have the LoRA adapter that the request is for"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if request.adapter is None:
+            return rows
+        views = workers.standings.views
+        return [row for row in rows if request.adapter in views[row].facts.adapters]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} that could take it is without the LoRA adapter {request.adapter!r}; "
+            "retry when one that has it has joined",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
 class FitsRole:
     """are not for this leg
 
@@ -128,21 +151,6 @@ class FitsRole:
         return NoWorkers(f"no worker of the model {request.model!r} has a fitting role", retry_after_s=5, request_id=request.request_id)
 
 
-class Taker:
-    """take no offer of the worker that computes the prompt"""
-
-    is_lasting = False
-
-    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
-        partner, standings = workers.partner, workers.standings
-        if partner is None or len(standings.offer_kinds) == 1:
-            return rows
-        return [row for row in rows if standings.views[row].facts.offer_kind == partner.offer_kind]
-
-    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
-        return NoWorkers(f"{every(worker_count)} of the model {request.model!r} takes KV of another kind", request_id=request.request_id)
-
-
 class Full:
     """run and queue as many requests of this router as they may"""
 
@@ -158,6 +166,42 @@ class Full:
             retry_after_s=2,
             request_id=request.request_id,
         )
+
+
+class Mates:
+    """cannot exchange KV with the worker that has the other leg"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if workers.partner is None or len(workers.standings.mates) == 1:
+            return rows
+        views, wanted = workers.standings.views, mates_of(workers.partner)
+        return [row for row in rows if mates_of(views[row].facts) == wanted]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} that has room is of another group, engine, block size or kind "
+            "than the one that would compute the prompt",
+            retry_after_s=2,
+            request_id=request.request_id,
+        )
+
+
+class Reserve:
+    """weigh 0, while others can take the request at once"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        standings = workers.standings
+        if not standings.has_reserve or workers.partner is not None:
+            return rows
+        weighty = [row for row in rows if standings.weights[standings.views[row].facts.group] > 0]
+        return weighty if standings.has_headroom(weighty) else rows
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return no_worker_serves(request)  # does not happen: it leaves somebody
 
 
 def _can_hand_over_to(kinds: Collection[str], facts: WorkerFacts) -> bool:

@@ -21,6 +21,7 @@ import xxhash
 from polyphase.core.ids import Epoch, WorkerId
 from polyphase.router.columns import Column
 from polyphase.router.cost import in_flight_count, queued_prefill_tokens, used_block_count
+from polyphase.router.groups import group_weights, mates_of
 from polyphase.router.indexes.naive import NaiveOverlaps
 from polyphase.router.saturation import is_saturated
 from polyphase.router.types import Leg, Overlaps, WorkerFacts, WorkerView
@@ -31,17 +32,26 @@ _MAX_LABEL_SETS = 64
 
 
 class Standings:
-    """How the workers of one model, so of one block size, stand, whatever the request. Rows keep their places; `note` changes one."""
+    """How the workers of one model stand, whatever the request. Rows keep their places; `note` changes one.
+
+    block_size: of all of them; where they differ, the smallest of `block_sizes`.
+    mates: groups of workers between which a request may be split, by `mates_of`; one where all are alike.
+    weights: of the groups, if any has one; `ahead`: the requests by which each is ahead of its share (`shares`), the router's to change.
+    """
 
     __slots__ = (
         "_label_columns",
+        "ahead",
         "block_size",
+        "block_sizes",
         "full_rows",
+        "has_reserve",
+        "has_shares",
         "last_turns",
         "lasting_rows",
         "least_room_tokens",
+        "mates",
         "max_waiting_requests",
-        "offer_kinds",
         "queued_tokens",
         "request_counts",
         "room_tokens",
@@ -49,16 +59,25 @@ class Standings:
         "saturated_rows",
         "used_tokens",
         "views",
+        "weights",
         "worker_ids",
     )
 
-    def __init__(self, views: Iterable[WorkerView], max_waiting_requests: int, seed: int = 0) -> None:
+    def __init__(
+        self, views: Iterable[WorkerView], max_waiting_requests: int, seed: int = 0, ahead: dict[str, float] | None = None
+    ) -> None:
         """`seed` says in which order workers that were never chosen take their first turn."""
         self.views = list(views)
         self.max_waiting_requests = max_waiting_requests
         self.worker_ids: tuple[WorkerId, ...] = tuple(view.facts.worker_id for view in self.views)
         self.rows = {worker_id: row for row, worker_id in enumerate(self.worker_ids)}
-        self.block_size = self.views[0].facts.block_size if self.views else 1
+        self.block_sizes = tuple(sorted({view.facts.block_size for view in self.views}))
+        self.block_size = self.block_sizes[0] if self.block_sizes else 1
+        self.mates = frozenset(mates_of(view.facts) for view in self.views)
+        self.weights = group_weights(view.facts for view in self.views)
+        self.has_shares = len(self.weights) > 1
+        self.has_reserve = self.has_shares and 0.0 in self.weights.values()
+        self.ahead = {} if ahead is None else ahead
         self.queued_tokens: Column = array("d", map(queued_prefill_tokens, self.views))
         self.used_tokens: Column = array("d", map(_used_tokens, self.views))
         self.room_tokens: Column = array("d", map(_room_tokens, self.views))
@@ -68,7 +87,6 @@ class Standings:
         self.saturated_rows = {row for row, view in enumerate(self.views) if is_saturated(view)}
         # Turns count up from 0, so that any of these is longer ago; a router that begins elsewhere has another order.
         self.last_turns = array("q", (-1 - xxhash.xxh3_64_intdigest(name.encode(), seed) % (1 << 62) for name in self.worker_ids))
-        self.offer_kinds = {view.facts.offer_kind for view in self.views}
         self.lasting_rows: dict[Leg, Sequence[int]] = {}  # what lasting filters leave for an ordinary request; the router's
         self._label_columns: dict[tuple[tuple[str, str], ...], Column] = {}
 
@@ -83,9 +101,9 @@ class Standings:
         self.views[row] = view
         self.queued_tokens[row] = queued_prefill_tokens(view)
         self.request_counts[row] = in_flight_count(view)
-        used, block_count = used_block_count(view), view.facts.block_count
-        self.used_tokens[row] = self.block_size * used
-        self.room_tokens[row] = room = self.block_size * (block_count - used)
+        used, block_count, block_size = used_block_count(view), view.facts.block_count, view.facts.block_size
+        self.used_tokens[row] = block_size * used
+        self.room_tokens[row] = room = block_size * (block_count - used)
         if room < self.least_room_tokens:
             self.least_room_tokens = room
         if self._is_full(view):
@@ -128,7 +146,8 @@ class Lineup(Sequence[WorkerView]):
 
     expected: leading blocks that workers are going to hold, where these are more than they hold.
     home: the worker, in that life of it, where the request's session was last.
-    partner: on the decode leg of a split request, the worker that computes the prompt.
+    partner: on the decode leg of a split request, the worker that computes the prompt; on its prefill leg, the one that would serve it
+        whole.
     rows: those that the filters have left; None: all.
     uses_lower_tiers: whether anything is known to rest below the device.
     """
@@ -182,7 +201,7 @@ class Lineup(Sequence[WorkerView]):
         for worker_id, depth in self.expected.items():
             row = standings.rows.get(worker_id)
             if row is not None:
-                column[row] = min(column[row], max(token_count - depth * standings.block_size, 0))
+                column[row] = min(column[row], max(token_count - depth * standings.views[row].facts.block_size, 0))
         return column
 
     def __len__(self) -> int:

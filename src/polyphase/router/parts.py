@@ -12,9 +12,10 @@ from typing import TypeVar
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
-from polyphase.router.filters import Asleep, Draining, Excluded, FitsRole, Full, RequiredLabels, Stalled, Taker
+from polyphase.router.filters import Asleep, Draining, Excluded, FitsRole, Full, HasAdapter, Mates, RequiredLabels, Reserve, Stalled
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
+from polyphase.router.shares import Share
 from polyphase.wire.events import Tier
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ BUILT_IN = Parts(
         "requests": Requests(),
         "session": Session(),
         "labels": Labels(),
+        "share": Share(),
     },
     filters={
         "draining": Draining(),
@@ -79,9 +81,11 @@ BUILT_IN = Parts(
         "stalled": Stalled(),
         "excluded": Excluded(),
         "required-labels": RequiredLabels(),
+        "adapter": HasAdapter(),
         "role": FitsRole(),
-        "taker": Taker(),
         "full": Full(),
+        "mates": Mates(),
+        "reserve": Reserve(),
     },
     pickers={"best": best},
 )

@@ -22,6 +22,7 @@ _LOAD = {
     "decode": 0.25,  # a KV token in use slows every later step a little; computing a token takes its full time once
     "overflow": 1.0,
 }
+_SHARE = {"share": 4096.0}  # more than most prompts cost anywhere, so that shares are kept closely; less than leaving a long prefix costs
 POLICIES: Mapping[str, Mapping[str, float]] = {
     "kv": {
         # A token of the queue delays this request. One that is computed a second time also delays all that come after it, and takes the
@@ -38,11 +39,12 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
         "session": 512.0,  # a step or so of prefill: enough to decide between equals, too little to queue for
         "labels": 2048.0,
         **_LOAD,
+        **_SHARE,
     },
-    "least-loaded": _LOAD,
-    "round-robin": {},  # all workers are equal, and equals take turns
+    "least-loaded": {**_LOAD, **_SHARE},
+    "round-robin": _SHARE,  # all workers are equal, and equals take turns
 }
-FILTERS = ("draining", "asleep", "stalled", "excluded", "required-labels", "role", "taker", "full")  # of every policy
+FILTERS = ("draining", "asleep", "stalled", "excluded", "required-labels", "adapter", "role", "full", "mates", "reserve")  # of every policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,11 @@ class Policy:
     passing_filters: tuple[Filter, ...]
     scorers: tuple[Weighted, ...]
     picker: Picker
+
+    @property
+    def weighs_workers(self) -> bool:
+        """Whether it is of any account how a worker stands; if not, they take turns, within their groups' shares."""
+        return any(part.name not in _SHARE for part in self.scorers)
 
     def weigh(self, request: RouteRequest, leg: Leg, workers: Lineup) -> Weighing:
         """Scores in (0, 1] for the rows that the filters have left."""

@@ -19,13 +19,16 @@ from polyphase.router.candidates import Candidates
 from polyphase.router.contracts import Filter
 from polyphase.router.cost import block_count_needed, queued_prefill_tokens, usable_block_count
 from polyphase.router.filters import no_worker_serves
+from polyphase.router.groups import Mates, mates_of
 from polyphase.router.indexes import DEFAULT_BELIEF_CAPACITY, DEFAULT_CAPACITY, PredictedPrefixIndex, default_index
 from polyphase.router.lineup import Lineup, Standings
+from polyphase.router.overlaps import OverlapsBySize
 from polyphase.router.pace import Paces
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import policy_of
 from polyphase.router.predictions import ExpectedPrefixes
 from polyphase.router.sessions import Sessions
+from polyphase.router.shares import claimants_of, settle
 from polyphase.router.split import Side, reason_of, why_not_split, worth_of_split
 from polyphase.router.types import (
     BOTH,
@@ -61,7 +64,6 @@ class _Known:
 class _Found:
     """What is known of a prompt: who holds how much of it, and who is going to."""
 
-    hashes: Sequence[SequenceHash]
     overlaps: Overlaps
     expected: Mapping[WorkerId, int]
 
@@ -84,6 +86,7 @@ class Router:
         self.bookings = Bookings()
         self._settings = settings
         self._policy = policy_of(settings.policy, parts)
+        self._weighs_workers = self._policy.weighs_workers
         self.index: PrefixIndex = default_index(settings.index.capacity or DEFAULT_CAPACITY) if index is None else index
         # Beliefs about workers that tell nothing lie in the same index as what the others tell.
         self._beliefs = PredictedPrefixIndex(
@@ -91,6 +94,7 @@ class Router:
         )
         self._known: dict[WorkerId, _Known] = {}
         self._standings: dict[str, Standings] = {}  # by model; made when first wanted
+        self._ahead: dict[str, dict[str, float]] = {}  # by model and group; see `shares`
         self._expected = ExpectedPrefixes()
         self.paces = Paces()
         self._sessions = Sessions(settings.sessions)
@@ -189,6 +193,13 @@ class Router:
         """Whether a living worker has this model, be it draining or full."""
         return any(known.facts.model == model for known in self._known.values())
 
+    def block_sizes(self, model: str) -> Sequence[int]:
+        """In tokens, of the workers of this model, the smallest first."""
+        standings = self._standings.get(model)
+        if standings is not None:
+            return standings.block_sizes
+        return sorted({known.facts.block_size for known in self._known.values() if known.facts.model == model})
+
     def cached_block_count(self, worker_id: WorkerId, hashes: Sequence[SequenceHash]) -> int:
         """Leading blocks of `hashes` that this worker is known to hold now, in whatever tiers."""
         return self.index.match(hashes).depth(worker_id, _LOWEST)
@@ -213,17 +224,15 @@ class Router:
         """
         self.release(request.request_id)
         standings = self._standings_of(request)
-        # A last block that ends with the prompt is of no use: the last token is computed in any case.
-        usable = usable_block_count(request.prompt_token_count, standings.block_size)
-        hashes = request.sequence_hashes if usable >= len(request.sequence_hashes) else request.sequence_hashes[:usable]
         self._beliefs.expire(request.now_ns)
-        overlaps = self.index.match(hashes)
-        found = _Found(hashes, overlaps, self._expected.beyond(hashes, overlaps))
+        found = self._find(request, standings.block_sizes)
 
         servers = self._lineup(request, BOTH, standings, found)
         self._filter(request, BOTH, servers, is_required=True)
         whole = self._choose(request, BOTH, servers)
-        helpers = self._helpers(request, standings, found)
+        if standings.has_shares:
+            settle(standings.ahead, claimants_of(servers), whole.facts.group)
+        helpers = self._helpers(request, standings, found, whole.facts)
         if helpers is None:
             self._book(request, found, whole)
             reason = "whole: no prefill worker is available that can hand over to one that decodes"
@@ -236,15 +245,12 @@ class Router:
 
         prefill = self._choose(request, PREFILL, helpers)
         takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
-        if not self._filter(request, DECODE, takers, is_required=False):
-            self._book(request, found, whole)
-            reason = f"whole: nobody who takes the KV of {prefill.facts.worker_id} has room now"
-            return Route(request.request_id, whole.placement, None, reason, "no-taker")
+        self._filter(request, DECODE, takers, is_required=True)
         decode = self._choose(request, DECODE, takers)
         alone, helper = (Side(standings.views[choice.row], choice.uncached_tokens) for choice in (whole, prefill))
         worth = None
         if self._settings.split.is_weighed:
-            to_move = max(request.prompt_token_count - decode.placement.overlap_block_count * standings.block_size, 0)
+            to_move = max(request.prompt_token_count - decode.placement.overlap_block_count * decode.facts.block_size, 0)
             worth = worth_of_split(alone, helper, standings.views[decode.row], to_move, self.paces)
         reason = reason_of(worth, alone, helper, request.prompt_token_count)
         if worth is not None and not worth.does_pay:
@@ -259,10 +265,19 @@ class Router:
         Raises: NoWorkers. Cost: O(workers whose bookings or load changed).
         """
         standings = self._standings_of(request)
-        if not standings.has_headroom(self._able(request, BOTH, standings, is_required=True)):
+        servers = self._able(request, BOTH, standings, is_required=True)
+        if not standings.has_headroom(servers):
             return False
         helpers = self._able(request, PREFILL, standings, is_required=False)
-        return standings.has_headroom(helpers) or not self._needs_one_of(helpers, request)
+        if len(standings.mates) == 1:
+            return standings.has_headroom(helpers) or not self._needs_one_of(helpers, request)
+        return any(self._has_headroom_among(mates, servers, helpers, standings, request) for mates in standings.mates)
+
+    def _has_headroom_among(
+        self, mates: Mates, servers: Sequence[int], helpers: Sequence[int], standings: Standings, request: RouteRequest
+    ) -> bool:
+        servers, helpers = ([row for row in rows if mates_of(standings.views[row].facts) == mates] for rows in (servers, helpers))
+        return standings.has_headroom(servers) and (standings.has_headroom(helpers) or not self._needs_one_of(helpers, request))
 
     def waits_for_prefill(self, request: RouteRequest) -> bool:
         """Whether it needs a prefill worker besides: those that do and those that do not wait for different workers. Raises: NoWorkers."""
@@ -290,7 +305,8 @@ class Router:
             names = sorted(name for name, known in self._known.items() if known.facts.model == request.model)
             if not names:
                 raise no_worker_serves(request)
-            standings = Standings(map(self._view, names), self._settings.max_waiting_requests, self._settings.first_turn)
+            ahead = self._ahead.setdefault(request.model, {})
+            standings = Standings(map(self._view, names), self._settings.max_waiting_requests, self._settings.first_turn, ahead)
             for row, name in enumerate(names):
                 last_turn = self._known[name].last_turn
                 if last_turn is not None:
@@ -302,11 +318,27 @@ class Router:
         home = None if request.session is None else self._sessions.home(request.model, request.session, leg, request.now_ns)
         return Lineup(standings, found.overlaps, found.expected, home, partner)
 
-    def _helpers(self, request: RouteRequest, standings: Standings, found: _Found) -> Lineup | None:
-        """Who could compute the prompt for another worker, if anybody."""
+    def _find(self, request: RouteRequest, block_sizes: Sequence[int]) -> _Found:
+        if len(block_sizes) == 1:
+            return self._find_in_blocks(request, block_sizes[0])
+        by_size = [(size, self._find_in_blocks(request, size)) for size in block_sizes]
+        overlaps = OverlapsBySize([(size, found.overlaps) for size, found in by_size])
+        return _Found(overlaps, {worker_id: depth for _, found in by_size for worker_id, depth in found.expected.items()})
+
+    def _find_in_blocks(self, request: RouteRequest, block_size: int) -> _Found:
+        hashes = request.hashes_of(block_size)
+        # A last block that ends with the prompt is of no use: the last token is computed in any case.
+        usable = usable_block_count(request.prompt_token_count, block_size)
+        if usable < len(hashes):
+            hashes = hashes[:usable]
+        overlaps = self.index.match(hashes)
+        return _Found(overlaps, self._expected.beyond(hashes, overlaps))
+
+    def _helpers(self, request: RouteRequest, standings: Standings, found: _Found, server: WorkerFacts) -> Lineup | None:
+        """Who could compute the prompt for workers like `server`, if anybody."""
         if not self._able(request, PREFILL, standings, is_required=False):
             return None
-        helpers = self._lineup(request, PREFILL, standings, found)
+        helpers = self._lineup(request, PREFILL, standings, found, partner=server)
         return helpers if self._filter(request, PREFILL, helpers, is_required=False) else None
 
     def _filter(self, request: RouteRequest, leg: Leg, workers: Lineup, *, is_required: bool) -> bool:
@@ -320,7 +352,7 @@ class Router:
         self, request: RouteRequest, leg: Leg, standings: Standings, *, is_required: bool, workers: Lineup | None = None
     ) -> Sequence[int]:
         """Rows that the lasting filters leave: who may take the leg, now or later. Raises: why there are none, if some are required."""
-        is_ordinary = not (request.excluded or request.required_labels)
+        is_ordinary = not (request.excluded or request.required_labels or request.adapter)
         rows = standings.lasting_rows.get(leg) if is_ordinary else None
         if rows is None:
             workers = workers or Lineup(standings, self.index.match(()))
@@ -339,8 +371,8 @@ class Router:
         depth = workers.depth(row)
         held = workers.depth(row, _LOWEST) if workers.uses_lower_tiers else depth
         uncached = request.prompt_token_count - held * facts.block_size
-        queued = queued_prefill_tokens(view) if self._policy.scorers else None
-        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row), queued)
+        queued = queued_prefill_tokens(view) if self._weighs_workers else None
+        placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row), queued, facts.block_size)
         return _Choice(placement, facts, row, turn, max(uncached, 0))
 
     def _book(self, request: RouteRequest, found: _Found, decode: _Choice, prefill: _Choice | None = None) -> None:
@@ -353,10 +385,11 @@ class Router:
             legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is PREFILL))
             standings.last_turns[choice.row] = self._known[facts.worker_id].last_turn = choice.turn
             if not self.follows_events(facts):
-                self._beliefs.expect(facts.worker_id, request.sequence_hashes, request.now_ns)
+                self._beliefs.expect(facts.worker_id, request.hashes_of(facts.block_size), request.now_ns)
         self.bookings.book(request.request_id, legs)
         prompt = (prefill or decode).facts
-        self._expected.expect(request.request_id, prompt.worker_id, request.sequence_hashes, found.overlaps.depth(prompt.worker_id))
+        hashes = request.hashes_of(prompt.block_size)
+        self._expected.expect(request.request_id, prompt.worker_id, hashes, found.overlaps.depth(prompt.worker_id))
         if request.session is not None:
             decode_home, prompt_home = (decode.facts.worker_id, decode.facts.epoch), (prompt.worker_id, prompt.epoch)
             self._sessions.note(request.model, request.session, decode_home, prompt_home, request.now_ns)

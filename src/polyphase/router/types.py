@@ -43,6 +43,10 @@ class WorkerFacts:
     is_stalled: bool = False
     is_asleep: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
+    engine: str = ""
+    group: str = ""
+    weight: float | None = None  # of its group; None: nobody set one
+    adapters: frozenset[str] = frozenset()
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     offer_kind: str = BLOCKS  # which offers it makes, if it does, and takes; "": none
     offer_facts: Labels = field(default_factory=lambda: NO_LABELS, hash=False)  # what must be equal, for people to be told what differs
@@ -54,7 +58,11 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """A request as the router sees it. `sequence_hashes` are those of the full blocks of the prompt, for the model's block size."""
+    """A request as the router sees it.
+
+    `sequence_hashes` are those of the full blocks of the prompt, for the block size of the model's workers; where they differ in it, for
+    the smallest, and `other_hashes` has those for the others.
+    """
 
     request_id: RequestId
     model: str
@@ -66,6 +74,12 @@ class RouteRequest:
     session: int | None = None  # hash of what the client says belongs together; `frontend.sessions`
     preferred_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    adapter: str | None = None  # LoRA adapter of the model; only workers that have it will do
+    other_hashes: Mapping[int, Sequence[SequenceHash]] | None = field(default=None, hash=False)  # by block size
+
+    def hashes_of(self, block_size: int) -> Sequence[SequenceHash]:
+        """For a worker with blocks of this size."""
+        return self.other_hashes.get(block_size, self.sequence_hashes) if self.other_hashes else self.sequence_hashes
 
 
 class Leg(enum.StrEnum):
@@ -94,6 +108,8 @@ class Candidate:
     used_block_count: int | None = None
     held_block_count: int | None = None  # leading blocks in any tier; `overlap_block_count` are those on the device
     costs: tuple[tuple[str, float], ...] = ()  # by scorer, in tokens of prefill; the score comes of their sum
+    block_size: int = 16  # tokens, of its blocks
+    group: str = ""
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -105,6 +121,7 @@ class Placement(msgspec.Struct, frozen=True):
     overlap_block_count: int
     candidates: Sequence[Candidate]
     queued_prefill_tokens: int | None = None  # ahead of the request there, as far as the router knew; None: it did not matter
+    block_size: int = 16  # tokens, of the worker's blocks
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -114,7 +131,7 @@ class Route(msgspec.Struct, frozen=True):
     decode: Placement
     prefill: Placement | None
     reason: str
-    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker | no-taker
+    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker
 
 
 class Overlaps(Protocol):

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,12 +49,14 @@ class Deployment:
     """
 
     def __init__(
-        self, model: str | Path, *options: str, start_timeout_s: float = 120, environment: Mapping[str, str] | None = None
+        self, model: str | Path | None, *options: str, start_timeout_s: float = 120, environment: Mapping[str, str] | None = None
     ) -> None:
+        """`model`: None where a file of `--config` names the models."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.home = Path(tempfile.mkdtemp(prefix="pp-", dir="/tmp"))  # short: socket paths end at about 100 bytes
-        self._command = [sys.executable, "-m", "polyphase", "serve", str(model), "--port", str(self.port), *options]
+        named = () if model is None else (str(model),)
+        self._command = [sys.executable, "-m", "polyphase", "serve", *named, "--port", str(self.port), *options]
         self._environment = {**os.environ, **(environment or {}), "XDG_RUNTIME_DIR": str(self.home), "NO_COLOR": "1"}
         self._start_timeout_s = start_timeout_s
         self._output = self.home / "serve.out"
@@ -97,6 +100,36 @@ class Deployment:
         if self.process.poll() is not None:
             raise DeploymentFailed(f"the deployment ended with exit code {self.process.returncode}:\n{self.output()[-4000:]}")
         return "Ready" in self.output()
+
+    @contextmanager
+    def joined(self, model: str | Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+        """`polyphase join MODEL OPTIONS…` from when its workers are ready to the end of the `with`. Raises: DeploymentFailed."""
+        process = self.command("join", str(model), *options)
+        assert process.stdout is not None
+        try:
+            said = ""
+            for line in process.stdout:
+                said += line
+                if line.startswith("Ready"):
+                    break
+            else:
+                raise DeploymentFailed(f"the workers did not join; exit code {process.wait()}:\n{said}")
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+
+    def command(self, *words: str) -> subprocess.Popen[str]:
+        """`polyphase WORDS…` beside this deployment, its output and errors in one pipe. Owner: the caller."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "polyphase", *words],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def output(self) -> str:
         """All that the supervisor has printed."""

@@ -31,6 +31,9 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     is_draining: bool = False
     is_asleep: bool = False  # or falling asleep: it takes no requests
     labels: dict[str, str] = {}  # where it stands or what it is, for example zone → eu-1; msgspec copies the default
+    aliases: list[str] = []  # further names that clients may call the model by
+    group: str = ""  # of the model's workers: those that share a weight, and between which a request may be split
+    weight: float | None = None  # of the group, for its share of the model's requests; 0: only what no other group can take at once
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):

@@ -103,6 +103,7 @@ class PullAhead(msgspec.Struct, frozen=True, tag="pull_ahead", omit_defaults=Tru
     token_ids: list[int]
     part: KvPart
     cache_salt: str | None = None
+    lora: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -135,6 +135,9 @@ async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> Worker
         request_endpoint=paths.request_endpoint,
         event_endpoint=paths.event_endpoint,
         labels=options.labels,
+        aliases=list(options.aliases),
+        group=options.group or engine.card.engine,
+        weight=options.weight,
     )
     agent, region = stack.enter_context(join_transfer(engine, entry, str(paths.pool_socket), options.transfer))
     log.info("warming up")

@@ -69,6 +69,7 @@ def _load_mock(options: EngineOptions) -> Engine:
             max_waiting=options.max_waiting,
             context_length=options.context_length,
             lease_s=options.lease_s,
+            adapters=tuple(options.adapters),
         )
     )
 
@@ -93,6 +94,7 @@ def _load_vllm(options: EngineOptions) -> list[Engine]:
         context_length=options.context_length,
         max_batch_tokens=options.max_batch_tokens,
         max_running=options.max_running,
+        adapters=options.adapters,
         hands_over=options.role is not Role.BOTH,
         api_key=api_key_of(os.environ),
     )

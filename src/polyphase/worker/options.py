@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class EngineOptions:
     mock_model: str = "llama-3.1-8b"
     mock_accelerator: str = "h100"
     mock_speedup: float = 1.0
+    adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA: folder by name
     run_folder: Path = Path()  # of the deployment; private
     worker_id: str = ""
     attach: str | None = None  # the remaining ones are for engines that are servers of their own
@@ -60,6 +61,9 @@ class WorkerOptions:
     log_level: str
     transfer: TransferOptions = field(default_factory=lambda: TransferOptions(None, None))
     labels: dict[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    group: str | None = None
+    weight: float | None = None
 
 
 def parse_options(arguments: Sequence[str]) -> WorkerOptions:
@@ -78,6 +82,9 @@ def parse_options(arguments: Sequence[str]) -> WorkerOptions:
         log_level=given.log_level,
         transfer=TransferOptions(given.transfer_address, given.transfer_token_file),
         labels=given.labels,
+        aliases=given.aliases,
+        group=given.group,
+        weight=given.weight,
     )
 
 
@@ -106,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labels", type=_labels, default={}, metavar="NAME=VALUE,…", help="where it stands, for routers, such as zone=eu-1,rack=7"
     )
+    parser.add_argument("--aliases", type=_names, default=(), metavar="NAMES", help="further names of the model, divided by commas")
+    parser.add_argument("--group", help="of workers that share a weight, and between which requests may be split (default: the engine)")
+    parser.add_argument("--weight", type=_weight, help="of the group, for its share of the model's requests; 0: the reserve")
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     transfer = parser.add_argument_group("transfer between hosts")
     transfer.add_argument(
@@ -117,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", required=True, help="folder with a checkpoint, or a name on the hub")
     engine.add_argument("--name", help="under which the model is served (default: the folder's or the hub's name)")
+    engine.add_argument(
+        "--lora", dest="adapters", type=_labels, default={}, metavar="NAME=FOLDER,…", help="LoRA adapters that are served beside the model"
+    )
     engine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     engine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: float32 on cpu, the checkpoint's on cuda)")
     engine.add_argument("--block-size", type=_count, help="tokens in a KV block (default: 16; that of vllm is its own)")
@@ -164,6 +177,13 @@ def _factor(text: str) -> float:
     return factor
 
 
+def _weight(text: str) -> float:
+    weight = float(text)
+    if not 0 <= weight < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return weight
+
+
 def _labels(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     if any(not (name and value) for name, _, value in pairs):
@@ -172,4 +192,4 @@ def _labels(text: str) -> dict[str, str]:
 
 
 # argparse shows these when the text is no number at all
-_count.__name__, _seconds.__name__, _factor.__name__ = "whole number", "number of seconds", "number"
+_count.__name__, _seconds.__name__, _factor.__name__, _weight.__name__ = "whole number", "number of seconds", "number", "number"

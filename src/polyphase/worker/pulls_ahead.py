@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from polyphase.core.errors import TransferError
+from polyphase.core.hashing import namespace_of
 from polyphase.engines.interface import BlockSource, KvExporter, KvImporter, PrefixImport, Room
 from polyphase.observe import request_context
 from polyphase.transfer import Verdict
@@ -51,7 +52,7 @@ class _Stream:
 
     request_id: str
     target: PrefixImport
-    cache_salt: str | None
+    namespace: str | None
     parts: deque[_Blocks] = field(default_factory=deque)
     token_ids: list[int] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
@@ -76,12 +77,13 @@ class PullsAhead:
     def add(self, message: PullAhead) -> None:
         """A part of a request that may come. What does not join on to the parts before is of no use, and ignored."""
         part, block_size = message.part, self._layout.block_size
+        namespace = namespace_of(message.cache_salt, message.lora)
         stream = self._streams.get(message.request_id)
         if stream is None:
-            stream = self._open(message.request_id, message.cache_salt)
+            stream = self._open(message.request_id, namespace)
         region = part.agent.region(part.region_id)
         is_sound = len(part.block_ids) == len(part.generations) and len(message.token_ids) == len(part.block_ids) * block_size
-        is_next = len(stream.token_ids) == part.first_block * block_size and stream.cache_salt == message.cache_salt
+        is_next = len(stream.token_ids) == part.first_block * block_size and stream.namespace == namespace
         if region is None or region.layout != self._layout or not is_sound or not is_next:
             with request_context(message.request_id):
                 log.info("blocks %d and following of its prompt are not pulled ahead: they do not fit what is here", part.first_block)
@@ -96,9 +98,10 @@ class PullsAhead:
         Cancel: reads under way go on to their end and are of use to the next request with this prefix.
         """
         token_ids, block_size = request.token_ids, self._layout.block_size
+        namespace = namespace_of(request.cache_salt, request.lora)
         stream = self._streams.get(request.request_id)
-        if stream is None or stream.cache_salt != request.cache_salt or stream.token_ids != token_ids[: len(stream.token_ids)]:
-            stream = self._open(request.request_id, request.cache_salt)
+        if stream is None or stream.namespace != namespace or stream.token_ids != token_ids[: len(stream.token_ids)]:
+            stream = self._open(request.request_id, namespace)
         if offer.layout != self._layout or len(offer.block_ids) != len(offer.generations):
             return True  # the engine judges
         full_count = min(offer.token_count, len(token_ids) - 1) // block_size
@@ -144,12 +147,12 @@ class PullsAhead:
             self.forget(request_id)
         self._threads.shutdown()
 
-    def _open(self, request_id: str, salt: str | None) -> _Stream:
+    def _open(self, request_id: str, namespace: str | None) -> _Stream:
         self.forget(request_id)
         if len(self._streams) >= MAX_STREAMS:
             self.forget(next(iter(self._streams)))
-        target = self._importer.open_import(request_id, salt)
-        stream = self._streams[request_id] = _Stream(request_id, target, salt)
+        target = self._importer.open_import(request_id, namespace)
+        stream = self._streams[request_id] = _Stream(request_id, target, namespace)
         return stream
 
     def _enqueue(self, stream: _Stream, blocks: _Blocks) -> None:

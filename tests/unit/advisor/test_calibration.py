@@ -74,13 +74,27 @@ def test_a_table_without_the_columns_is_refused() -> None:
         ((72, 1, 72, 1), ParallelMapping(1, 1, 72, 1, 72)),
     ],
 )
-def test_inferencex_rows_are_read_as_they_were_run(reported: tuple[int, ...], as_run: ParallelMapping) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "silicon_concurrency=64; InferenceX",
+        "db-dump/2026-04-27; config_id=7; silicon_concurrency=64",
+        "source_file=2026-04-06.csv; silicon_concurrency=64",
+    ],
+)
+def test_inferencex_rows_are_read_as_they_were_run(source: str, reported: tuple[int, ...], as_run: ParallelMapping) -> None:
     sizes = dict(zip(("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size"), reported, strict=True))
-    source = "silicon_concurrency=64; InferenceX"
     read = read_measurements([row(model_path="deepseek-ai/DeepSeek-R1", silicon_data_source=source, **sizes)], LIBRARY).measurements[0]
     assert read.mapping == as_run
     assert read.is_doubtful == (as_run.gpu_count > 8)
     assert read.gpu_count == reported[0] * reported[1]  # as the throughput formula counts
+
+
+def test_more_requests_than_an_engine_holds_are_shared_by_several() -> None:
+    read = read_measurements([row(silicon_data_source="silicon_concurrency=416", batch_size="13", tp_size="2")], LIBRARY).measurements[0]
+    assert (read.worker_count, read.batch, read.concurrency, read.gpu_count) == (32, 13, 416, 64)
+    odd = read_measurements([row(silicon_data_source="silicon_concurrency=20", batch_size="13", tp_size="2")], LIBRARY).measurements[0]
+    assert (odd.worker_count, odd.batch) == (1, 20)
 
 
 def test_a_fit_finds_the_weights_of_a_known_law() -> None:

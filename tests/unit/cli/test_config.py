@@ -156,7 +156,7 @@ def test_what_is_wrong_is_one_sentence_that_names_it(flags: dict[str, object], e
     ("content", "sentence"),
     [
         ("prot = 1", "did you mean port?"),
-        ("colour = 1", "known are model"),
+        ("xyzzy = 1", "known are name, host"),
         ("port = ", "is not valid TOML"),
         ("port = 'x'", "should be a valid integer"),
         ("[router]\npolice = 'kv'", "sets 'router.police', which is not a setting; did you mean router.policy?"),

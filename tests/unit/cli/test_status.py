@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from polyphase.cli.status import _index, _queues, _streams, _warnings, ask_frontend, engine_lines, format_age, format_count
+from polyphase.cli.status import (
+    _index,
+    _names,
+    _queues,
+    _shares,
+    _streams,
+    _warnings,
+    ask_frontend,
+    engine_lines,
+    format_age,
+    format_count,
+    status_table,
+)
 from polyphase.launch.run_folder import DeploymentRecord, RunFolder
 from polyphase.runtime import PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.runtime.paths import ensure_private_folder
@@ -170,3 +182,26 @@ def test_engines_and_what_they_can() -> None:
     vllm, torch = status("vllm", "kv-events"), status("torch", "kv-events", "hand-over")
     assert engine_lines({"a": vllm, "b": vllm, "gone": None}) == ["engine vllm: kv-events"]
     assert engine_lines({"a": vllm, "b": torch}) == ["engine vllm: kv-events (a)", "engine torch: kv-events, hand-over (b)"]
+
+
+def test_names_shares_and_those_turned_away_are_told() -> None:
+    model = {"workers": {}, "names": ["demo", "gpt-4", "sql"], "weights": {"stable": 97.0, "canary": 3.0, "cloud": 0.0}}
+    page = {"models": {"demo": model, "other": {"workers": {}, "names": ["other"], "weights": {}}}, "turned_away": {"w": "it is odd"}}
+    assert _names(page) == ["demo is also served as gpt-4, sql"]
+    assert _shares(page) == ["shares of demo: stable 97%, canary 3%, cloud in reserve"]
+    assert _warnings(page) == ["w: gets no requests: it is odd"]
+    assert _names([]) == _shares([]) == _names({"error": 1}) == []
+
+
+def test_workers_are_shown_by_model() -> None:
+    def status(worker_id: str, model: str) -> WorkerStatus:
+        entry = WorkerEntry(
+            worker_id=worker_id, epoch=1, role=Role.BOTH, model=model, pid=1, host="h", request_endpoint="", event_endpoint=""
+        )
+        return WorkerStatus(entry=entry, load=LOAD, uptime_s=1, rss_bytes=1)
+
+    answers = {"w0": status("w0", "large"), "w1": status("w1", "demo"), "w2": None}
+    shown = list(status_table(["w0", "w1", "w2", "w3"], answers, is_wide=False).columns[0].cells)
+    assert [str(cell) for cell in shown] == ["demo", "w1", "large", "w0", "of no known model", "w2", "w3"]
+    alone = status_table(["w0"], {"w0": answers["w0"]}, is_wide=False)
+    assert [str(cell) for cell in alone.columns[0].cells] == ["w0"]

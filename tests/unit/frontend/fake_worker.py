@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from polyphase.runtime import EventPublisher, PeerId, Registry, WorkerPaths, WorkerServer
 from polyphase.text import IncrementalDetokenizer, StopStringMatcher, Tokenizer
@@ -64,6 +65,7 @@ class FakeWorker:
         role: Role = Role.BOTH,
         peers: dict[str, FakeWorker] | None = None,
         labels: dict[str, str] | None = None,
+        **entry: Any,
     ) -> None:
         self.worker_id = worker_id
         self.card = card
@@ -89,6 +91,7 @@ class FakeWorker:
             request_endpoint=paths.request_endpoint,
             event_endpoint=paths.event_endpoint,
             labels=labels or {},
+            **entry,
         )
         self._server = WorkerServer(paths.request_endpoint, self._on_message)
         self._publisher = EventPublisher(paths.event_endpoint, worker_id, self.epoch)

@@ -47,17 +47,17 @@ class Stack:
     _peers: dict[str, FakeWorker] = field(default_factory=dict)
 
     async def add(
-        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None
+        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None, **entry: Any
     ) -> FakeWorker:
         """A worker that the router knows by the time this returns."""
-        worker = await self.add_unready(worker_id, role, card, labels)
+        worker = await self.add_unready(worker_id, role, card, labels, **entry)
         await wait_for(lambda: any(v.facts.worker_id == worker_id and v.facts.epoch == worker.epoch for v in self.router.workers()))
         return worker
 
     async def add_unready(
-        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None
+        self, worker_id: str, role: Role = Role.BOTH, card: ModelCard | None = None, labels: dict[str, str] | None = None, **entry: Any
     ) -> FakeWorker:
-        worker = FakeWorker(self.run_folder, worker_id, card or self.card, self.story, role, self._peers, labels)
+        worker = FakeWorker(self.run_folder, worker_id, card or self.card, self.story, role, self._peers, labels, **entry)
         await worker.start()
         self.workers[worker_id] = worker
         return worker
@@ -111,7 +111,9 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
-    services = Services(models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams)
+    services = Services(
+        models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams, turned_away=fleet.turned_away
+    )
     listener = open_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = HttpServer(build_app(services, router), services, listener)

@@ -438,10 +438,11 @@ async def test_a_bug_in_mid_stream_is_told(stack: Stack, monkeypatch: pytest.Mon
 
 async def test_a_worker_with_another_tokenizer_gets_nothing(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
     await stack.add("worker-0")
-    odd = msgspec.structs.replace(stack.card, context_length=1024, block_size=32)
+    odd = msgspec.structs.replace(stack.card, vocab_size=stack.card.vocab_size - 1, chat_template="{{ messages }}")
     worker = await stack.add_unready("odd-0", card=odd)
     await wait_for(lambda: "odd-0" in caplog.text)
-    assert "context_length, block_size differ" in caplog.text
+    assert "chat_template, vocab_size differ" in caplog.text
+    assert "chat_template, vocab_size differ" in (await stack.get("/health")).json()["turned_away"]["odd-0"]
     for _ in range(4):
         assert (await ask(stack)).status_code == 200
     assert worker.submits == []

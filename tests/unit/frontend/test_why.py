@@ -71,7 +71,7 @@ async def test_a_migration_keeps_both_routes_and_the_cause(stack: Stack) -> None
 def test_history_is_bounded() -> None:
     history = History()
     for number in range(1000):
-        history.add(Attempt(WHOLE, number, 40, 16, is_split=False))
+        history.add(Attempt(WHOLE, number, 40, is_split=False))
         history.note(number, "refused")
     history.note(1000, "ended", detail="stop")
     assert len(history.attempts) == MAX_ATTEMPTS
@@ -86,18 +86,18 @@ def test_after_a_migration_the_prediction_is_still_that_of_the_report() -> None:
     sequence = SequenceRecord(started_ns=0)
     here = Placement(Leg.BOTH, WorkerId("v"), Epoch(1), 0, (Candidate(WorkerId("v"), 1.0, 0, 0, 0, 0),))
     nothing = Route(RequestId("r"), here, None, "whole: short", "short-prompt")
-    sequence.history.add(Attempt(nothing, 1, 40, 16, is_split=False))
+    sequence.history.add(Attempt(nothing, 1, 40, is_split=False))
     assert sequence.predicted_cached_tokens == 0
     stats = PhaseStats(cached_token_count=0)
     sequence.note_stats(stats)
     sequence.history.attempts[0].note_stats(stats, of_prefill_leg=False)
     sequence.note_tokens(1, 2)
-    sequence.history.add(Attempt(WHOLE, 3, 41, 16, is_split=False))
+    sequence.history.add(Attempt(WHOLE, 3, 41, is_split=False))
     assert (sequence.predicted_cached_tokens, sequence.cached_tokens) == (0, 0)
 
 
 def test_predicted_and_reported_stand_side_by_side() -> None:
-    attempt = Attempt(WHOLE, 5_000_000, 40, 16, is_split=False)
+    attempt = Attempt(WHOLE, 5_000_000, 40, is_split=False)
     attempt.note_stats(PhaseStats(cached_token_count=16, queue_ms=1.5), of_prefill_leg=False)
     page = attempt.as_json(0)
     (leg,) = page["legs"]

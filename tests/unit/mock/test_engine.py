@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from polyphase.core.clock import ManualClock
+from polyphase.core.errors import ModelNotFound
 from polyphase.engines.interface import StepReport
 from polyphase.engines.mock.engine import MockEngine, load_mock_engine
 from polyphase.wire.requests import FinishReason
@@ -69,3 +70,16 @@ async def test_what_is_aborted_ends_as_cancelled(engine: MockEngine) -> None:
     reports = await reports_until(engine, 1)
     assert reports[-1].outputs[-1].finish_reason is FinishReason.CANCELLED
     assert engine.load().used_block_count == 0
+
+
+async def test_with_an_adapter_the_answers_are_others() -> None:
+    answers = {}
+    for prompt in (PROMPT[:5], PROMPT):  # without a full block, and with one
+        for lora in (None, "sql", "poet"):
+            clock = ManualClock()
+            made = machine(clock, adapters=("sql", "poet"))
+            answers[len(prompt), lora] = tuple(ask(made, clock, submit("r", prompt, 12, lora=lora)))
+            assert answers[len(prompt), lora] == tuple(ask(made, clock, submit("again", prompt, 12, lora=lora)))
+    assert len(set(answers.values())) == 6
+    with pytest.raises(ModelNotFound):
+        machine().core.submit(submit("r", PROMPT, lora="sql"), None)

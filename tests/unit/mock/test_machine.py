@@ -7,15 +7,18 @@ import sys
 
 import pytest
 
+from polyphase.advisor.library import shipped_calibration
+from polyphase.advisor.step import step_times
 from polyphase.core.clock import ManualClock
 from polyphase.core.errors import ConfigurationError, ModelLoadError
 from polyphase.core.ids import ContentKey, SequenceHash
 from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.scheduler import Row
-from polyphase.engines.mock import MockSettings, parse_accelerator, parse_model_shape
+from polyphase.engines.mock import MockSettings
 from polyphase.engines.mock.assembly import assemble_mock
+from polyphase.engines.mock.imagined import imagine
 from polyphase.engines.mock.machine import MockMachine, say_nothing
-from polyphase.engines.mock.timing import StepTimes
+from polyphase.engines.mock.timing import imagined_times
 from polyphase.engines.mock.tokens import answer_length
 from polyphase.kv import GivenNames
 from polyphase.transfer import Agent, PeerBlocks
@@ -76,36 +79,56 @@ def test_a_long_prompt_takes_its_time_and_a_cached_one_does_not(clock: ManualClo
     assert durations[1] < 0.05 * durations[0]
 
 
-def test_step_times_scale(clock: ManualClock) -> None:
-    shape, accelerator = parse_model_shape("llama-3.1-8b"), parse_accelerator("h100")
+def test_step_times_are_the_advisors(clock: ManualClock) -> None:
+    eight_b = imagine("llama-3.1-8b", "h100")
     engine = machine(clock)
     engine.core.submit(submit("a", PROMPT * 8), None)
     step = engine.begin_step()
     assert step is not None
     rows = step.plan.rows
-    whole = StepTimes(shape, accelerator).step_ns(rows)
-    assert StepTimes(shape, accelerator, 10).step_ns(rows) == pytest.approx(whole / 10, rel=1e-3)
-    assert StepTimes(shape, accelerator, float("inf")).step_ns(rows) == 0
-    assert StepTimes(shape, parse_accelerator("4xh100")).step_ns(rows) < whole
-    assert StepTimes(parse_model_shape("llama-3.1-70b"), parse_accelerator("4xh100")).step_ns(rows) > whole
-    sequence = rows[0].sequence
-    decode = [Row(sequence, 1000, 1)]
-    assert 6e6 < StepTimes(shape, accelerator).step_ns(decode) < 10e6, "weights once: 16 GB at 3.35 TB/s, and some overhead"
-    assert StepTimes(shape, accelerator).step_ns(decode * 64) > StepTimes(shape, accelerator).step_ns(decode)
+    times = imagined_times(eight_b)
+    asked = step_times(shipped_calibration(), eight_b.setting, eight_b.mapping)
+    count = rows[0].count
+    assert times.step_ns(rows) == pytest.approx(asked.step_ms(0, 0, count, count * (count + 1) / 2) * 1e6, abs=1)
+    assert imagined_times(eight_b, 10).step_ns(rows) == pytest.approx(times.step_ns(rows) / 10, rel=1e-3)
+    assert imagined_times(eight_b, float("inf")).step_ns(rows) == 0
+    assert imagined_times(imagine("llama-3.1-8b", "4xh100")).step_ns(rows) < times.step_ns(rows)
+    assert imagined_times(imagine("llama-3.1-70b", "4xh100")).step_ns(rows) > times.step_ns(rows)
+    decode = [Row(rows[0].sequence, 1000, 1)]
+    assert 5e6 < times.step_ns(decode) < 10e6, "weights once: 16 GB at 3.35 TB/s, and some overhead"
+    assert times.step_ns(decode * 64) > times.step_ns(decode)
+    one_by_one = [times.step_ns([Row(rows[0].sequence, 1000 + number, 1)] * 3) for number in range(4)]
+    assert times.decode_steps_ns(3, 3 * 1001, 4) == pytest.approx(one_by_one, abs=1)
 
 
 def test_figures_instead_of_names() -> None:
-    shape = parse_model_shape("parameters=8.03e9,layers=32,kv-heads=8,head-dim=128")
-    assert shape == parse_model_shape("llama-3.1-8b")
-    assert shape.kv_bytes_per_token == 128 * 1024
-    assert parse_accelerator("tflops=989,gb-per-s=3350,memory-gb=80") == parse_accelerator("h100")
-    assert parse_accelerator("2xh100").memory_bytes == 160e9
+    named, figures = imagine("llama-3.1-8b", "h100"), imagine("parameters=8.03e9,layers=32,kv-heads=8,head-dim=128", "2xh100")
+    assert figures.weight_bytes == pytest.approx(named.weight_bytes, rel=1e-3)
+    assert figures.kv_bytes_per_token == named.kv_bytes_per_token == 128 * 1024
+    assert figures.memory_bytes == 2 * named.memory_bytes == 160e9
+    assert imagine("llama-3.1-8b", "tflops=989,gb-per-s=3350,memory-gb=80").memory_bytes == named.memory_bytes
+
+
+def test_mixtures_and_latent_attention() -> None:
+    spread = imagine("deepseek-v3", "8xh200")
+    assert spread.kv_bytes_per_token == 8 * 61 * (512 + 64), "every accelerator holds the whole latent cache, in 8 bits"
+    assert 650e9 < spread.weight_bytes < 700e9
+    times = imagined_times(spread)
+    assert times.decode_steps_ns(64, 64_000, 1)[0] > 1.5 * times.decode_steps_ns(1, 1000, 1)[0], "more rows touch more experts"
 
 
 @pytest.mark.parametrize("text", ["h101", "0xh100", "tflops=1", "tflops=x,gb-per-s=1,memory-gb=1", "tflops=-1,gb-per-s=1,memory-gb=1", ""])
 def test_accelerators_that_do_not_exist(text: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"there is no mock accelerator .* name one of a100, h100"):
-        parse_accelerator(text)
+    with pytest.raises(ConfigurationError, match=r"accelerator"):
+        imagine("llama-3.1-8b", text)
+
+
+def test_models_that_cannot_be() -> None:
+    for text in ("parameters=8e9", "parameters=1e6,layers=32,kv-heads=8,head-dim=128"):
+        with pytest.raises(ConfigurationError, match="mock model"):
+            imagine(text, "h100")
+    with pytest.raises(ConfigurationError, match="3 accelerators cannot share the 32 heads"):
+        imagine("llama-3.1-8b", "3xh100")
 
 
 def test_what_does_not_fit_is_refused(tmp_path: object) -> None:
@@ -113,7 +136,7 @@ def test_what_does_not_fit_is_refused(tmp_path: object) -> None:
         assemble_mock(MockSettings(MODEL, shape="llama-3.1-70b"), is_shared=False)
     with pytest.raises(ModelLoadError, match=r"has no tokenizer\.json"):
         assemble_mock(MockSettings(str(tmp_path)), is_shared=False)
-    with pytest.raises(ConfigurationError, match="there is no mock model 'gpt'"):
+    with pytest.raises(ConfigurationError, match=r"model '?gpt"):
         assemble_mock(MockSettings(MODEL, shape="gpt"), is_shared=False)
 
 
@@ -148,7 +171,7 @@ def test_a_worker_with_a_mock_engine_loads_no_model_code() -> None:
     script = (
         "import sys, polyphase.worker.__main__; from polyphase.engines.mock import MockSettings;"
         "from polyphase.engines.mock.engine import load_mock_engine; load_mock_engine(MockSettings(sys.argv[1])).close();"
-        "print(*[m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+        "print(*[m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", script, MODEL], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == []

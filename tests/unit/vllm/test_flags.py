@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from polyphase.config import ServeSettings
@@ -13,10 +15,13 @@ from polyphase.core.errors import ConfigurationError, ModelLoadError
 from polyphase.engines.served.model_files import read_model_facts
 from polyphase.engines.vllm import VllmSettings
 from polyphase.engines.vllm.assembly import load_vllm_engines
+from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
 from polyphase.engines.vllm.flags import environment, progress_of, serve_command, unusable_flags
 from polyphase.engines.vllm.metrics import cache_of, gauges_of
+from polyphase.engines.vllm.probe import adapters_of
 from polyphase.launch.model_source import resolve_model
 from polyphase.launch.plan import plan_deployment, process_specs
+from polyphase.wire.requests import SamplingParams, StopConditions, Submit
 from tests.unit.vllm.double import Recording
 
 DEMO = resolve_model("demo").location
@@ -130,3 +135,33 @@ def test_servers_that_run_already_can_have_a_phase_each() -> None:
         ("decode-0", "http://x:2"),
         ("decode-1", "http://x:3"),
     ]
+
+
+def test_adapters_become_flags_with_a_rank_that_fits_all(tmp_path: Path) -> None:
+    for name, config in (("sql", {"r": 8}), ("poet", {"r": 8, "rank_pattern": {"q_proj": 24}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        (tmp_path / name / "adapter_model.safetensors").touch()
+    command = serve_command(settings(adapters={name: str(tmp_path / name) for name in ("sql", "poet")}), "m", 1)
+    assert value_of(command, "--max-lora-rank") == "32"
+    at = command.index("--lora-modules")
+    assert command[at + 1 : at + 3] == [f"sql={tmp_path}/sql", f"poet={tmp_path}/poet"]
+    assert "--enable-lora" in command
+    assert "--enable-lora" not in serve_command(settings(), "m", 1)
+    with pytest.raises(ModelLoadError, match=r"holds no adapter_config\.json"):
+        serve_command(settings(adapters={"x": str(tmp_path / "none")}), "m", 1)
+
+
+@pytest.mark.parametrize("kind", [GenerateDialect, CompletionsDialect])
+def test_an_adapter_is_asked_for_by_its_name(kind: type[GenerateDialect | CompletionsDialect]) -> None:
+    dialect = kind("m", takes_priority=False)
+    request = Submit(
+        request_id="r", token_ids=[1], prompt_token_count=1, sampling=SamplingParams(seed=0), stop=StopConditions(max_tokens=1), lora="sql"
+    )
+    assert json.loads(dialect.body(request, 1))["model"] == "sql"
+    assert json.loads(dialect.body(msgspec.structs.replace(request, lora=None), 1))["model"] == "m"
+
+
+def test_adapters_of_a_server_are_those_whose_parent_it_is() -> None:
+    listed: dict[str, dict[str, Any]] = {"m": {"max_model_len": 100}, "sql": {"parent": "m"}, "alias": {"parent": None}}
+    assert adapters_of(listed, "m") == ("sql",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyphase.core.errors import ContextLengthExceeded, InvalidRequest
+from polyphase.core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.requests import Submit
 
@@ -19,6 +19,8 @@ def check_request(request: Submit, card: ModelCard) -> None:
             param="logit_bias",
             request_id=request.request_id,
         )
+    if request.lora is not None and request.lora not in card.adapters:
+        raise ModelNotFound(f"this worker has no LoRA adapter {request.lora!r}", param="model", request_id=request.request_id)
     if any(not stop for stop in request.stop.stop_strings):
         raise InvalidRequest("a stop string cannot be empty", param="stop", request_id=request.request_id)
 

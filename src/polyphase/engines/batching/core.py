@@ -16,6 +16,7 @@ import msgspec
 
 from polyphase.core.clock import Clock
 from polyphase.core.errors import EngineFailed, InvalidRequest
+from polyphase.core.hashing import namespace_of
 from polyphase.engines.batching.admission import check_lengths, check_request
 from polyphase.engines.batching.exports import BlockExports, can_use
 from polyphase.engines.batching.imports import PrefixImports
@@ -83,9 +84,10 @@ class EngineCore:
     def submit(self, request: Submit, source: BlockSource | None) -> None:
         check_request(request, self._card)
         self._refuse_if_unfit(request)
-        imported = self.imports.claim(request.request_id, request.token_ids, request.cache_salt)
+        salt = namespace_of(request.cache_salt, request.lora)
+        imported = self.imports.claim(request.request_id, request.token_ids, salt)
         if imported is None:
-            self._add(self._new_sequence(request, list(request.token_ids), self._cache.open(request.token_ids, request.cache_salt), source))
+            self._add(self._new_sequence(request, list(request.token_ids), self._cache.open(request.token_ids, salt), source))
             return
         imported.blocks.chain.extend(request.token_ids)
         sequence = self._new_sequence(request, list(request.token_ids), imported.blocks, source)

@@ -6,6 +6,5 @@ plane loads no torch and no weights, so that fleets of hundreds run where there 
 """
 
 from polyphase.engines.mock.settings import MockSettings
-from polyphase.engines.mock.shapes import Accelerator, ModelShape, parse_accelerator, parse_model_shape
 
-__all__ = ["Accelerator", "MockSettings", "ModelShape", "parse_accelerator", "parse_model_shape"]
+__all__ = ["MockSettings"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from polyphase.core.clock import Clock
+from polyphase.core.hashing import namespace_of, root_seed
 from polyphase.engines.batching.core import EngineCore
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
 from polyphase.engines.batching.scheduler import Row, SchedulerLimits, StepPlan
@@ -22,7 +23,7 @@ from polyphase.engines.batching.sequence import Sequence
 from polyphase.engines.batching.storage import pull_blocks
 from polyphase.engines.interface import StepReport
 from polyphase.engines.mock.storage import MockStorage
-from polyphase.engines.mock.timing import StepTimes
+from polyphase.engines.mock.timing import MockTimes
 from polyphase.engines.mock.tokens import MockTokens, prompt_key
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
@@ -37,7 +38,7 @@ class MockParts:
     storage: MockStorage
     tokenizer: Tokenizer
     tokens: MockTokens
-    times: StepTimes
+    times: MockTimes
     limits: SchedulerLimits
     lease_ns: int
 
@@ -65,6 +66,11 @@ _UNREAD = SampledToken(0)
 def say_nothing(sequence: Sequence) -> SampledToken:
     """For whoever reads no tokens."""
     return _UNREAD
+
+
+def _no_block(lora: str | None) -> int:
+    """In place of the last block's hash, which covers the adapter."""
+    return 0 if lora is None else root_seed(namespace_of(None, lora))
 
 
 class MockMachine:
@@ -163,7 +169,7 @@ class MockMachine:
         if sequence.prompt_key is None:
             block_size, prompt_count = self.card.block_size, sequence.request.prompt_token_count
             full_count = prompt_count // block_size
-            last_hash = sequence.blocks.chain.hashes[full_count - 1] if full_count else 0
+            last_hash = sequence.blocks.chain.hashes[full_count - 1] if full_count else _no_block(sequence.request.lora)
             sequence.prompt_key = prompt_key(last_hash, sequence.token_ids[full_count * block_size : prompt_count])
         return sequence.prompt_key
 

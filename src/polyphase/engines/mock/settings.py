@@ -11,8 +11,8 @@ from polyphase.core.errors import ConfigurationError
 class MockSettings:
     model: str  # a folder, whose tokenizer and chat template are used; weights need not be there
     name: str | None = None  # under which it is served; None: the folder's name
-    shape: str = "llama-3.1-8b"  # the model that is imagined: see `shapes.parse_model_shape`
-    accelerator: str = "h100"  # and what it runs on: see `shapes.parse_accelerator`
+    shape: str = "llama-3.1-8b"  # the model that is imagined: see `imagined.imagine`
+    accelerator: str = "h100"  # and what it runs on
     speedup: float = 1.0  # how much faster than that; infinite: steps take no time
     block_size: int = 16  # tokens
     kv_bytes: int | None = None  # of the imagined memory; None: what the weights leave
@@ -21,6 +21,7 @@ class MockSettings:
     max_waiting: int = 1024  # requests beyond these are refused
     context_length: int | None = None  # None: the imagined model's, or what the KV cache can hold
     lease_s: float = 30.0  # how long blocks are kept for whoever was offered them
+    adapters: tuple[str, ...] = ()  # names of imagined LoRA adapters: with each, the answers are others
 
     def __post_init__(self) -> None:
         if not self.speedup > 0:

@@ -143,7 +143,7 @@ def parse_frames(frames: Sequence[bytes]) -> tuple[int, Batch]:
     return int.from_bytes(frames[-2], "big"), decode_batch(frames[-1])
 
 
-def meet(socket: zmq.Socket[bytes], endpoint: str) -> None:
+def meet(socket: zmq.asyncio.Socket, endpoint: str) -> None:
     """Connect, or bind where the engine connects: to TCP endpoints that name an address.
 
     Whether it does cannot be seen: it may have bound any port, and then told which. If the port is free, it has not.

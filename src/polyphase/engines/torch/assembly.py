@@ -14,6 +14,7 @@ from polyphase.engines.batching.sizing import size_cache
 from polyphase.engines.torch.card import eos_token_ids, read_text_facts
 from polyphase.engines.torch.engine import EngineParts, TorchEngine
 from polyphase.engines.torch.loading import LoadedModel, load_model
+from polyphase.engines.torch.lora import Adapters, add_adapters
 from polyphase.engines.torch.runner import ModelRunner
 from polyphase.engines.torch.settings import TorchSettings
 from polyphase.engines.torch.storage import DeviceStorage, HostStorage, KvStorage
@@ -39,7 +40,8 @@ def assemble(settings: TorchSettings) -> TorchEngine:
         tokenizer = Tokenizer.from_json(facts.tokenizer_json)
     except ConfigurationError as error:
         raise ModelLoadError(f"the tokenizer of {settings.model} cannot be used: {error.message}") from error
-    layout = _layout(loaded, settings.block_size)
+    adapters = add_adapters(loaded.model, settings.adapters) if settings.adapters else None
+    layout = _layout(loaded, settings.block_size, adapters)
     size = size_cache(
         block_size=settings.block_size,
         block_bytes=layout.block_bytes,
@@ -75,12 +77,13 @@ def assemble(settings: TorchSettings) -> TorchEngine:
         default_temperature=generation.temperature,
         default_top_p=generation.top_p,
         default_top_k=generation.top_k,
+        adapters=adapters.names if adapters else [],
         created_unix_s=int(time.time()),
     )
     parts = EngineParts(
         card=card,
         storage=storage,
-        runner=ModelRunner(loaded.model, storage, loaded.device),
+        runner=ModelRunner(loaded.model, storage, loaded.device, adapters),
         tokenizer=tokenizer,
         limits=SchedulerLimits(
             max_batch_tokens,
@@ -100,7 +103,7 @@ def _core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _layout(loaded: LoadedModel, block_size: int) -> KvLayout:
+def _layout(loaded: LoadedModel, block_size: int, adapters: Adapters | None) -> KvLayout:
     shape = loaded.layers[0]
     dtype = str(loaded.dtype).removeprefix("torch.")
     elements = len(loaded.layers) * 2 * block_size * shape.kv_head_count * shape.head_dim
@@ -111,7 +114,8 @@ def _layout(loaded: LoadedModel, block_size: int) -> KvLayout:
         head_dim=shape.head_dim,
         block_size=block_size,
         block_bytes=elements * loaded.dtype.itemsize,
-        fingerprint=loaded.fingerprint,
+        # KV of an adapter is named by the adapter's name, so workers exchange blocks only if they mean the same by all of them.
+        fingerprint=f"{loaded.fingerprint}+{adapters.digest}" if adapters else loaded.fingerprint,
     )
 
 

@@ -31,6 +31,7 @@ class PackedRow:
     token_ids: Sequence[int]
     start: int
     block_ids: Sequence[int]
+    adapter: str | None = None
 
     @property
     def length(self) -> int:

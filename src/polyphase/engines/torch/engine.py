@@ -113,8 +113,8 @@ class TorchEngine:
 
     # KvImporter.
 
-    def open_import(self, request_id: str, cache_salt: str | None) -> PrefixImport:
-        return self.core.imports.open(request_id, cache_salt)
+    def open_import(self, request_id: str, namespace: str | None) -> PrefixImport:
+        return self.core.imports.open(request_id, namespace)
 
     # KvExporter.
 

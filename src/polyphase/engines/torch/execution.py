@@ -37,7 +37,13 @@ def execute(plan: StepPlan, storage: KvStorage, runner: ModelRunner) -> StepOutc
 
 def _compute(rows: list[Row], runner: ModelRunner, is_interrupted: Callable[[], bool]) -> dict[Sequence, SampledToken | None]:
     packed = [
-        PackedRow(row.sequence.token_ids[row.start : row.start + row.count], row.start, row.sequence.blocks.block_ids) for row in rows
+        PackedRow(
+            row.sequence.token_ids[row.start : row.start + row.count],
+            row.start,
+            row.sequence.blocks.block_ids,
+            row.sequence.request.lora,
+        )
+        for row in rows
     ]
     is_sampled = [row.is_sampled for row in rows]
     logits, places = runner.forward(packed, is_sampled, is_interrupted)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from polyphase.core.errors import ConfigurationError
 
@@ -25,6 +26,7 @@ class TorchSettings:
     context_length: int | None = None  # None: the model's, or what the KV cache can hold
     thread_count: int | None = None  # None: all cores this process may use, up to 8
     lease_s: float = 30.0  # how long blocks are kept for whoever was offered them
+    adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA: folder by name
 
     def __post_init__(self) -> None:
         wrong = [

@@ -155,7 +155,6 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         can_hand_over=facts.hands_over,
         offer_kind=kind_of(offer_facts) if facts.hands_over else "",
         offer_facts=offer_facts,
-        adapters=list(facts.adapters),
         can_sleep=facts.can_sleep and facts.rank_count == 1,  # all ranks sleep at once
         publishes_events=publishes_events,
         keeps_priorities=takes_priority,
@@ -164,6 +163,7 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         default_temperature=generation.get("temperature"),
         default_top_p=generation.get("top_p"),
         default_top_k=generation.get("top_k"),
+        adapters=list(facts.adapters),
         created_unix_s=int(time.time()),
         engine="vllm",
     )

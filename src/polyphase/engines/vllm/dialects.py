@@ -106,7 +106,7 @@ class GenerateDialect:
         if request.sampling.top_logprobs is not None:
             sampling["logprobs"] = request.sampling.top_logprobs
         return {
-            "model": request.lora or self._model,
+            "model": request.lora or self._model,  # vLLM knows an adapter by its name
             "request_id": request.request_id,
             "token_ids": request.token_ids,
             "sampling_params": sampling,
@@ -145,7 +145,7 @@ class CompletionsDialect:
 
     def _fields(self, request: Submit, sampling: dict[str, Any]) -> dict[str, Any]:
         fields = {
-            "model": request.lora or self._model,
+            "model": request.lora or self._model,  # vLLM knows an adapter by its name
             "prompt": request.token_ids,
             **sampling,
             **_common_fields(request, takes_priority=self._takes_priority),

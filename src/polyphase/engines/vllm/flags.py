@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from polyphase.core.errors import ConfigurationError
+from polyphase.engines.adapter_files import greatest_rank
 from polyphase.engines.vllm.hand_over import connector_config, connector_environment, has_accelerator, is_for_want_of_nixl
 from polyphase.engines.vllm.settings import VllmSettings
 
@@ -72,6 +73,9 @@ def serve_command(settings: VllmSettings, name: str, port: int, without: Collect
         "--dtype": None if settings.dtype == "auto" else settings.dtype,
     }
     flags = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
+    if settings.adapters:
+        flags += ["--enable-lora", "--max-lora-rank", str(greatest_rank(settings.adapters))]
+        flags += ["--lora-modules", *(f"{name}={folder}" for name, folder in settings.adapters.items())]
     flags += [part for flag, values in OPTIONAL.items() if flag not in without for part in (flag, *values)]
     return [*base_command(settings), settings.model, *flags, *further]
 

@@ -87,7 +87,7 @@ def probe(url: str, wanted_model: str | None, headers: Mapping[str, str] | None 
         root=str(listed[model].get("root") or model),
         cache_dtype=cache_dtype_of(metrics),
         can_sleep=sleeps is False,
-        adapters=tuple(name for name, entry in listed.items() if entry.get("parent") is not None),
+        adapters=adapters_of(listed, model),
     )
 
 
@@ -118,6 +118,10 @@ def _wanted(listed: dict[str, dict[str, Any]], wanted: str | None, url: str) -> 
     if found is None:
         raise ModelLoadError(f"vLLM at {url} does not serve {wanted!r}, but {', '.join(listed) or 'nothing'}")
     return found
+
+
+def adapters_of(listed: dict[str, dict[str, Any]], model: str) -> tuple[str, ...]:
+    return tuple(sorted(name for name, entry in listed.items() if entry.get("parent") == model))
 
 
 def _has_generate(client: httpx.Client, model: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class VllmSettings:
     context_length: int | None = None
     max_batch_tokens: int | None = None
     max_running: int | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA: folder by name
     hands_over: bool = False  # with vLLM's NIXL connector, between prefill and decode
     api_key: str | None = field(default=None, repr=False)  # that the server wants
     start_timeout_s: float = 1800.0  # a first download of the weights counts
