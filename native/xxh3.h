@@ -130,9 +130,18 @@ inline void begin_lanes(uint64_t* lanes) {
     std::memcpy(lanes, first, sizeof first);
 }
 
-// The last 64 bytes, and the lanes folded into one word.
-inline uint64_t end_lanes(uint64_t* lanes, const unsigned char* data, size_t size, const unsigned char* secret) {
-    take_stripe(lanes, data + size - kStripeBytes, secret + kSecretBytes - kStripeBytes - 7);
+// After each sixteenth stripe.
+inline void mix_lanes(uint64_t* lanes, const unsigned char* secret) {
+    for (size_t i = 0; i < 8; ++i) {
+        lanes[i] ^= lanes[i] >> 47;
+        lanes[i] ^= read64(secret + kSecretBytes - kStripeBytes + 8 * i);
+        lanes[i] *= kPrime32_1;
+    }
+}
+
+// The last 64 bytes of `size`, and the lanes folded into one word.
+inline uint64_t end_lanes(uint64_t* lanes, const unsigned char* last_stripe, size_t size, const unsigned char* secret) {
+    take_stripe(lanes, last_stripe, secret + kSecretBytes - kStripeBytes - 7);
     uint64_t sum = size * kPrime64_1;
     for (size_t i = 0; i < 4; ++i) {
         sum += folded_product(lanes[2 * i] ^ read64(secret + 11 + 16 * i), lanes[2 * i + 1] ^ read64(secret + 11 + 16 * i + 8));
@@ -153,14 +162,9 @@ inline uint64_t hash_long(const unsigned char* data, size_t size, uint64_t seed)
     for (size_t stripe = 0; stripe < stripe_count; ++stripe) {
         const size_t in_block = stripe % kStripesPerBlock;
         take_stripe(lanes, data + kStripeBytes * stripe, secret + 8 * in_block);
-        if (in_block + 1 < kStripesPerBlock) continue;
-        for (size_t i = 0; i < 8; ++i) {
-            lanes[i] ^= lanes[i] >> 47;
-            lanes[i] ^= read64(secret + kSecretBytes - kStripeBytes + 8 * i);
-            lanes[i] *= kPrime32_1;
-        }
+        if (in_block + 1 == kStripesPerBlock) mix_lanes(lanes, secret);
     }
-    return end_lanes(lanes, data, size, secret);
+    return end_lanes(lanes, data + size - kStripeBytes, size, secret);
 }
 
 }  // namespace xxh3

@@ -154,6 +154,14 @@ def serve(
             rich_help_panel=_ROUTER,
         ),
     ] = None,
+    kv_pull: Annotated[
+        str | None,
+        typer.Option(
+            metavar="on|off",
+            help="off: what another worker has cached of a prompt is computed again, not pulled from there. [default: on]",
+            rich_help_panel=_ROUTER,
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(metavar="NAME=VALUE,…", help="Of the workers, such as zone=eu-1,rack=7; see docs/router.md.", rich_help_panel=_MODEL),

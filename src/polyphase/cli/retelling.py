@@ -111,6 +111,10 @@ def _where_and_why(route: Page, begins: str) -> Iterator[str]:
         yield f"Why one worker: {phrase}."
     for leg in legs:
         yield _why_this_worker(leg, is_split=route["split"])
+    if pull := route.get("pull"):
+        came = legs[0]["transferred_tokens"]
+        outcome = f" It got {came} of {pull['tokens']}." if pull["is_wanted"] and came is not None else ""
+        yield f"KV elsewhere: {pull['reason']}.{outcome}"
 
 
 def _why_this_worker(leg: Page, *, is_split: bool) -> str:

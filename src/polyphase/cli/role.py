@@ -36,7 +36,8 @@ async def _change(run_folder: Path, worker_id: str, role: Role, console: Console
                 case Settled(left_count, after_s):
                     _tell_end(console, misplaced_count, left_count, after_s)
     entries = Registry(run_folder).entries()
-    for line in shortcomings(entry.role for entry in entries if not entry.is_draining):
+    model = next((entry.model for entry in entries if entry.worker_id == worker_id), None)
+    for line in shortcomings(entry.role for entry in entries if entry.model == model and not entry.is_draining):
         console.print(line, style="yellow")
 
 

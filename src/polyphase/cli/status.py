@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from polyphase.core.errors import ConfigurationError, WorkerLost
 from polyphase.launch import DeploymentRecord, find_deployment
 from polyphase.router import shortcomings
 from polyphase.runtime import Registry, WorkerClient
-from polyphase.wire.cards import WorkerStatus
+from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
 from polyphase.wire.requests import Question
 
 log = logging.getLogger(__name__)
@@ -191,9 +191,17 @@ def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width:
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
     there = [answer.entry for answer in answers.values() if answer is not None]
-    notes = shortcomings(entry.role for entry in there if not (entry.is_draining or entry.is_asleep))
+    notes = _shortcomings(entry for entry in there if not (entry.is_draining or entry.is_asleep))
     engines = [Text(line, "dim") for line in engine_lines(answers)]
     return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *engines, *(Text(line, "yellow") for line in notes + remarks))
+
+
+def _shortcomings(entries: Iterable[WorkerEntry]) -> list[str]:
+    """Of each model, by name where there are several."""
+    roles: dict[str, list[Role]] = {}
+    for entry in entries:
+        roles.setdefault(entry.model, []).append(entry.role)
+    return [f"{model}: {line}" if len(roles) > 1 else line for model in sorted(roles) for line in shortcomings(roles[model])]
 
 
 def engine_lines(answers: Answers) -> list[str]:

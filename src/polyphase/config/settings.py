@@ -15,7 +15,7 @@ from polyphase.router import PolicySettings, policy_of
 from polyphase.router.tenants import parse_tenant_weights
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,19}")
-_GROUP = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$"
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,39}")
 MIN_KV_BYTES = 1024**2
 
 
@@ -24,6 +24,12 @@ def _check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name a deployment; use up to 20 lower-case letters, digits, - and _, for example demo-2")
     return name
+
+
+def _check_group(group: str | None) -> str | None:
+    if group is not None and not _GROUP.fullmatch(group):
+        raise ValueError(f"{group!r} cannot name a group; use up to 40 letters, digits and . - _ :, for example canary")
+    return group
 
 
 def _check_engine(engine: str) -> str:
@@ -81,6 +87,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "split_threshold": "split_threshold",
         "split_fraction": "split_fraction",
         "kv_flow": "kv_flow",
+        "kv_pull": "kv_pull",
     }
 }
 
@@ -103,6 +110,7 @@ class DeploymentSettings(BaseModel):
     split_threshold: int | None = Field(None, ge=0)  # tokens to compute from which prefill and decode are split; None: where it pays
     split_fraction: float = Field(0.3, ge=0, le=1)  # of the prompt; where less is to compute, it is not split
     kv_flow: bool = True  # a split prompt's KV goes to the decode worker while the rest of it is computed
+    kv_pull: bool = True  # what another worker has cached of a prompt is pulled from there, where that is faster than computing it
 
     # What the router remembers of the blocks that workers hold.
     kv_events: bool = True  # False: not what workers tell, but what was sent there, for predicted_lifetime
@@ -140,7 +148,7 @@ class GroupSettings(BaseModel):
     served_model_name: str | None = Field(None, min_length=1)  # what clients call it
     aliases: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = ()  # further names for the model
     lora: Annotated[dict[str, str], BeforeValidator(_parse_adapters)] = {}  # adapters that are served beside it: folder by name
-    group: str | None = Field(None, pattern=_GROUP)  # workers of one name and group share a weight; None: the engine's name
+    group: Annotated[str | None, AfterValidator(_check_group)] = None  # those of one name share a weight; None: the engine
     weight: float | None = Field(None, ge=0, le=1e6)  # for the group's share of the model's requests; 0: the reserve
 
     workers: int | None = Field(None, ge=1, le=256)  # each for prefill and decode

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from polyphase.core.ids import ContentKey
 from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvLayout, Offer
+from polyphase.wire.kv import KvLayout, KvPart, Offer
 from polyphase.wire.requests import SequenceOutput, Submit
 from polyphase.wire.transfer import AgentCard
 
@@ -60,6 +61,9 @@ class PrefixImport(Protocol):
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """The prompt goes on with these tokens."""
+
+    def missing(self) -> tuple[int, Sequence[ContentKey]]:
+        """Number of the first full block that is not here, and the keys of it and all that follow; no keys: all are here."""
 
     def reserve(self, first_block: int, end_block: int) -> Room | None:
         """Room for some of the first missing blocks, up to `end_block`; never waits.
@@ -143,6 +147,9 @@ class KvExporter(Protocol):
 
     def release_lease(self, lease_id: str) -> None:
         """Unpin the blocks of a lease; unknown ids (released, run out) are ignored."""
+
+    def find_blocks(self, first_block: int, keys: Sequence[ContentKey]) -> KvPart:
+        """Where the first of these lie, as far as the prefix cache has them; they are forgotten last now, but not kept."""
 
 
 @runtime_checkable

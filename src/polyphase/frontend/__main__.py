@@ -34,6 +34,7 @@ from polyphase.router import (
     AdmissionSettings,
     IndexSettings,
     PolicySettings,
+    PullRule,
     Router,
     RouterSettings,
     SessionRule,
@@ -114,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         default=http.migration_limit,
         metavar="N",
         help="how often a sequence may be taken up by another worker (default: %(default)s)",
+    )
+    add(
+        "--kv-pull",
+        choices=("on", "off"),
+        default="on",
+        help="off: what another worker holds of a prompt is computed again where the request goes (default: %(default)s)",
     )
     add(
         "--kv-flow",
@@ -225,7 +232,7 @@ def _settings(flags: argparse.Namespace) -> tuple[FrontendSettings, RouterSettin
         raise ConfigurationError(f"--index-capacity must be at least 1 block, not {flags.index_capacity}")
     index = IndexSettings(flags.index_capacity, flags.kv_events == "on", int(flags.predicted_lifetime_s * 1e9))
     sessions = SessionRule(idle_ns=int(flags.session_idle_s * 1e9))
-    router = RouterSettings(policy, split, first_turn, flags.max_waiting_requests, sessions, index)
+    router = RouterSettings(policy, split, first_turn, flags.max_waiting_requests, sessions, index, PullRule(flags.kv_pull == "on"))
     return http, router
 
 

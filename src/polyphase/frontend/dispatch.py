@@ -108,8 +108,9 @@ class Dispatcher:
 
     # What happens elsewhere
 
-    def worker_joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
-        self._sending.joined(worker_id, epoch)
+    def worker_joined(self, worker_id: WorkerId, epoch: Epoch, endpoint: str | None = None) -> None:
+        """`endpoint`: where other workers reach it; None: they cannot."""
+        self._sending.joined(worker_id, epoch, endpoint)
         self._waiting.let_in()
 
     def worker_reported(self, worker_id: WorkerId) -> None:
@@ -130,7 +131,9 @@ class Dispatcher:
 
     def connection_lost(self, worker_id: WorkerId, epoch: Epoch) -> None:
         """Nobody knows which words between here and this worker were lost: what it had begins anew, at whichever worker."""
+        self._sending.say_again(worker_id)
         for flight in self._at(worker_id, epoch):
+            self._sending.call_off(flight)  # it may have been handed over, with a lease that we never heard of
             self._break_off(flight, ConnectionLost(f"the connection to worker {worker_id} broke"))
         self._waiting.let_in()
 
@@ -177,8 +180,9 @@ class Dispatcher:
         if not flight.answered_ns and (output.token_ids or output.stats is not None or output.finish_reason is not None):
             flight.answered_ns = now_ns
         if output.stats is not None:
-            self._note_pace(flight, output.stats)
+            self._router.mark_prefill_done(flight.job.sequence_id)  # also of what was taken up with tokens already emitted
             flight.note_stats(output.stats, now_ns)
+            self._note_pace(flight, output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
             if prediction is not None:
                 self.predictions.note_report(prediction, output.stats.cached_token_count)
@@ -210,13 +214,17 @@ class Dispatcher:
             else:
                 self._move(flight, output.offer, now_ns)
 
-    def _note_pace(self, flight: Flight, stats: PhaseStats) -> None:
+    def _note_pace(self, flight: Flight, stats: PhaseStats, now_ns: int) -> None:
         """What the first token at this worker says of its pace, and of the way of its blocks; also if the stats came with the last."""
         took_ms = (flight.answered_ns - flight.sent_ns) / 1e6 - stats.queue_ms
         moved = stats.transferred_token_count
-        if not moved:
-            known = len(flight.job.prompt_ids) + len(flight.emitted)
-            self._router.paces.note_prefill(flight.worker_id, known - stats.cached_token_count, took_ms)
+        if not moved or flight.holder is not None:
+            uncached = len(flight.job.prompt_ids) + len(flight.emitted) - stats.cached_token_count - moved
+            self._router.paces.note_prefill(flight.worker_id, uncached, took_ms - stats.transfer_ms)
+            if flight.holder is not None:
+                self._router.paces.note_pull(flight.holder, flight.worker_id, moved, stats.transfer_ms, now_ns)
+                flight.metrics.note_pull(moved)
+                flight.holder = None
         elif flight.offer is not None:
             source = WorkerId(flight.offer.worker_id)
             self._router.paces.note_transfer(source, flight.worker_id, moved, stats.transfer_ms, took_ms - stats.transfer_ms)

@@ -132,7 +132,7 @@ class Fleet:
             return
         assert self._dispatcher is not None
         self._cards[worker_id] = without_tokenizer(card)
-        self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch))
+        self._dispatcher.worker_joined(WorkerId(worker_id), Epoch(entry.epoch), entry.request_endpoint)
         facts = _facts(self._entries[worker_id], card)
         self._router.upsert_worker(facts)
         if self._router.follows_events(facts):
@@ -263,6 +263,7 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         group=entry.group or card.engine,
         weight=entry.weight,
         adapters=frozenset(card.adapters),
+        context_length=card.context_length,
         is_draining=entry.is_draining,
         is_asleep=entry.is_asleep,
         labels=entry.labels,

@@ -24,7 +24,7 @@ from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvPart, Offer
-from polyphase.wire.requests import PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
+from polyphase.wire.requests import KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
     from polyphase.frontend.waiting_room import Party
@@ -76,6 +76,7 @@ class Flight:
     epoch: Epoch = NEVER
     route: Route | None = None
     offer: Offer | None = None  # KV for it that nobody is known to have taken yet
+    holder: WorkerId | None = None  # of blocks that the worker that has it now may pull
     attempts: int = 0
     tried: set[tuple[WorkerId, Epoch]] = field(default_factory=set)  # lives of workers that failed it
     avoided: set[WorkerId] = field(default_factory=set)  # whose role has just changed, so that the router's view of them is old
@@ -126,6 +127,7 @@ class Flight:
         hand_over: bool = False,
         with_parts: bool = False,
         offer: Offer | None = None,
+        holder: KvHolder | None = None,
         believed_prefill_tokens: int | None = None,
     ) -> Submit:
         job = self.job
@@ -141,6 +143,7 @@ class Flight:
             hand_over=hand_over,
             with_parts=with_parts,
             offer=offer,
+            holder=holder,
             for_role=self.roles.get(self.worker_id),
             believed_prefill_tokens=believed_prefill_tokens,
             remaining_ms=max((self.deadline_ns - now_ns) // 1_000_000, 1),
@@ -182,7 +185,8 @@ class Flight:
         record.note_stats(stats)
         record.history.attempts[-1].note_stats(stats, of_prefill_leg=is_prefill)
         if stats.transferred_token_count:
-            took = f"{stats.transferred_token_count} tokens of KV in {stats.transfer_ms:.1f} ms"
+            source = "" if self.holder is None else f" from {self.holder}"
+            took = f"{stats.transferred_token_count} tokens of KV{source} in {stats.transfer_ms:.1f} ms"
             record.history.note(now_ns, "transferred", self.worker_id, took)
 
     def set_back(self, now_ns: int, event: str, cause: str, detail: str | None = None) -> None:

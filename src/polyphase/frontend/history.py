@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from polyphase.router import Candidate, Leg, Placement, Route
+from polyphase.router import Candidate, Leg, Placement, Route, reason_of_pull
 from polyphase.wire.requests import PhaseStats
 
 MAX_CANDIDATES = 16
@@ -83,8 +83,21 @@ class Attempt:
             "split": self.is_split,
             "tokens": self.token_count,
             "block_size": self.prompt_leg.block_size,
+            "pull": self._pull(),
             "setback": None if self.setback is None else asdict(self.setback),
             "legs": [self._leg(placement, stats) for placement, stats in self._legs()],
+        }
+
+    def _pull(self) -> dict[str, Any] | None:
+        """None where nobody else held more of the prompt, or where a hand-over made it needless."""
+        pull = self.route.pull
+        if pull is None or self.is_split != (self.route.prefill is not None):
+            return None
+        return {
+            "holder": pull.holder,
+            "tokens": pull.saved_token_count,
+            "is_wanted": pull.is_wanted,
+            "reason": reason_of_pull(pull, self.prompt_leg.worker_id),
         }
 
     def _legs(self) -> Iterator[tuple[Placement, PhaseStats | None]]:

@@ -39,6 +39,15 @@ class ModelMetrics:
         self.migrations = metrics.migrations.labels(model)
         self.moves = metrics.moves.labels(model)
         self.cancellations = metrics.cancellations.labels(model)
+        self.pulls_waived = metrics.pulls.labels(model, "does-not-pay")
+        self._pulls_done = metrics.pulls.labels(model, "pulled")
+        self._pulls_in_vain = metrics.pulls.labels(model, "in-vain")
+        self._pulled_tokens = metrics.pulled_tokens.labels(model)
+
+    def note_pull(self, token_count: int) -> None:
+        """A worker was told of a holder, and got so many tokens' KV from there."""
+        (self._pulls_done if token_count else self._pulls_in_vain).inc()
+        self._pulled_tokens.inc(token_count)
 
 
 class Metrics:
@@ -74,6 +83,15 @@ class Metrics:
         self.rejections_of_queue = counter("admission_rejections", "Requests that were not let wait, by reason", by_reason)
         self.evictions = counter("admission_evictions", "Requests turned out of the queue, by reason", by_reason)
         self.routes = Counter("polyphase_router_routes", "Decisions of the router", ("model", "kind"), registry=self.registry)
+        self.pulls = Counter(
+            "polyphase_router_kv_pulls",
+            "Requests of whose prompt another worker held more, by what came of it: pulled, in-vain, does-not-pay",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
+        self.pulled_tokens = Counter(
+            "polyphase_router_kv_pulled_tokens", "Tokens whose KV came from another worker's cache", by_model, registry=self.registry
+        )
         self.refusals = Counter(
             "polyphase_router_worker_refusals", "Requests that a worker sent back: its queue was full", ("worker",), registry=self.registry
         )

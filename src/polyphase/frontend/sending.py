@@ -8,6 +8,7 @@ answer, and nothing about who waits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from polyphase.frontend.flight import NEVER, NOBODY, Flight, Stage
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Predictions
 from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens
+from polyphase.runtime import Repeats
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvPart, Offer
-from polyphase.wire.requests import Cancel, HandOver, ReleaseLease, ToWorker
+from polyphase.wire.requests import Cancel, HandOver, KvHolder, ReleaseLease, ToWorker
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +43,21 @@ class Sending:
         self._clock = clock
         self._has_kv_flow = has_kv_flow
         self._epochs: dict[WorkerId, Epoch] = {}
+        self._endpoints: dict[WorkerId, str | None] = {}  # where other workers reach it
         self._by_wire_id: dict[RequestId, Flight] = {}
         self.refusals = Refusals()
+        self._repeats = Repeats(clock)
 
     # Lives of workers, and names of flights
 
-    def joined(self, worker_id: WorkerId, epoch: Epoch) -> None:
+    def joined(self, worker_id: WorkerId, epoch: Epoch, endpoint: str | None = None) -> None:
         self._epochs[worker_id] = epoch
+        self._endpoints[worker_id] = endpoint
         self.refusals.forget(worker_id)
 
     def left(self, worker_id: WorkerId, epoch: Epoch) -> None:
         if self.lives(worker_id, epoch):
-            del self._epochs[worker_id]
+            del self._epochs[worker_id], self._endpoints[worker_id]
 
     def lives(self, worker_id: str, epoch: int) -> bool:
         """Whether this life of the worker is the current one."""
@@ -84,13 +89,17 @@ class Sending:
                 self._router.mark_prefill_done(job.sequence_id)
             flight.worker_id, flight.epoch = place.worker_id, place.epoch
             flight.roles = self._roles_in(route)
+            holder = self._holder(flight, route, is_split=splits)
+            flight.holder = None if holder is None else WorkerId(holder.worker_id)
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
             flight.predict(route, now_ns, self._predictions.removed_block_count)
             try:
                 believed = believed_tokens(place, flight.attempts)
                 has_flow = splits and self._has_kv_flow
-                submit = flight.submit(now_ns, hand_over=splits, with_parts=has_flow, offer=offer, believed_prefill_tokens=believed)
+                submit = flight.submit(
+                    now_ns, hand_over=splits, with_parts=has_flow, offer=offer, holder=holder, believed_prefill_tokens=believed
+                )
                 self._send(place.worker_id, submit)
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
@@ -102,7 +111,9 @@ class Sending:
                 flight.record.admitted_ns = now_ns
                 waited_s = (now_ns - flight.record.queued_ns) / 1e9
                 flight.record.history.note(now_ns, "admitted", detail=f"a worker had room after {waited_s:.2f} s")
-            flight.record.history.note(now_ns, "sent", place.worker_id, "to compute the prompt" if splits else "to serve it")
+            what = "to compute the prompt" if splits else "to serve it"
+            source = "" if holder is None else f", with KV that {holder.worker_id} may have"
+            flight.record.history.note(now_ns, "sent", place.worker_id, what + source)
             flight.stage = Stage.PREFILL if splits else Stage.SERVING
             self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
             return
@@ -112,6 +123,7 @@ class Sending:
         assert flight.route is not None
         place = flight.route.decode
         flight.worker_id, flight.epoch, flight.stage, flight.is_leaving = place.worker_id, place.epoch, Stage.SERVING, False
+        flight.holder = None
         self._send(place.worker_id, flight.submit(now_ns, offer=offer))
         flight.sent_ns, flight.answered_ns = now_ns, 0
         flight.record.history.note(now_ns, "handed over", place.worker_id)
@@ -132,6 +144,12 @@ class Sending:
         """Nobody wants it any more where it is."""
         if flight.stage in (Stage.PREFILL, Stage.SERVING):
             self._try_send(flight.worker_id, Cancel(flight.wire_id))
+
+    def say_again(self, worker_id: str) -> None:
+        """The connection to this worker broke and stands anew: what it was told last to end may have been lost."""
+        for message in self._repeats.of(worker_id):
+            with contextlib.suppress(WorkerLost):
+                self._send(worker_id, message)
 
     def let_go(self, flight: Flight) -> None:
         """It is over: booking, name, and blocks that nobody took go."""
@@ -176,6 +194,19 @@ class Sending:
         flight.wire_id = RequestId(f"{flight.job.sequence_id}{suffix}")
         self._by_wire_id[flight.wire_id] = flight
 
+    def _holder(self, flight: Flight, route: Route, *, is_split: bool) -> KvHolder | None:
+        """Whom the worker that computes the prompt should ask for blocks. Nobody where blocks are offered."""
+        pull = route.pull
+        if pull is None or flight.offer is not None or is_split != (route.prefill is not None):
+            return None
+        if not pull.is_wanted:
+            flight.metrics.pulls_waived.inc()
+            return None
+        endpoint = self._endpoints.get(pull.holder)
+        if endpoint is None or not self.lives(pull.holder, pull.epoch):
+            return None
+        return KvHolder(pull.holder, pull.epoch, endpoint, pull.token_count, pull.compute_ms)
+
     def _usable_offer(self, flight: Flight) -> Offer | None:
         """The offer that is still open, if its owner lives and keeps it."""
         offer = flight.offer
@@ -198,4 +229,6 @@ class Sending:
         except WorkerLost as error:
             log.debug("not sent: %s", error.message)
             return False
+        if isinstance(message, Cancel | ReleaseLease):
+            self._repeats.note(worker_id, message)
         return True

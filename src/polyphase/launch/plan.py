@@ -75,8 +75,9 @@ class DeploymentPlan:
         if not counts[Role.PREFILL] and not counts[Role.DECODE]:
             return f"{counts[Role.BOTH]} worker{'s' if counts[Role.BOTH] > 1 else ''}"
         phases = [f"{counts[role]} {role}" for role in (Role.PREFILL, Role.DECODE) if counts[role]]
-        phases += [f"{counts[Role.BOTH]} for both"] if counts[Role.BOTH] else []
-        return f"{' and '.join(phases)} worker{'s' if len(self.workers) > 1 else ''}"
+        is_plural = counts[Role.PREFILL] + counts[Role.DECODE] > 1
+        others = f", and {counts[Role.BOTH]} for both" if counts[Role.BOTH] else ""
+        return f"{' and '.join(phases)} worker{'s' if is_plural else ''}{others}"
 
 
 def plan_deployment(
@@ -212,6 +213,7 @@ def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
         "split-threshold": settings.split_threshold,
         "split-fraction": settings.split_fraction,
         "kv-flow": "on" if settings.kv_flow else "off",
+        "kv-pull": "on" if settings.kv_pull else "off",
         "kv-events": "on" if settings.kv_events else "off",
         "predicted-lifetime-s": settings.predicted_lifetime,
         "index-capacity": settings.index_capacity,

@@ -14,6 +14,7 @@ from polyphase.router.groups import group_weights
 from polyphase.router.indexes import NaivePrefixIndex, PredictedPrefixIndex, default_index, native_index
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import FILTERS, POLICIES, policy_of
+from polyphase.router.pull import reason_of_pull
 from polyphase.router.refusals import Refusals, believed_tokens, is_refusal
 from polyphase.router.router import Router
 from polyphase.router.types import (
@@ -25,6 +26,8 @@ from polyphase.router.types import (
     Placement,
     PolicySettings,
     PrefixIndex,
+    Pull,
+    PullRule,
     Route,
     RouteRequest,
     RouterSettings,
@@ -57,6 +60,8 @@ __all__ = [
     "PolicySettings",
     "PredictedPrefixIndex",
     "PrefixIndex",
+    "Pull",
+    "PullRule",
     "Queued",
     "Refusals",
     "RejectReason",
@@ -79,5 +84,6 @@ __all__ = [
     "misfits",
     "native_index",
     "policy_of",
+    "reason_of_pull",
     "shortcomings",
 ]

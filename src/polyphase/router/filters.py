@@ -10,6 +10,7 @@ role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
              prefill   only if alone   no           yes, if it can hand over to one that decodes
+context    is too short for it: it joined when the request was under way already
 full       runs and queues as many requests of this router as it may
 mates      is of another group, engine, block size or kind of offers than the worker that has the other leg
 reserve    weighs 0, and a worker that does not can take the request at once
@@ -149,6 +150,26 @@ class FitsRole:
 
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(f"no worker of the model {request.model!r} has a fitting role", retry_after_s=5, request_id=request.request_id)
+
+
+class FitsContext:
+    """have too short a context"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        least, needed = workers.standings.least_context, request.prompt_token_count + request.max_output_tokens
+        if least is None or needed <= least:
+            return rows
+        views = workers.standings.views
+        return [row for row in rows if (length := views[row].facts.context_length) is None or needed <= length]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} that is left has too short a context for it",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
 
 
 class Full:

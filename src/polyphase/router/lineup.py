@@ -36,6 +36,7 @@ class Standings:
 
     block_size: of all of them; where they differ, the smallest of `block_sizes`.
     mates: groups of workers between which a request may be split, by `mates_of`; one where all are alike.
+    least_context: tokens that every worker's context holds; None: no limit is known.
     weights: of the groups, if any has one; `ahead`: the requests by which each is ahead of its share (`shares`), the router's to change.
     """
 
@@ -49,6 +50,7 @@ class Standings:
         "has_shares",
         "last_turns",
         "lasting_rows",
+        "least_context",
         "least_room_tokens",
         "mates",
         "max_waiting_requests",
@@ -74,6 +76,7 @@ class Standings:
         self.block_sizes = tuple(sorted({view.facts.block_size for view in self.views}))
         self.block_size = self.block_sizes[0] if self.block_sizes else 1
         self.mates = frozenset(mates_of(view.facts) for view in self.views)
+        self.least_context = min((length for view in self.views if (length := view.facts.context_length) is not None), default=None)
         self.weights = group_weights(view.facts for view in self.views)
         self.has_shares = len(self.weights) > 1
         self.has_reserve = self.has_shares and 0.0 in self.weights.values()

@@ -12,7 +12,19 @@ from typing import TypeVar
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
-from polyphase.router.filters import Asleep, Draining, Excluded, FitsRole, Full, HasAdapter, Mates, RequiredLabels, Reserve, Stalled
+from polyphase.router.filters import (
+    Asleep,
+    Draining,
+    Excluded,
+    FitsContext,
+    FitsRole,
+    Full,
+    HasAdapter,
+    Mates,
+    RequiredLabels,
+    Reserve,
+    Stalled,
+)
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
 from polyphase.router.shares import Share
@@ -83,6 +95,7 @@ BUILT_IN = Parts(
         "required-labels": RequiredLabels(),
         "adapter": HasAdapter(),
         "role": FitsRole(),
+        "context": FitsContext(),
         "full": Full(),
         "mates": Mates(),
         "reserve": Reserve(),

@@ -44,7 +44,9 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
     "least-loaded": {**_LOAD, **_SHARE},
     "round-robin": _SHARE,  # all workers are equal, and equals take turns
 }
-FILTERS = ("draining", "asleep", "stalled", "excluded", "required-labels", "adapter", "role", "full", "mates", "reserve")  # of every policy
+FILTERS = (  # of every policy
+    "draining", "asleep", "stalled", "excluded", "required-labels", "adapter", "role", "context", "full", "mates", "reserve",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from polyphase.router.pace import Paces
 from polyphase.router.parts import BUILT_IN, Parts
 from polyphase.router.policies import policy_of
 from polyphase.router.predictions import ExpectedPrefixes
+from polyphase.router.pull import PullsUnderWay, choose_pull, may_pull
 from polyphase.router.sessions import Sessions
 from polyphase.router.shares import claimants_of, settle
 from polyphase.router.split import Side, reason_of, why_not_split, worth_of_split
@@ -39,6 +40,7 @@ from polyphase.router.types import (
     Overlaps,
     Placement,
     PrefixIndex,
+    Pull,
     Route,
     RouteRequest,
     RouterSettings,
@@ -70,13 +72,30 @@ class _Found:
 
 @dataclass(slots=True)
 class _Choice:
-    """A worker for a leg, before anything is booked. `uncached_tokens`: those of the prompt that it holds in no tier."""
+    """A worker for a leg, before anything is booked. `uncached_tokens`: those of the prompt that it holds in no tier.
+
+    `pull`: from whom it may have some of these, if it computes the prompt.
+    """
 
     placement: Placement
     facts: WorkerFacts
     row: int
     turn: int
     uncached_tokens: int
+    pull: Pull | None = None
+
+    @property
+    def wanted_pull(self) -> Pull | None:
+        return self.pull if self.pull is not None and self.pull.is_wanted else None
+
+    @property
+    def tokens_to_compute(self) -> int:
+        pull = self.wanted_pull
+        return self.uncached_tokens if pull is None else self.uncached_tokens - pull.saved_token_count
+
+    def side(self, view: WorkerView) -> Side:
+        pull = self.wanted_pull
+        return Side(view, self.tokens_to_compute, 0.0 if pull is None else pull.pull_ms or 0.0)
 
 
 class Router:
@@ -97,6 +116,7 @@ class Router:
         self._ahead: dict[str, dict[str, float]] = {}  # by model and group; see `shares`
         self._expected = ExpectedPrefixes()
         self.paces = Paces()
+        self._pulls = PullsUnderWay()
         self._sessions = Sessions(settings.sessions)
         self._turn = settings.first_turn
 
@@ -230,24 +250,26 @@ class Router:
         servers = self._lineup(request, BOTH, standings, found)
         self._filter(request, BOTH, servers, is_required=True)
         whole = self._choose(request, BOTH, servers)
+        whole.pull = self._pull_to(whole, request, standings, found)
         if standings.has_shares:
             settle(standings.ahead, claimants_of(servers), whole.facts.group)
         helpers = self._helpers(request, standings, found, whole.facts)
         if helpers is None:
             self._book(request, found, whole)
             reason = "whole: no prefill worker is available that can hand over to one that decodes"
-            return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker")
-        against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens)
+            return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker", whole.pull)
+        against = why_not_split(self._settings.split, request, whole.placement, whole.tokens_to_compute, whole.wanted_pull)
         if against is not None:
             self._book(request, found, whole)
             rule, reason = against
-            return Route(request.request_id, whole.placement, None, reason, rule)
+            return Route(request.request_id, whole.placement, None, reason, rule, whole.pull)
 
         prefill = self._choose(request, PREFILL, helpers)
+        prefill.pull = self._pull_to(prefill, request, standings, found)
         takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
         self._filter(request, DECODE, takers, is_required=True)
         decode = self._choose(request, DECODE, takers)
-        alone, helper = (Side(standings.views[choice.row], choice.uncached_tokens) for choice in (whole, prefill))
+        alone, helper = (choice.side(standings.views[choice.row]) for choice in (whole, prefill))
         worth = None
         if self._settings.split.is_weighed:
             to_move = max(request.prompt_token_count - decode.placement.overlap_block_count * decode.facts.block_size, 0)
@@ -255,9 +277,9 @@ class Router:
         reason = reason_of(worth, alone, helper, request.prompt_token_count)
         if worth is not None and not worth.does_pay:
             self._book(request, found, whole)
-            return Route(request.request_id, whole.placement, None, reason, "does-not-pay")
+            return Route(request.request_id, whole.placement, None, reason, "does-not-pay", whole.pull)
         self._book(request, found, decode, prefill)
-        return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
+        return Route(request.request_id, decode.placement, prefill.placement, reason, "split", prefill.pull)
 
     def has_headroom(self, request: RouteRequest) -> bool:
         """Whether a worker would begin with it soon; if not, it had better wait where it can still be sent elsewhere. Books nothing.
@@ -289,10 +311,12 @@ class Router:
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)
         self._expected.settle(request_id)
+        self._pulls.end(request_id)
 
     def release(self, request_id: RequestId) -> None:
         self.bookings.release(request_id)
         self._expected.settle(request_id)
+        self._pulls.end(request_id)
 
     def _standings_of(self, request: RouteRequest) -> Standings:
         """Raises: NoWorkers."""
@@ -375,19 +399,38 @@ class Router:
         placement = Placement(leg, facts.worker_id, facts.epoch, depth, Candidates(workers, weighing, row), queued, facts.block_size)
         return _Choice(placement, facts, row, turn, max(uncached, 0))
 
+    def _pull_to(self, choice: _Choice, request: RouteRequest, standings: Standings, found: _Found) -> Pull | None:
+        """From whom the chosen worker might pull what it lacks of the prompt."""
+        rule, size = self._settings.pull, choice.facts.block_size
+        if not rule.is_on or choice.uncached_tokens < rule.min_tokens:
+            return None
+        depths = found.overlaps.depths(standings.worker_ids)
+        held = request.prompt_token_count - choice.uncached_tokens
+        if max(depths) * standings.block_sizes[-1] - held < rule.min_tokens:
+            return None
+        holders = (
+            (view.facts, depth * size)
+            for view, depth in zip(standings.views, depths, strict=True)
+            if depth * size > held and view.facts.worker_id not in request.excluded and may_pull(choice.facts, view.facts)
+        )
+        return choose_pull(rule, choice.facts, held, holders, self.paces, self._pulls, request.now_ns)
+
     def _book(self, request: RouteRequest, found: _Found, decode: _Choice, prefill: _Choice | None = None) -> None:
         legs = []
         standings = self._standings[request.model]
         for choice in (decode,) if prefill is None else (decode, prefill):
             facts, leg = choice.facts, choice.placement.leg
-            prefill_tokens = 0 if leg is DECODE else choice.uncached_tokens
+            prefill_tokens = 0 if leg is DECODE else choice.tokens_to_compute
             blocks = block_count_needed(request, facts.block_size, leg)
             legs.append(LegBooking(facts.worker_id, prefill_tokens, blocks, leg is PREFILL))
             standings.last_turns[choice.row] = self._known[facts.worker_id].last_turn = choice.turn
             if not self.follows_events(facts):
                 self._beliefs.expect(facts.worker_id, request.hashes_of(facts.block_size), request.now_ns)
         self.bookings.book(request.request_id, legs)
-        prompt = (prefill or decode).facts
+        prompt_choice = prefill or decode
+        prompt = prompt_choice.facts
+        if (pull := prompt_choice.wanted_pull) is not None:
+            self._pulls.begin(request.request_id, pull.holder)
         hashes = request.hashes_of(prompt.block_size)
         self._expected.expect(request.request_id, prompt.worker_id, hashes, found.overlaps.depth(prompt.worker_id))
         if request.session is not None:

@@ -16,15 +16,19 @@ from dataclasses import dataclass
 
 from polyphase.router.cost import in_flight_count, queued_prefill_tokens
 from polyphase.router.pace import Paces
-from polyphase.router.types import Placement, RouteRequest, SplitRule, WorkerView
+from polyphase.router.types import Placement, Pull, RouteRequest, SplitRule, WorkerView
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A worker that might compute the prompt, and how much of that it would have to compute, tokens."""
+    """A worker that might compute the prompt, and how much of that it would have to compute, tokens.
+
+    `pulling_ms`: what it waits for first, because some of the prompt comes from another worker's cache.
+    """
 
     worker: WorkerView
     uncached_tokens: int
+    pulling_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,16 @@ class Worth:
         return self.split_ms + self.moving_ms < self.whole_ms + self.held_up_ms
 
 
-def why_not_split(rule: SplitRule, request: RouteRequest, best: Placement, to_compute: int) -> tuple[str, str] | None:
+def why_not_split(
+    rule: SplitRule, request: RouteRequest, best: Placement, to_compute: int, pull: Pull | None = None
+) -> tuple[str, str] | None:
     """Why the `best` worker for the whole request does all of it, in short and in words; None if prefill may belong elsewhere."""
     prompt = request.prompt_token_count
     if to_compute < rule.min_uncached_tokens:
         return "short-prompt", f"whole: {to_compute} of {prompt} prompt tokens to compute, splitting begins at {rule.min_uncached_tokens}"
     if to_compute < rule.min_uncached_fraction * prompt:
-        return "cached", f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {best.worker_id}"
+        or_pulled = f" or pulled from {pull.holder}" if pull is not None else ""
+        return "cached", f"whole: {prompt - to_compute} of {prompt} prompt tokens are cached on {best.worker_id}{or_pulled}"
     return None
 
 
@@ -63,10 +70,10 @@ def worth_of_split(whole: Side, prefill: Side, taker: WorkerView, tokens_to_move
     own_ms = whole.uncached_tokens * whole_pace
     held_up_count = in_flight_count(whole.worker)
     return Worth(
-        whole_ms=queued_prefill_tokens(whole.worker) * whole_pace + own_ms,
+        whole_ms=queued_prefill_tokens(whole.worker) * whole_pace + own_ms + whole.pulling_ms,
         held_up_ms=held_up_count * own_ms,
         held_up_count=held_up_count,
-        split_ms=(queued_prefill_tokens(prefill.worker) + prefill.uncached_tokens) * prefill_pace,
+        split_ms=(queued_prefill_tokens(prefill.worker) + prefill.uncached_tokens) * prefill_pace + prefill.pulling_ms,
         moving_ms=tokens_to_move * transfer_pace + hand_over_ms,
     )
 

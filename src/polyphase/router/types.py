@@ -47,6 +47,7 @@ class WorkerFacts:
     group: str = ""
     weight: float | None = None  # of its group; None: nobody set one
     adapters: frozenset[str] = frozenset()
+    context_length: int | None = None  # tokens; None: long enough for all that comes
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     offer_kind: str = BLOCKS  # which offers it makes, if it does, and takes; "": none
     offer_facts: Labels = field(default_factory=lambda: NO_LABELS, hash=False)  # what must be equal, for people to be told what differs
@@ -124,14 +125,30 @@ class Placement(msgspec.Struct, frozen=True):
     block_size: int = 16  # tokens, of the worker's blocks
 
 
+class Pull(msgspec.Struct, frozen=True):
+    """Blocks of a prompt that another worker holds, and the one that computes the prompt does not. Times are estimates of `router.pull`."""
+
+    holder: WorkerId
+    epoch: Epoch
+    token_count: int  # leading tokens that it is said to hold
+    saved_token_count: int  # those of them that need not be computed then
+    is_wanted: bool
+    compute_ms: float | None = None  # what they would take; None: not measured yet
+    pull_ms: float | None = None
+
+
 class Route(msgspec.Struct, frozen=True):
-    """Where a request goes. Without a `prefill` leg, `decode` does everything. `reason` is a phrase for a person."""
+    """Where a request goes. Without a `prefill` leg, `decode` does everything. `reason` is a phrase for a person.
+
+    `pull` is for the worker that computes the prompt; None if nobody else holds more of it.
+    """
 
     request_id: RequestId
     decode: Placement
     prefill: Placement | None
     reason: str
     rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker
+    pull: Pull | None = None
 
 
 class Overlaps(Protocol):
@@ -248,6 +265,14 @@ class SplitRule:
 
 
 @dataclass(frozen=True, slots=True)
+class PullRule:
+    """When the KV of a prompt's beginning is pulled from another worker that holds it."""
+
+    is_on: bool = False
+    min_tokens: int = 128  # fewer are computed before a question is answered
+
+
+@dataclass(frozen=True, slots=True)
 class PolicySettings:
     """A named policy, and what is changed of it. `parts` and `policies` know the names."""
 
@@ -295,3 +320,4 @@ class RouterSettings:
     max_waiting_requests: int = 1024  # per worker, beyond those it runs at once; when all are full, requests wait at the frontend
     sessions: SessionRule = field(default_factory=SessionRule)
     index: IndexSettings = field(default_factory=IndexSettings)
+    pull: PullRule = field(default_factory=PullRule)

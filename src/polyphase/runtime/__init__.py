@@ -4,15 +4,17 @@ In come entries, messages and batches of the wire plane; out come the same at ot
 here knows what a request means, and nothing is retried behind the caller's back.
 """
 
-from polyphase.runtime.channel import PeerId, WorkerClient, WorkerServer
+from polyphase.runtime.channel import Delivery, PeerId, WorkerClient, WorkerServer
 from polyphase.runtime.fence import EventSink, StreamCounts, StreamView
 from polyphase.runtime.paths import WorkerPaths
 from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
+from polyphase.runtime.repeats import Repeats
 from polyphase.runtime.role_switch import Moving, Settled, Switched, switch_role
 from polyphase.runtime.stream import AskedHistory, EventPublisher, EventSubscriber, History
 
 __all__ = [
     "AskedHistory",
+    "Delivery",
     "EventPublisher",
     "EventSink",
     "EventSubscriber",
@@ -24,6 +26,7 @@ __all__ = [
     "PeerId",
     "Registry",
     "RegistryChange",
+    "Repeats",
     "Settled",
     "StreamCounts",
     "StreamView",

@@ -1,6 +1,6 @@
 """The request channel: a ZeroMQ ROUTER at each worker, a DEALER of each peer (frontend, other worker, command line) for each worker.
 
-Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by `send` returning false: its
+Queues are bounded. A peer whose queue at the worker is full, or which has gone, is told to the worker by what `send` returns: its
 requests are then aborted. A worker whose queue at a peer is full raises `WorkerLost` there. Nothing is sent again; messages that do not
 decode are logged, counted and dropped.
 
@@ -11,6 +11,7 @@ A connection that breaks may have swallowed messages in both directions. ZeroMQ 
 from __future__ import annotations
 
 import asyncio
+import enum
 import itertools
 import logging
 import secrets
@@ -22,16 +23,31 @@ from typing import NewType
 import msgspec
 import zmq
 
+from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import ConfigurationError, ConnectionLost, WorkerLost
 from polyphase.runtime.pump import SocketPump
+from polyphase.wire import offer_times
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
 from polyphase.wire.events import MissedBatches, SnapshotPage
-from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, StepOutputs, SwitchRole, SwitchSleep, ToWorker
+from polyphase.wire.kv import KvPart
+from polyphase.wire.requests import (
+    Answer,
+    Denied,
+    FindBlocks,
+    FromWorker,
+    HeldBlocks,
+    Query,
+    Question,
+    StepOutputs,
+    SwitchRole,
+    SwitchSleep,
+    ToWorker,
+)
 
 log = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", bytes)
-AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
+AnswerBody = SnapshotPage | MissedBatches | ModelCard | WorkerStatus | HeldBlocks | Denied
 
 MAX_QUEUED_MESSAGES = 4096  # per peer and direction: about a minute of steps of a stalled frontend
 MAX_MESSAGE_BYTES = 64 << 20  # a tokenizer of 20 MB and the longest prompt fit
@@ -41,13 +57,25 @@ RECONNECT_MS = 2000
 _encoder = msgspec.msgpack.Encoder()
 
 
+class Delivery(enum.Enum):
+    """What became of a message to a peer; true if it is on its way."""
+
+    QUEUED = "queued"
+    NOT_READ = "not read"  # the peer's queue is full; it may read again
+    GONE = "gone"
+
+    def __bool__(self) -> bool:
+        return self is Delivery.QUEUED
+
+
 class WorkerServer:
     """The worker's end. `handler` is called on the loop with each message, in order per peer, and must not block."""
 
-    def __init__(self, endpoint: str, handler: Callable[[PeerId, ToWorker], None]) -> None:
+    def __init__(self, endpoint: str, handler: Callable[[PeerId, ToWorker], None], clock: Clock = MonotonicClock()) -> None:
         """Raises: ConfigurationError if the endpoint cannot be bound."""
         self._handler = handler
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._clock = clock  # by which offers end
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # its own, so that `close` can wait for what is on its way
         self._socket = _socket(self._context, zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -72,28 +100,28 @@ class WorkerServer:
         try:
             if len(frames) != 2:
                 raise msgspec.DecodeError(f"{len(frames)} frames instead of 2")
-            message = self._decoder.decode(frames[1])
+            message = offer_times.from_frontend(self._decoder.decode(frames[1]), self._clock.now_ns())
         except msgspec.DecodeError as error:
             self.undecodable_count += 1
             log.warning("a message of %s was dropped: %s", peer_name(peer), error)
             return
         self._handler(peer, message)
 
-    def send(self, peer: PeerId, message: FromWorker) -> bool:
-        """Queue a message. False: the peer has gone or does not read, and will not get it."""
+    def send(self, peer: PeerId, message: FromWorker) -> Delivery:
+        """Queue a message, if that can be done now; otherwise the peer will not get it."""
         if self._socket.closed:
-            return False
-        data = _encoder.encode(message)
+            return Delivery.GONE
+        data = _encoder.encode(offer_times.for_frontend(message, self._clock.now_ns()))
         try:
             self._socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)  # fails here or not at all; half the cost of send_multipart
             self._socket.send(data, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            return False
+            return Delivery.GONE if error.errno == zmq.EHOSTUNREACH else Delivery.NOT_READ
         finally:
             self._pump.after_send()  # also after a failure, which may have swallowed the news of input
-        return True
+        return Delivery.QUEUED
 
     def close(self) -> None:
         """Last messages still go out, if their peers read them within half a second. Idempotent."""
@@ -135,7 +163,13 @@ class WorkerClient:
     had asked for. Whoever watches the registry calls `connect` and `disconnect`.
     """
 
-    def __init__(self, on_outputs: Callable[[StepOutputs], None], name: str = "peer", on_cut: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_outputs: Callable[[StepOutputs], None],
+        name: str = "peer",
+        on_cut: Callable[[str], None] | None = None,
+        clock: Clock = MonotonicClock(),
+    ) -> None:
         """`on_outputs` is called on the loop with each worker's outputs, in order. `name` shows in the workers' logs.
 
         `on_cut` is called with the id of a worker whose connection broke. What had arrived before is still delivered, later.
@@ -144,6 +178,7 @@ class WorkerClient:
         self._on_cut = on_cut
         self._name = name
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
+        self._clock = clock
         self._connections: dict[str, _Connection] = {}
         self._query_ids = itertools.count(1)
         self._is_running = False
@@ -197,7 +232,7 @@ class WorkerClient:
         if connection is None:
             raise WorkerLost(f"worker {worker_id} is not connected")
         try:
-            connection.socket.send(_encoder.encode(message), zmq.NOBLOCK)
+            connection.socket.send(_encoder.encode(offer_times.for_worker(message, self._clock.now_ns())), zmq.NOBLOCK)
         except zmq.Again:
             raise WorkerLost(f"worker {worker_id} does not take messages: {MAX_QUEUED_MESSAGES} are waiting") from None
         finally:
@@ -237,7 +272,18 @@ class WorkerClient:
             return body
         raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
 
-    async def _ask(self, worker_id: str, message: Query | SwitchRole | SwitchSleep, what: str, timeout_s: float) -> AnswerBody:
+    async def find_blocks(self, worker_id: str, epoch: int, first_block: int, keys: list[bytes], timeout_s: float) -> KvPart:
+        """Where this life of a worker has the blocks of these keys, as far as it has them.
+
+        Raises: WorkerLost as `ask`, and if it is another life, or no other process can read its blocks.
+        """
+        message = FindBlocks(next(self._query_ids), epoch, first_block, keys)
+        body = await self._ask(worker_id, message, "the question for its blocks", timeout_s)
+        if isinstance(body, HeldBlocks):
+            return body.part
+        raise WorkerLost(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
+
+    async def _ask(self, worker_id: str, message: Query | SwitchRole | SwitchSleep | FindBlocks, what: str, timeout_s: float) -> AnswerBody:
         query_id = message.query_id
         self.send(worker_id, message)
         questions = self._connections[worker_id].questions
@@ -253,7 +299,7 @@ class WorkerClient:
 
     def _receive(self, worker_id: str, data: bytes) -> None:
         try:
-            message = self._decoder.decode(data)
+            message = offer_times.from_worker(self._decoder.decode(data), self._clock.now_ns())
         except msgspec.DecodeError as error:
             self.undecodable_count += 1
             log.warning("a message of worker %s was dropped: %s", worker_id, error)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 from polyphase.core.errors import WireError
-from polyphase.transfer.backends.interface import Job, Services
+from polyphase.transfer.backends.interface import Job, Link, Services
 from polyphase.transfer.blocks import checked_ids, pack_words, unpack_words, words_of
 from polyphase.transfer.region import Region
 from polyphase.transfer.verdicts import Verdict
@@ -30,6 +33,24 @@ def ask_to_pull(wire: Wire, job: Job, services: Services, fds: tuple[int, ...] =
     if len(verdicts) != len(job.remote_ids):
         raise WireError(f"{len(verdicts)} verdicts came for {len(job.remote_ids)} blocks")
     job.verdicts[:] = verdicts
+
+
+def answer_pull(wire: Wire, pull: Pull, services: Services, name: str, connect: Callable[[], Link]) -> None:
+    """The owner's part, for backends that read through a link to the writer: one for each of its connections, closed with it.
+
+    `name`: the backend's, under which the connection keeps the link. Raises: as `Link.read` and `PullJob`.
+    """
+    link = cast("Link | None", wire.kept.get(name))
+    if link is None:
+        link = wire.kept[name] = connect()
+    pulled = PullJob(services, pull)
+    if len(pulled.job.remote_ids):
+        pulled.region.enter(pulled.job)
+        try:
+            link.read(pulled.job)
+        finally:
+            pulled.region.leave(pulled.job)
+    wire.send(pulled.verdicts())
 
 
 class PullJob:

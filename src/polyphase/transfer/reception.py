@@ -130,9 +130,13 @@ class Reception:
         self._runtime.serve(lambda: self._answer(wire, greeting))
 
     def _answer(self, wire: Wire, greeting: Greeting) -> None:
-        wire.deadline_ns = self._agent.clock.now_ns() + ANSWER_TIMEOUT_NS
+        """One request, and those that have arrived meanwhile: to wake the reactor and another thread costs more than answering them."""
         try:
-            self._agent.backend(greeting.purpose).serve(wire, greeting)
+            while True:
+                wire.deadline_ns = self._agent.clock.now_ns() + ANSWER_TIMEOUT_NS
+                self._agent.backend(greeting.purpose).serve(wire, greeting)
+                if self._is_closed or not wire.has_arrived():
+                    break
         except PolyphaseError as error:
             log.debug("a connection of %s ended: %s", wire.peer, error.message)
             self._end(wire)

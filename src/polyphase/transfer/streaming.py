@@ -1,7 +1,8 @@
-"""Scattered blocks through a stream socket, from and into registered memory, about a megabyte a system call, checksums on the way.
+"""Scattered blocks through a stream socket, from and into registered memory, a megabyte a system call, checksums on the way.
 
-A chunk is summed right after the kernel has copied it, at either end, while it is in the cache. If a block changes between the two, its sum
-does not fit, and the reader throws it away. In C++ without the interpreter lock, or in Python where there is no compiler.
+In C++, without the interpreter lock, a block is copied through a buffer that stays in the cache and summed in the same pass, at either end.
+In Python, where there is no compiler, it goes straight from and into its memory and is summed after; if it changes between the two, its sum
+does not fit, and the reader throws it away.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -74,6 +75,13 @@ class Wire:
         body = bytearray(frame_length(bytes(header)))
         self._fill(memoryview(body))
         return decode_frame(body)
+
+    def has_arrived(self) -> bool:
+        """Whether something can be read without waiting, be it the end of the connection."""
+        poll = select.poll()
+        with self.failing_well():
+            poll.register(self.socket, select.POLLIN)
+            return bool(poll.poll(0))
 
     def take_fd(self) -> int:
         """The descriptor that came with what was received last. Owner: the caller. Raises: WireError if none came."""

@@ -19,9 +19,9 @@ __all__ = ["EngineOffer", "KvLayout", "KvOffer", "KvPart", "Offer"]
 class KvOffer(msgspec.Struct, frozen=True, tag="blocks"):
     """What a prefill worker hands over: blocks that hold the KV of the first `token_count` tokens.
 
-    The blocks stay pinned until the reader gives the lease back to the agent, dies, or the lease runs out at `expires_at_ns`
-    (CLOCK_MONOTONIC of the agent's host). Each block's generation changes when the block is given to somebody else: a block that has
-    another generation after it was copied must not be used.
+    The blocks stay pinned until the reader gives the lease back to the agent, dies, or the lease runs out at `expires_at_ns`: a time of
+    the monotonic clock of whoever holds this, and in a message the time that is left (offer_times.py). Each block's generation changes
+    when the block is given to somebody else: a block that has another generation after it was copied must not be used.
     """
 
     worker_id: str
@@ -66,10 +66,10 @@ Offer = KvOffer | EngineOffer
 
 
 class KvPart(msgspec.Struct, frozen=True):
-    """Full blocks of a prompt that is still being computed, number `first_block` and following.
+    """Full blocks of a prompt that is still being computed, or of a cached prefix: number `first_block` and following.
 
-    There is no lease on them: they are the running request's own, and if it ends early they may be given to others. Their generation tells
-    a reader so, who then has nothing. The offer at the end of the prompt names all blocks again, and keeps them.
+    There is no lease on them: they are the running request's own or the cache's, and may be given to others. Their generation tells a
+    reader so, who then has nothing. The offer at the end of a prompt names all blocks again, and keeps them.
     """
 
     first_block: int

@@ -1,8 +1,8 @@
 """The request channel between a frontend (or a peer worker, or the command line) and a worker.
 
-To the worker go `Submit`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole`, `SwitchSleep` and `Query`; back come
-`StepOutputs` (one message per engine step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id.
-Every submitted request ends in exactly one `SequenceOutput` whose `finish_reason` is not None.
+To the worker go `Submit`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole`, `SwitchSleep`, `Query` and `FindBlocks`; back
+come `StepOutputs` (one message per engine step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query
+id. Every submitted request ends in exactly one `SequenceOutput` whose `finish_reason` is not None.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_strings: list[str] = []
 
 
+class KvHolder(msgspec.Struct, frozen=True):
+    """Another worker that is said to have the KV of a request's first `token_count` tokens in its prefix cache.
+
+    A hint: it may hold less, or be gone. `compute_ms`: what it would take to compute those of them that the reader does not hold itself,
+    None if nobody knows; so long pulling may take, and not longer.
+    """
+
+    worker_id: str
+    epoch: int
+    endpoint: str  # its request channel
+    token_count: int
+    compute_ms: float | None = None
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
     """Work for a worker.
 
@@ -69,7 +83,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     A fresh request has nothing behind the prompt; a migrated or handed-over one has. `hand_over` asks for prefill only: the
     worker computes everything, samples one token, and answers with an offer of the blocks (finish reason `handed_over`), unless that
     token ended the request. An `EngineOffer` comes without a token where the other engine samples it. `offer` brings such blocks: the
-    worker has them fetched, or computes the prompt itself if that fails or if it does not take this kind.
+    worker has them fetched, or computes the prompt itself if that fails or if it does not take this kind. `holder` names a worker that may
+    be asked for blocks (`FindBlocks`), where nobody offers any.
 
     `for_role` is the role that the sender believes the worker to have. A worker that has changed its role since refuses what the new one
     does not take (`role_changed`), so that a sender's old view costs another try and nothing else. A sender that knows the role, and
@@ -88,6 +103,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     hand_over: bool = False
     with_parts: bool = False  # with `hand_over`: tell of the prompt's blocks while the rest of it is computed
     offer: Offer | None = None
+    holder: KvHolder | None = None
     for_role: Role | None = None  # None: whatever the role is
     believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
     remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
@@ -142,6 +158,25 @@ class Query(msgspec.Struct, frozen=True, tag="query", omit_defaults=True):
     after: int = 0  # of batches: those behind this sequence number
 
 
+class FindBlocks(msgspec.Struct, frozen=True, tag="find_blocks"):
+    """Where lie the blocks of a prefix, number `first_block` and following, as far as the worker has them cached?
+
+    Answered by `HeldBlocks`; by `Denied` if this is another life of the worker, or nobody can read its blocks. The keys are cryptographic
+    (`core.hashing.next_content_key`) and cover model, layout and tenant salt: what another tenant's prompt left there has other keys.
+    """
+
+    query_id: int
+    epoch: int
+    first_block: int
+    keys: list[bytes]
+
+
+class HeldBlocks(msgspec.Struct, frozen=True, tag="held"):
+    """The first of the blocks asked for, perhaps none. No lease keeps them: those that are given away meanwhile have other generations."""
+
+    part: KvPart
+
+
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Accept nothing new, finish what runs, then leave the registry and exit."""
 
@@ -166,7 +201,7 @@ class SwitchSleep(msgspec.Struct, frozen=True, tag="switch_sleep"):
     is_asleep: bool
 
 
-ToWorker = Submit | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | SwitchSleep | Query | Drain
+ToWorker = Submit | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | SwitchSleep | Query | FindBlocks | Drain
 
 
 class FinishReason(enum.StrEnum):
@@ -233,7 +268,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """Reply to the query with this id."""
 
     query_id: int
-    body: SnapshotPage | MissedBatches | ModelCard | WorkerStatus | Denied
+    body: SnapshotPage | MissedBatches | ModelCard | WorkerStatus | HeldBlocks | Denied
 
 
 FromWorker = StepOutputs | Answer

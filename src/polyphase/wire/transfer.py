@@ -2,17 +2,20 @@
 
 An *agent card* is what one process publishes of itself: its name and life, where it listens, what memory it has registered and which
 backends it can be reached through. It travels inside offers or by any other means, as msgpack bytes of `encode_card`. Frames between
-agents are msgpack too: a length of four bytes, big-endian, and then one of the structs below, tagged by name.
+agents are msgpack too: a length of four bytes, big-endian, one of the structs below, tagged by name, and XXH3-64 of the struct's bytes,
+little-endian, which the length includes. A damaged frame is an error, and so cannot ask for, or vouch for, other blocks than were meant.
 """
 
 from __future__ import annotations
 
 import msgspec
+from xxhash import xxh3_64_intdigest
 
 from polyphase.core.errors import TransferRefused, WireError
 from polyphase.wire.layout import KvLayout, KvShape
 
-CARD_VERSION = 1  # raised with every change that an agent of the version before would misread
+CARD_VERSION = 2  # raised with every change that an agent of the version before would misread
+SUM_BYTES = 8
 MAX_CARD_BYTES = 1 << 20
 MAX_FRAME_BYTES = 16 << 20
 MAX_NOTIFICATION_BYTES = 64 << 10
@@ -205,6 +208,7 @@ class Sums(msgspec.Struct, frozen=True, tag="sums"):
 
     sums: bytes
     verdicts: bytes
+    request: int  # `request_digest` of the `Read` or `Write` that they belong to: not of the one before or after
 
 
 class Facts(msgspec.Struct, frozen=True, tag="facts"):
@@ -240,6 +244,7 @@ _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 def encode_frame(frame: Frame) -> bytes:
     """With its length in front. Raises: WireError if it is too long to be accepted at the other end."""
     body = _encoder.encode(frame)
+    body += xxh3_64_intdigest(body).to_bytes(SUM_BYTES, "little")
     if len(body) > MAX_FRAME_BYTES:
         raise WireError(f"a frame of {len(body)} bytes cannot be sent; {MAX_FRAME_BYTES} is the most")
     return len(body).to_bytes(4, "big") + body
@@ -254,8 +259,16 @@ def frame_length(header: bytes) -> int:
 
 
 def decode_frame(body: bytes | bytearray) -> Frame:
-    """Raises: WireError if `body` is none of the frames above."""
+    """What follows the length. Raises: WireError if it was damaged or is none of the frames above."""
+    content = memoryview(body)[:-SUM_BYTES]
+    if len(body) <= SUM_BYTES or xxh3_64_intdigest(content) != int.from_bytes(body[-SUM_BYTES:], "little"):
+        raise WireError("a frame between agents was damaged on its way")
     try:
-        return _decoder.decode(body)
+        return _decoder.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"a frame between agents cannot be understood: {error}") from error
+
+
+def request_digest(request: Read | Write) -> int:
+    """Which blocks, under which generations: XXH3-64."""
+    return xxh3_64_intdigest(b"\0".join((request.region_id.encode(), request.block_ids, request.generations)))

@@ -7,6 +7,7 @@ be started again.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -27,7 +28,7 @@ from polyphase.runtime import Lease, Registry, WorkerPaths
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
-from polyphase.worker.engines import load_engines
+from polyphase.worker.engines import check_adapters, load_engines
 from polyphase.worker.host import HostSettings, WorkerHost, engine_failure
 from polyphase.worker.options import WorkerOptions, parse_options
 from polyphase.worker.room import QueueLimits
@@ -40,6 +41,7 @@ EXIT_CONFIGURATION = 1
 EXIT_BROKEN = 70  # Source: EX_SOFTWARE of sysexits.h
 LIFELINE_CHECK_INTERVAL_S = 1.0
 SAME_WISH_S = 1.0
+DISK_TROUBLES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 def main() -> int:
@@ -56,11 +58,22 @@ def main() -> int:
     except EngineFailed as error:
         log.error("the worker broke down: %s", error.message)
         return EXIT_BROKEN
-    except Exception:
-        log.exception("the worker broke down")
+    except Exception as error:
+        if (told := _disk_trouble(error)) is not None:
+            what = f"{told.filename or options.run_folder} cannot be written: {told.strerror}"
+            log.error("the worker ends; it can be started again when there is room: %s", what)
+        else:
+            log.exception("the worker broke down")
         return EXIT_BROKEN
     log.info("gone")
     return 0
+
+
+def _disk_trouble(error: BaseException) -> OSError | None:
+    """The error, or one of its group, that says that a disk takes nothing more: no fault of the worker's."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((told for one in error.exceptions if (told := _disk_trouble(one)) is not None), None)
+    return error if isinstance(error, OSError) and error.errno in DISK_TROUBLES else None
 
 
 def _serve(options: WorkerOptions, lifeline: Lifeline) -> None:
@@ -73,6 +86,7 @@ def _serve(options: WorkerOptions, lifeline: Lifeline) -> None:
         log.info("loading %s with engine %s", options.engine_options.model, options.engine)
         loaded = [engine for _ in names for engine in load_engines(options.engine, options.engine_options)]
         engines = [stack.enter_context(closing(engine)) for engine in loaded]
+        check_adapters(engines[0], options.engine, options.engine_options.adapters)
         for rank in range(len(names), len(engines)):
             name = f"{options.worker_id}-rank-{rank}"
             leases.append(stack.enter_context(Registry(options.run_folder).claim(name)))

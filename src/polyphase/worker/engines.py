@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import cast
 
@@ -108,6 +108,15 @@ def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(f"the engine loader {name!r} cannot be imported: {error}") from error
     return cast("Callable[[EngineOptions], Engine]", loader)
+
+
+def check_adapters(engine: Engine, name: str, wanted: Collection[str]) -> None:
+    """Raises: ConfigurationError if the engine has not taken the LoRA adapters that it was told of."""
+    missing = sorted(set(wanted) - set(engine.card.adapters))
+    if missing:
+        raise ConfigurationError(
+            f"the engine {name} did not take the LoRA adapter {missing[0]!r}; leave --lora away, or take torch or vllm"
+        )
 
 
 def kv_exporter(engine: Engine) -> KvExporter | None:

@@ -30,6 +30,7 @@ from polyphase.core.errors import (
     Refused,
     WorkerLost,
 )
+from polyphase.core.ids import ContentKey
 from polyphase.engines.interface import BlockSource, Engine, StepReport, abilities_of
 from polyphase.observe import request_context, rss_bytes, uptime_s
 from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, WorkerServer
@@ -42,14 +43,15 @@ from polyphase.wire.requests import (
     Cancel,
     Denied,
     Drain,
+    FindBlocks,
     FinishReason,
     HandOver,
+    HeldBlocks,
     PullAhead,
     Query,
     Question,
     ReleaseLease,
     SequenceOutput,
-    StepOutputs,
     Submit,
     SwitchRole,
     SwitchSleep,
@@ -57,8 +59,10 @@ from polyphase.wire.requests import (
     WireFailure,
 )
 from polyphase.worker.engines import kv_exporter, kv_importer, kv_sender, sleeper
+from polyphase.worker.holders import Holders
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
+from polyphase.worker.outbox import Outbox
 from polyphase.worker.pulls_ahead import PullsAhead
 from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
@@ -98,9 +102,7 @@ class WorkerHost:
         self._lease = lease
         self._settings = settings
         self._entry = settings.entry
-        self._step = 0
         self._live = LiveRequests()
-        self._last_sent_s: dict[PeerId, float] = {}
         self._last_load_s = 0.0
         self._tasks = asyncio.TaskGroup()
         self._agent = settings.agent
@@ -110,15 +112,18 @@ class WorkerHost:
         self._ahead: PullsAhead | None = None
         if self._exporter is not None and importer is not None and settings.region is not None:
             self._ahead = PullsAhead(self._exporter, importer, self._sources)
+        self._holders = Holders(self._entry.worker_id)
         self._releases = LeaseReleases(self._entry.worker_id)
         self._draining = asyncio.Event()
         with contextlib.ExitStack() as stack:
             stack.callback(settings.paths.remove)
             self._server = WorkerServer(self._entry.request_endpoint, self._handle)
             stack.callback(self._server.close)
+            self._outbox = Outbox(self._server, self._entry.worker_id, self._entry.epoch)
             self._publisher = EventPublisher(self._entry.event_endpoint, self._entry.worker_id, self._entry.epoch)
             stack.callback(self._publisher.close)
             stack.callback(self._releases.close)
+            stack.callback(self._holders.close)
             if self._ahead is not None:
                 stack.callback(self._ahead.close)
             stack.callback(self._sources.close)
@@ -144,6 +149,8 @@ class WorkerHost:
                     "server": self._server.run(),
                     "engine": self._engine.run(self._on_step),
                     "heartbeat": self._beat(),
+                    "holders": self._holders.run(),
+                    "releases": self._releases.run(),
                     "lease": self._lease.renew(),
                 }
                 running = [tasks.create_task(part, name=name) for name, part in parts.items()]
@@ -195,6 +202,8 @@ class WorkerHost:
                 self._tasks.create_task(self._switch_sleep(peer, message), name="sleep")
             case Query():
                 self._answer(peer, message)
+            case FindBlocks():
+                self._server.send(peer, Answer(message.query_id, self._find_blocks(message)))
             case Drain():
                 self.drain()
 
@@ -217,18 +226,33 @@ class WorkerHost:
         live = self._live.add(request_id, peer, wants_hand_over=request.hand_over)
         if request.remaining_ms is not None:
             self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
-        if not isinstance(request.offer, KvOffer):
+        has_blocks_elsewhere = isinstance(request.offer, KvOffer) or (
+            request.offer is None and request.holder is not None and self._ahead is not None
+        )
+        if not has_blocks_elsewhere:
             self._submit(request, None)
-        else:
-            try:
-                if self._settings.limits is not None:  # before blocks travel for nothing
-                    self._settings.limits.refuse_if_full(request, self._engine.load())
-            except Refused as refusal:
-                self._live.remove(request_id)
-                self._refuse(peer, request, refusal)
-                return
-            live.offer = request.offer  # until the engine has it, whatever happens gives it back
-            live.opening = self._tasks.create_task(self._open_and_submit(live, request), name=f"open-{request_id}")
+            return
+        try:
+            if self._settings.limits is not None:  # before blocks travel for nothing
+                self._settings.limits.refuse_if_full(request, self._engine.load())
+        except Refused as refusal:
+            self._live.remove(request_id)
+            self._refuse(peer, request, refusal)
+            return
+        live.offer = request.offer  # until the engine has it, whatever happens gives it back
+        fetch = self._pull_and_submit if request.offer is None else self._open_and_submit
+        live.opening = self._tasks.create_task(fetch(live, request), name=f"open-{request_id}")
+
+    async def _pull_and_submit(self, live: LiveRequest, request: Submit) -> None:
+        """Cancel: as `_open_and_submit`."""
+        assert self._ahead is not None
+        assert request.holder is not None
+        try:
+            await self._ahead.pull_held(request, request.holder, self._holders)
+            live.opening = None
+            self._submit(request, None)
+        finally:
+            self._ahead.forget(request.request_id)
 
     async def _open_and_submit(self, live: LiveRequest, request: Submit) -> None:
         """Cancel: nothing has reached the engine; `_stop_opening` forgets the request and releases the lease."""
@@ -392,10 +416,17 @@ class WorkerHost:
                 body = Answer(query.query_id, self._status())
         self._server.send(peer, body)
 
+    def _find_blocks(self, message: FindBlocks) -> HeldBlocks | Denied:
+        if self._exporter is None or self._region is None:
+            return Denied(f"no other process can read the blocks of worker {self._entry.worker_id}")
+        if message.epoch != self._entry.epoch:
+            return Denied(f"worker {self._entry.worker_id} has begun another life")
+        return HeldBlocks(self._exporter.find_blocks(message.first_block, [ContentKey(key) for key in message.keys]))
+
     # From the engine
 
     def _on_step(self, report: StepReport) -> None:
-        self._step = report.step
+        self._outbox.step = report.step
         has_finished = False
         for peer, outputs in self._live.group(report.outputs).items():
             for output in outputs:
@@ -441,12 +472,11 @@ class WorkerHost:
         self._publisher.publish(report.events if report else [], self._engine.load())
 
     def _send(self, peer: PeerId, outputs: list[SequenceOutput]) -> bool:
-        """False: the peer has gone; its requests are aborted."""
-        self._last_sent_s[peer] = time.monotonic()
-        if self._server.send(peer, StepOutputs(self._entry.worker_id, self._entry.epoch, self._step, outputs)):
+        """False: the peer has gone or does not read; its requests are aborted."""
+        if self._outbox.send(peer, outputs):
             return True
-        self._last_sent_s.pop(peer, None)
         requests = self._live.of_peer(peer)
+        self._outbox.owe(peer, [live.request_id for live in requests])
         if requests:
             log.warning("a peer went away or does not read; %d requests of it are aborted", len(requests))
         for live in requests:
@@ -461,16 +491,16 @@ class WorkerHost:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
             self._end_overdue()
             self._publish(None)
+            for offer in self._sources.undelivered():
+                self._releases.send(offer)
             self._releases.close_idle()
+            self._holders.close_idle()
             self._sources.close_idle()
             if self._ahead is not None:
                 self._ahead.forget_idle()
-            now_s = time.monotonic()
-            waiting = self._live.peers()
-            for peer in waiting:
-                if now_s - self._last_sent_s.get(peer, 0.0) >= HEARTBEAT_INTERVAL_S:
-                    self._send(peer, [])
-            self._last_sent_s = {peer: sent_s for peer, sent_s in self._last_sent_s.items() if now_s - sent_s < 60}
+            self._outbox.settle()
+            for peer in self._outbox.unheard(self._live.peers(), HEARTBEAT_INTERVAL_S):
+                self._send(peer, [])
 
     def _end_overdue(self) -> None:
         """Nothing is computed for those whom nobody awaits any more."""

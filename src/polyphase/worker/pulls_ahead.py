@@ -2,7 +2,8 @@
 
     PullAhead ─► parts ─┐
     PullAhead ─► parts ─┼─► one task for each request: reserve ─ read in a thread ─ settle ─ …
-    Submit ─► offer ────┘                                        └─► `complete` returns, and the engine takes the request
+    Submit ─► offer ────┤                                        └─► `complete` or `pull_held` returns, and the engine takes the request
+           └► holder ───┘ asked where it has the prefix cached
 
 All of it is for speed only. Whatever does not arrive is told once more by the offer, which keeps its blocks; what does not arrive even
 then, the engine computes. A request that never comes leaves nothing behind but cached blocks.
@@ -15,17 +16,19 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from polyphase.core.errors import TransferError
+from polyphase.core.errors import TransferError, WorkerLost
 from polyphase.core.hashing import namespace_of
 from polyphase.engines.interface import BlockSource, KvExporter, KvImporter, PrefixImport, Room
 from polyphase.observe import request_context
 from polyphase.transfer import Verdict
 from polyphase.wire.kv import KvOffer, KvPart
-from polyphase.wire.requests import PullAhead, Submit
+from polyphase.wire.requests import KvHolder, PullAhead, Submit
+from polyphase.worker.holders import Holders
+from polyphase.worker.patience import Patience
 from polyphase.worker.sources import OfferSources
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ log = logging.getLogger(__name__)
 THREADS = 4  # reads at a time; a peer that does not answer holds one of them until the read's deadline
 MAX_STREAMS = 512  # then the least recently used is forgotten
 IDLE_S = 60.0  # without news of it, a request is not believed to come any more
+ROOM_BYTES = 32 << 20  # read at a time
 PATIENCE_S, SLOWEST_BYTES_PER_S = 2.0, 100e6  # for an offer; whatever comes later than that, computing was faster
 
 
@@ -57,6 +61,8 @@ class _Stream:
     token_ids: list[int] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     used_s: float = 0.0
+    arrived_count: int = 0
+    on_arrival: Callable[[], None] = lambda: None
 
     def extend(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
@@ -71,6 +77,7 @@ class PullsAhead:
         self._sources = sources
         self._memory = exporter.kv_memory
         self._layout = exporter.kv_layout
+        self._room_count = max(1, ROOM_BYTES // self._layout.block_bytes)
         self._streams: OrderedDict[str, _Stream] = OrderedDict()  # least recently used first
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kv-pull")
 
@@ -127,6 +134,50 @@ class PullsAhead:
             stream.target.note_wait((time.monotonic() - began_s) * 1e3)
         return True
 
+    async def pull_held(self, request: Submit, holder: KvHolder, holders: Holders) -> None:
+        """Pull what the holder has cached of the request's tokens and is not here, for as long as that is faster than computing it.
+
+        Whatever fails is logged, and costs no more than that time.
+        Cancel: reads under way go on to their end.
+        """
+        if holders.is_silent(holder):
+            return
+        size = self._layout.block_size
+        stream = self._open(request.request_id, namespace_of(request.cache_salt, request.lora))
+        stream.extend(request.token_ids[: (len(request.token_ids) - 1) // size * size])
+        first, keys = stream.target.missing()
+        if not keys:
+            return
+        patience = Patience.with_holder(holder, first, self._layout)
+        loop, began_s = asyncio.get_running_loop(), time.monotonic()
+        loop_began_s = loop.time()
+        try:
+            part = await holders.find(holder, first, keys, patience.first_s)
+            if not part.block_ids:
+                raise TransferError(f"worker {holder.worker_id} does not have the prefix any more")
+            self._check(part, first, len(keys))
+            self._enqueue(stream, _Blocks(first, part.block_ids, part.generations, part))
+            assert stream.task is not None
+            async with asyncio.timeout_at(loop_began_s + patience.until_s(0)) as limit:
+                stream.on_arrival = lambda: limit.reschedule(loop_began_s + patience.until_s(stream.arrived_count))
+                await asyncio.shield(stream.task)
+        except (TimeoutError, WorkerLost, TransferError) as error:
+            if isinstance(error, TimeoutError) and not stream.arrived_count:
+                holders.note_silence(holder)
+            cause = str(error) or "they did not come faster than they are computed"
+            with request_context(request.request_id):
+                log.info("blocks that worker %s is said to have are computed here: %s", holder.worker_id, cause)
+        finally:
+            stream.on_arrival = lambda: None
+            stream.target.note_wait((time.monotonic() - began_s) * 1e3)
+
+    def _check(self, part: KvPart, first_block: int, most: int) -> None:
+        """Raises: TransferError if these are not blocks as they were asked for."""
+        region = part.agent.region(part.region_id)
+        is_sound = part.first_block == first_block and len(part.block_ids) == len(part.generations) <= most
+        if region is None or region.layout != self._layout or not is_sound:
+            raise TransferError("what it tells of does not fit what was asked for")
+
     def forget(self, request_id: str) -> None:
         """It is with the engine, or will not come. Unknown ids are ignored."""
         stream = self._streams.pop(request_id, None)
@@ -152,7 +203,7 @@ class PullsAhead:
         if len(self._streams) >= MAX_STREAMS:
             self.forget(next(iter(self._streams)))
         target = self._importer.open_import(request_id, namespace)
-        stream = self._streams[request_id] = _Stream(request_id, target, namespace)
+        stream = self._streams[request_id] = _Stream(request_id, target, namespace, used_s=time.monotonic())
         return stream
 
     def _enqueue(self, stream: _Stream, blocks: _Blocks) -> None:
@@ -177,13 +228,15 @@ class PullsAhead:
     async def _pull_blocks(self, stream: _Stream, blocks: _Blocks) -> None:
         end = blocks.first_block + len(blocks.block_ids)
         source: BlockSource | None = None
-        while (room := stream.target.reserve(blocks.first_block, end)) is not None:
+        while (room := stream.target.reserve(blocks.first_block, min(end, stream.target.missing()[0] + self._room_count))) is not None:
             try:
                 source = source or await self._source_of(blocks)
             except BaseException:
                 stream.target.settle(room, 0)
                 raise
             good_count = await self._fill(stream.target, room, blocks, source)
+            stream.arrived_count += good_count
+            stream.on_arrival()
             if good_count < len(room.block_ids):
                 raise TransferError(f"block {room.first_block + good_count} of the prompt did not arrive well")
 

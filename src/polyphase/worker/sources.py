@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from polyphase.core.clock import Clock, MonotonicClock
@@ -21,6 +21,7 @@ from polyphase.wire.transfer import AgentCard
 log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 64  # then the least recently used goes
+MAX_GIVEN_BACK = 512  # remembered for as long as their leases might last
 IDLE_S = 60.0
 CONNECT_TIMEOUT_S = 2.0
 
@@ -41,6 +42,7 @@ class OfferSources:
         self._clock = clock
         self._met: OrderedDict[_Life, _Met] = OrderedDict()  # least recently used first
         self._meeting: dict[_Life, asyncio.Task[Session]] = {}
+        self._given_back: deque[tuple[Session, KvOffer]] = deque(maxlen=MAX_GIVEN_BACK)
         self._is_closed = False
 
     async def open(self, offer: KvOffer) -> PeerBlocks:
@@ -67,7 +69,16 @@ class OfferSources:
             met.session.give_back(offer.lease_id)
         except HandleReleased:
             return False
+        self._given_back.append((met.session, offer))
         return True
+
+    def undelivered(self) -> list[KvOffer]:
+        """Offers whose agents we have lost since we gave them back, and that may not know of it. Each is told of once."""
+        now_ns = self._clock.now_ns()
+        lost = [offer for session, offer in self._given_back if session.is_lost and offer.expires_at_ns > now_ns]
+        kept = [(session, offer) for session, offer in self._given_back if not session.is_lost and offer.expires_at_ns > now_ns]
+        self._given_back = deque(kept, MAX_GIVEN_BACK)
+        return lost
 
     async def _session(self, agent: AgentCard) -> Session:
         life = _life(agent)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -58,12 +59,15 @@ def test_the_page_needs_no_network_and_holds_the_answers() -> None:
 
 def test_launch_files_for_every_engine() -> None:
     files = launch_files(WHOLE.best[0], "deepseek-ai/DeepSeek-V3", TRAFFIC)
-    assert set(files) == {"serve.sh", "vllm.sh", "sglang.sh", "trtllm.sh", "trtllm.yaml", "kubernetes.yaml"}
+    assert set(files) == {"polyphase.toml", "serve.sh", "vllm.sh", "sglang.sh", "trtllm.sh", "trtllm.yaml", "kubernetes.yaml"}
     part = WHOLE.best[0].decode
     words = files["vllm.sh"].replace("\\\n", " ").split()
     assert words[words.index("--tensor-parallel-size") + 1] == str(part.mapping.tp)
     assert words[words.index("--max-num-seqs") + 1] == str(WHOLE.best[0].batch)
-    assert f"--workers {WHOLE.best[0].units}" in files["serve.sh"]
+    assert "--config polyphase.toml" in files["serve.sh"]
+    (group,) = tomllib.loads(files["polyphase.toml"])["groups"]
+    assert (group["model"], group["engine"], group["workers"]) == ("deepseek-ai/DeepSeek-V3", part.setting.backend, WHOLE.best[0].units)
+    assert str(part.mapping.tp) in group["engine_args"]
     assert f"replicas: {WHOLE.best[0].units}" in files["kubernetes.yaml"]
 
 
@@ -72,8 +76,11 @@ def test_launch_files_of_a_split_deployment() -> None:
     assert option.prefill
     files = launch_files(option, "deepseek-ai/DeepSeek-V3", TRAFFIC)
     expected = {f"{engine}-{role}.sh" for engine in ("vllm", "sglang", "trtllm") for role in ("prefill", "decode")}
-    assert set(files) == expected | {"serve.sh", "trtllm-prefill.yaml", "trtllm-decode.yaml", "kubernetes.yaml"}
-    assert f"--prefill {option.units * option.prefill.workers}" in files["serve.sh"]
+    assert set(files) == expected | {"polyphase.toml", "serve.sh", "trtllm-prefill.yaml", "trtllm-decode.yaml", "kubernetes.yaml"}
+    first, second = tomllib.loads(files["polyphase.toml"])["groups"]
+    assert first["prefill"] == option.units * option.prefill.workers
+    assert second["decode"] == option.units * option.decode.workers
+    assert first["group"] == second["group"]
     assert '"kv_role": "kv_producer"' in files["vllm-prefill.sh"]
     assert "--disaggregation-mode decode" in files["sglang-decode.sh"]
     assert "cache_transceiver_config" in files["trtllm-decode.yaml"]
@@ -98,3 +105,4 @@ def test_a_folder_with_odd_letters_stays_one_word() -> None:
     files = launch_files(WHOLE.best[0], "/models/it's here", TRAFFIC)
     assert "'/models/it'\"'\"'s here'" in files["vllm.sh"]
     assert "'/models/it''s here'" in files["kubernetes.yaml"]
+    assert tomllib.loads(files["polyphase.toml"])["groups"][0]["model"] == "/models/it's here"

@@ -284,3 +284,17 @@ def test_a_wait_in_the_queue_is_told() -> None:
     )
     assert f"It waited 0.10 s in the frontend's queue in vain {why}." in evicted
     assert "frontend's queue" not in in_words(page())
+
+
+def test_where_kv_came_from_is_told() -> None:
+    page = copy.deepcopy(PAGE)
+    route = page["routes"][0]
+    reason = "decode-0 is said to hold 320 prompt tokens that prefill-1 does not; pulling them should take 5 ms, computing them 90 ms"
+    route["pull"] = {"holder": "decode-0", "tokens": 320, "is_wanted": True, "reason": reason}
+    route["legs"][0]["transferred_tokens"] = 304
+    assert f"KV elsewhere: {reason}. It got 304 of 320." in " ".join(paragraphs(page))
+    route["pull"]["is_wanted"] = False
+    assert f"KV elsewhere: {reason}." in " ".join(paragraphs(page))
+    assert "It got" not in " ".join(paragraphs(page))
+    route["pull"] = None
+    assert "KV elsewhere" not in " ".join(paragraphs(page))

@@ -54,7 +54,7 @@ def plan_of(
 def test_groups_of_a_file_become_processes(tmp_path: Path) -> None:
     plan = plan_of(FLEET, tmp_path)
     assert (plan.settings.port, plan.settings.policy, plan.model_names) == (8123, "least-loaded", ["small", "large"])
-    assert plan.describe_workers() == "1 prefill and 1 decode and 3 for both workers"
+    assert plan.describe_workers() == "1 prefill and 1 decode workers, and 3 for both"
     frontend, *workers = process_specs(plan, tmp_path)
     assert frontend.name == "frontend"
     options = [parse_options(spec.arguments[3:]) for spec in workers]
@@ -79,6 +79,7 @@ def test_flags_and_variables_hold_for_all_groups(tmp_path: Path) -> None:
     [
         (("model = \"demo\"", "modle = \"demo\""), {}, "sets 'groups[0].modle', which is not a setting; did you mean groups[0].model?"),
         (("weight = 3", "weight = -1"), {}, "groups[0].weight in"),
+        (("weight = 3", "group = 'a b'"), {}, "'a b' cannot name a group"),
         (("workers = 2", "port = 3"), {}, "sets 'groups[2].port', which is not a setting"),
         (("", ""), {"model": "demo"}, "MODEL is for one group of workers, and"),
         (("", ""), {"workers": 2}, "--workers is for one group of workers, and"),

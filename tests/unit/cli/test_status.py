@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from polyphase.cli.status import (
@@ -16,6 +17,7 @@ from polyphase.cli.status import (
     _names,
     _queues,
     _shares,
+    _shortcomings,
     _streams,
     _warnings,
     ask_frontend,
@@ -203,5 +205,8 @@ def test_workers_are_shown_by_model() -> None:
     answers = {"w0": status("w0", "large"), "w1": status("w1", "demo"), "w2": None}
     shown = list(status_table(["w0", "w1", "w2", "w3"], answers, is_wide=False).columns[0].cells)
     assert [str(cell) for cell in shown] == ["demo", "w1", "large", "w0", "of no known model", "w2", "w3"]
+    prefill = msgspec.structs.replace(status("w0", "large").entry, role=Role.PREFILL)
+    others = [prefill, status("w1", "demo").entry]
+    assert _shortcomings(others) == ["large: no decode worker is there: prefill workers serve requests whole"]
     alone = status_table(["w0"], {"w0": answers["w0"]}, is_wide=False)
     assert [str(cell) for cell in alone.columns[0].cells] == ["w0"]

@@ -25,7 +25,7 @@ from polyphase.frontend.models import Models
 from polyphase.frontend.records import Records
 from polyphase.frontend.server import HttpServer, open_socket
 from polyphase.frontend.settings import FrontendSettings
-from polyphase.router import Router, RouterSettings, SplitRule
+from polyphase.router import PullRule, Router, RouterSettings, SplitRule
 from polyphase.runtime import Registry
 from polyphase.wire.cards import ModelCard, Role
 
@@ -107,7 +107,7 @@ async def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> No
 @contextlib.asynccontextmanager
 async def serving(card: ModelCard, story: list[int], settings: FrontendSettings) -> AsyncIterator[Stack]:
     run_folder = Path(tempfile.mkdtemp(prefix="ppf-", dir="/tmp"))  # short: socket paths end at about 100 bytes
-    router = Router(RouterSettings(split=SplitRule(min_uncached_tokens=SPLIT_FROM)))
+    router = Router(RouterSettings(split=SplitRule(min_uncached_tokens=SPLIT_FROM), pull=PullRule(is_on=True)))
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)

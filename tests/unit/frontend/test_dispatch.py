@@ -22,7 +22,7 @@ from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.terms import Terms
-from polyphase.router import AdmissionSettings, Router, RouterSettings, SplitRule, WorkerFacts
+from polyphase.router import AdmissionSettings, PullRule, Router, RouterSettings, SplitRule, WorkerFacts
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load
 from polyphase.wire.kv import EngineOffer, KvOffer, KvPart
@@ -94,7 +94,9 @@ class DispatchMachine(RuleBasedStateMachine):
         self.original = asyncio.get_running_loop
         asyncio.get_running_loop = lambda: self.timers  # type: ignore[assignment,return-value]
         self.clock = ManualClock(1)
-        self.router = Router(RouterSettings(split=SplitRule(min_uncached_tokens=32), max_waiting_requests=1))
+        self.router = Router(
+            RouterSettings(split=SplitRule(min_uncached_tokens=32), max_waiting_requests=1, pull=PullRule(is_on=True, min_tokens=16))
+        )
         admission = AdmissionSettings(max_requests=3, weights={"a": 2.0})
         self.settings = FrontendSettings(migration_limit=3, migration_patience_s=1, admission=admission)
         self.dispatcher = Dispatcher(self.router, self.send, Metrics(), self.settings, self.clock)
@@ -113,6 +115,7 @@ class DispatchMachine(RuleBasedStateMachine):
         try:
             assert self.dispatcher.active_count == 0
             assert self.router.bookings.total().is_zero()
+            assert len(self.router._pulls) == 0
             assert self.timers.pending == []
             assert not self.dispatcher._sending._by_wire_id
             assert all(not life.running.keys() - self.missed for life in self.lives.values())
@@ -130,6 +133,11 @@ class DispatchMachine(RuleBasedStateMachine):
         match message:
             case Submit():
                 assert message.request_id not in life.running
+                if message.holder is not None:
+                    holder = self.lives[message.holder.worker_id]
+                    assert message.offer is None, "what is offered need not be looked for"
+                    assert message.holder.worker_id != worker_id
+                    assert (message.holder.epoch, message.holder.endpoint) == (holder.epoch, f"ipc://{message.holder.worker_id}")
                 life.running[message.request_id] = message
                 if isinstance(message.offer, EngineOffer):
                     assert message.offer.lease_id not in self.read, "an engine's offer is good for one reader"
@@ -158,13 +166,20 @@ class DispatchMachine(RuleBasedStateMachine):
             return
         self.epoch += 1
         self.lives[worker_id] = Life(self.epoch)
-        self.dispatcher.worker_joined(WorkerId(worker_id), Epoch(self.epoch))
+        self.dispatcher.worker_joined(WorkerId(worker_id), Epoch(self.epoch), f"ipc://{worker_id}")
         self.lives[worker_id].role = ROLES[worker_id]
         self.router.upsert_worker(self.facts(worker_id))
 
     def facts(self, worker_id: str) -> WorkerFacts:
         life = self.lives[worker_id]
         return WorkerFacts(WorkerId(worker_id), Epoch(life.epoch), "tiny", life.role, 16, 64, 512, 2, True)
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), count=st.integers(1, 6))
+    def hold(self, data: st.DataObject, count: int) -> None:
+        """A worker tells that it has the beginning of the prompts that are asked for here."""
+        worker_id = data.draw(st.sampled_from(sorted(self.lives)))
+        self.router.add_blocks(WorkerId(worker_id), Epoch(self.lives[worker_id].epoch), sequence_hashes([5] * 100, 16)[:count])
 
     @precondition(lambda self: self.lives)
     @rule(data=st.data(), role=st.sampled_from(list(Role)), is_known=st.booleans())

@@ -12,9 +12,12 @@ import msgspec
 import openai
 import pytest
 
+from polyphase.core.hashing import sequence_hashes
+from polyphase.core.ids import WorkerId
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import AdmissionSettings
 from polyphase.wire.cards import Role
+from polyphase.wire.events import BlocksStored
 from polyphase.wire.requests import WireFailure
 
 from .fake_worker import FakeWorker
@@ -495,3 +498,50 @@ async def test_drain_has_an_end(stack: Stack) -> None:
     assert stream.error["code"] == "draining"
     assert stream.is_done
     await wait_for(lambda: not worker.running)
+
+
+# KV elsewhere
+
+
+async def test_after_a_death_the_next_worker_is_told_who_holds_the_prompt(stack: Stack) -> None:
+    """A draining worker takes nothing, and gives what it has; what is taken up again is booked until its first token only."""
+    for worker_id in ("a", "b", "holder"):
+        slow(await stack.add(worker_id))
+    holder = stack.workers["holder"]
+    size = stack.card.block_size
+    prompt = [5] * (20 * size + 1)
+    holder.publish([BlocksStored([int(one) for one in sequence_hashes(prompt, size)])])
+    await wait_for(lambda: stack.router.indexed_block_count(WorkerId("holder")) == 20)
+    holder.update(msgspec.structs.replace(holder.entry, is_draining=True))
+    await wait_for(lambda: stack.router.facts_of(WorkerId("holder")).is_draining)  # type: ignore[union-attr]
+    async with open_stream(stack, prompt, max_tokens=150) as stream:
+        await stream.read(10)
+        first = next(worker for worker in stack.workers.values() if worker.running)
+        await stack.kill(first.worker_id)
+        await stream.read(60)
+        second = next(worker for worker in stack.workers.values() if worker.running)
+        booked = {view.facts.worker_id: view.booked_prefill_tokens for view in stack.router.workers()}
+        assert booked[WorkerId(second.worker_id)] == 0
+        for worker in (first, second):
+            (submit,) = worker.submits
+            assert submit.holder is not None
+            assert (submit.holder.worker_id, submit.holder.epoch) == ("holder", holder.epoch)
+            assert submit.holder.endpoint == holder.entry.request_endpoint
+            assert submit.holder.token_count == 20 * size
+    await wait_for(lambda: stack.is_at_rest)
+    page = await stack.record(stream.response.headers["x-request-id"])
+    assert [route["pull"]["holder"] for route in page["routes"]] == ["holder", "holder"]
+
+
+async def test_a_worker_that_gave_requests_up_unread_says_so(stack: Stack) -> None:
+    """As it does when the frontend stood still for a minute: the request begins anew from what arrived, there or elsewhere."""
+    worker = await stack.add("a")
+    worker.behaviour.failure = WireFailure("connection_lost", "its answers were not read", True)
+    worker.behaviour.fails_after = 7
+    slow(worker)
+    async with open_stream(stack) as stream:
+        await stream.read(5)
+        worker.behaviour.fails_after = None
+        await stream.read()
+    assert stream.ids == told(stack.story)
+    assert stream.finish == "length"

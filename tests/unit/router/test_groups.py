@@ -175,6 +175,21 @@ def test_only_workers_with_the_adapter_take_its_requests() -> None:
     assert router.route(request("y")).decode.worker_id == "a"
 
 
+# Contexts of different lengths
+
+
+def test_a_worker_with_too_short_a_context_is_left_out() -> None:
+    router = router_with(member("long", "g", context_length=4096), member("short", "g", context_length=512))
+    for number in range(4):
+        assert router.route(request(f"r{number}", prefix(number, 31), output=17)).decode.worker_id == "long"
+        router.release(RequestId(f"r{number}"))
+    shorter = [router.route(request(f"s{number}", prefix(9 + number, 31), output=16)).decode.worker_id for number in range(2)]
+    assert sorted(shorter) == ["long", "short"]
+    router.remove_worker(WorkerId("long"))
+    with pytest.raises(NoWorkers, match="too short a context"):
+        router.route(request("x", prefix(1, 31), output=17))
+
+
 # Blocks of different sizes
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from polyphase.router import WorkerFacts, misfits
+from polyphase.router.pull import may_pull
 from polyphase.wire.cards import BLOCKS, Role
 from tests.unit.router.builders import facts, prefix, request, router_with
 
@@ -67,3 +70,11 @@ def test_a_taker_that_is_full_is_not_waited_for() -> None:
 def test_what_does_not_fit_is_named(giver: WorkerFacts, taker: WorkerFacts, said: str | None) -> None:
     found = misfits([taker, giver])
     assert (len(found) == 1 and said in found[0]) if said else not found
+
+
+def test_blocks_of_stock_engines_are_not_pulled_from_their_caches() -> None:
+    """They bring KV to each other only as an offer."""
+    one, other = (facts(name, offer_kind=NIXL) for name in ("a", "b"))
+    assert not may_pull(one, other)
+    assert may_pull(facts("a"), facts("b"))
+    assert not may_pull(facts("a"), replace(facts("b"), is_asleep=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import takewhile
 
 from hypothesis import settings
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from polyphase.core.errors import NoWorkers, Overloaded
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router import Router, RouterSettings, SplitRule, WorkerFacts
+from polyphase.router.groups import mates_of
 from polyphase.wire.cards import Role
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, Load
 from tests.unit.router.builders import facts, prefix, request
@@ -20,6 +22,8 @@ NAMES = st.sampled_from(["a", "b", "c", "d"])
 REQUESTS = st.sampled_from([str(number) for number in range(8)])
 PROMPTS = st.builds(prefix, st.integers(1, 3), st.integers(0, 30))
 EPOCHS = st.integers(1, 3)
+GROUPS = st.tuples(st.sampled_from(["", "g"]), st.sampled_from([None, 0.0, 1.0, 3.0]))
+ADAPTERS = st.sampled_from(["sql"])
 
 
 def common(hashes: list[SequenceHash], known: set[SequenceHash]) -> int:
@@ -38,9 +42,10 @@ class RouterMachine(RuleBasedStateMachine):
         # request → where its prompt is on its way, the prompt, and how much of it was there already
         self.expected: dict[str, tuple[str, list[SequenceHash], int]] = {}
 
-    @rule(name=NAMES, role=st.sampled_from(Role), epoch=EPOCHS, is_draining=st.booleans())
-    def upsert(self, name: str, role: Role, epoch: int, is_draining: bool) -> None:
-        worker = facts(name, role, epoch=epoch, is_draining=is_draining, max_running=1)
+    @rule(name=NAMES, role=st.sampled_from(Role), epoch=EPOCHS, is_draining=st.booleans(), group=GROUPS, adapters=st.sets(ADAPTERS))
+    def upsert(self, name: str, role: Role, epoch: int, is_draining: bool, group: tuple[str, float | None], adapters: set[str]) -> None:
+        plain = facts(name, role, epoch=epoch, is_draining=is_draining, max_running=1)
+        worker = replace(plain, group=group[0], weight=group[1], adapters=frozenset(adapters))
         self.router.upsert_worker(worker)
         known = self.workers.get(name)
         if known is None or epoch > known.epoch:
@@ -77,10 +82,11 @@ class RouterMachine(RuleBasedStateMachine):
     def report(self, name: str, epoch: int, waiting: int, used: int) -> None:
         self.router.report_load(WorkerId(name), Epoch(epoch), Load(waiting_prefill_tokens=waiting, used_block_count=used))
 
-    @rule(request_id=REQUESTS, hashes=PROMPTS, rest=st.integers(0, 15), excluded=st.sets(NAMES, max_size=3))
-    def route(self, request_id: str, hashes: list[SequenceHash], rest: int, excluded: set[str]) -> None:
-        asked = request(request_id, hashes, tokens=len(hashes) * 16 + rest, excluded=tuple(excluded))
+    @rule(request_id=REQUESTS, hashes=PROMPTS, rest=st.integers(0, 15), excluded=st.sets(NAMES, max_size=3), adapter=st.none() | ADAPTERS)
+    def route(self, request_id: str, hashes: list[SequenceHash], rest: int, excluded: set[str], adapter: str | None) -> None:
+        asked = replace(request(request_id, hashes, tokens=len(hashes) * 16 + rest, excluded=tuple(excluded)), adapter=adapter)
         candidates = [worker for worker in self.workers.values() if not worker.is_draining and worker.worker_id not in excluded]
+        candidates = [worker for worker in candidates if adapter is None or adapter in worker.adapters]
         self.placed.pop(request_id, None)
         self.expected.pop(request_id, None)
         try:
@@ -102,6 +108,7 @@ class RouterMachine(RuleBasedStateMachine):
         decoder = self.workers[route.decode.worker_id]
         if route.prefill:
             assert self.workers[route.prefill.worker_id].role is Role.PREFILL
+            assert mates_of(self.workers[route.prefill.worker_id]) == mates_of(decoder)
         if decoder.role is Role.PREFILL:
             assert all(worker.role is Role.PREFILL for worker in candidates)
         self.placed[request_id] = {placement.worker_id for placement in chosen}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from polyphase.core.errors import TransferRefused, WireError
 from polyphase.transfer.choice import choose, choose_for_regions
@@ -77,7 +78,7 @@ GOLDEN = bytes.fromhex(
     "8aa86167656e745f6964a161a565706f636807a7686f73745f6964a4686f7374a7757365725f696400a9756e69785f70617468a62f72756e2f61ab74"
     "63705f61646472657373aa31302e302e302e313a35a96861735f746f6b656ec3a86261636b656e64739182a46e616d65a373686da5666163747380a7"
     "726567696f6e739187a9726567696f6e5f6964a172a46b696e64a4686f7374ab626c6f636b5f636f756e7402ab626c6f636b5f6279746573cd1000a8"
-    "6261636b656e647391a373686da66c61796f7574c0a57368617065c0a776657273696f6e01"
+    "6261636b656e647391a373686da66c61796f7574c0a57368617065c0a776657273696f6e02"
 )
 
 
@@ -99,18 +100,21 @@ class TestWire:
             decode_card(data)
 
     def test_a_card_of_another_version(self) -> None:
-        with pytest.raises(TransferRefused, match="has version 99, this process speaks version 1"):
+        with pytest.raises(TransferRefused, match="has version 99, this process speaks version 2"):
             decode_card(msgspec.msgpack.encode({"version": 99, "anything": "else"}))
 
     def test_frames(self) -> None:
         data = encode_frame(Take("lease"))
-        assert data.hex() == "0000001a" + "82a474797065a474616b65a86c656173655f6964a56c65617365"
+        assert data.hex() == "00000022" + "82a474797065a474616b65a86c656173655f6964a56c65617365" + "3cc33d2761a3a4ba"
         assert frame_length(data[:4]) == len(data) - 4
         assert decode_frame(data[4:]) == Take("lease")
         assert decode_frame(encode_frame(Goodbye())[4:]) == Goodbye()
         for wrong in (b"", b"\x80", b"\x81\xa4type\xa5never"):
-            with pytest.raises(WireError):
+            with pytest.raises(WireError, match="damaged"):
                 decode_frame(wrong)
+        for wrong in (b"\x80", b"\x81\xa4type\xa5never"):
+            with pytest.raises(WireError, match="understood"):
+                decode_frame(wrong + xxh3_64_intdigest(wrong).to_bytes(8, "little"))
         for length in (0, 1 << 30):
             with pytest.raises(WireError, match="was announced"):
                 frame_length(length.to_bytes(4, "big"))

@@ -41,7 +41,7 @@ class Hosted:
     """A host that runs as a task here."""
 
     def __init__(self, run_folder: Path, worker_id: str, engine: FakeEngine, drain_timeout_s: float) -> None:
-        paths = WorkerPaths.of(run_folder, worker_id)
+        paths = self.paths = WorkerPaths.of(run_folder, worker_id)
         ensure_private_folder(paths.request_socket.parent)
         self.entry = WorkerEntry(
             worker_id=worker_id,

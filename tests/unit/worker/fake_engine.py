@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import resource
 import time
 from array import array
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from dataclasses import dataclass, field
 
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, ModelLoadError, TransferError
 from polyphase.core.hashing import sequence_hashes
+from polyphase.core.ids import ContentKey
 from polyphase.engines.interface import BlockSource, StepReport
 from polyphase.transfer import HostMemory, SharedPool, Verdict
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import BlocksStored, KvEvent, Load
-from polyphase.wire.kv import KvLayout, KvOffer
+from polyphase.wire.kv import KvLayout, KvOffer, KvPart
 from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, Submit
 from polyphase.wire.transfer import AgentCard
 from polyphase.worker.options import EngineOptions
@@ -233,6 +235,12 @@ class FakeEngine:
     def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str, agent: AgentCard, region_id: str) -> None:
         self._identity = (worker_id, epoch, endpoint, agent, region_id)
 
+    def find_blocks(self, first_block: int, keys: list[ContentKey]) -> KvPart:
+        """It has no prefix cache."""
+        assert self._identity is not None
+        _, _, _, agent, region_id = self._identity
+        return KvPart(first_block, [], [], agent, region_id)
+
     def release_lease(self, lease_id: str) -> None:
         _, blocks, _ = self.leases.pop(lease_id, ("", [], 0))
         self.free_blocks += blocks
@@ -247,4 +255,8 @@ def load(options: EngineOptions) -> FakeEngine:
             time.sleep(600)
         case "broken":
             raise RuntimeError("a bug while loading")
+        case "full-disk":
+            engine = FakeEngine()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return engine
     return FakeEngine(step_s=float(os.environ.get("FAKE_STEP_S", "0.001")))

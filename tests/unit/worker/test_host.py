@@ -5,17 +5,31 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from polyphase.core.errors import WorkerLost
 from polyphase.core.hashing import sequence_hashes
-from polyphase.runtime import Registry
+from polyphase.runtime import Delivery, Registry, WorkerClient, channel
+from polyphase.testing.connections import cut_connections
 from polyphase.wire.cards import ModelCard, WorkerStatus
 from polyphase.wire.events import Load
 from polyphase.wire.kv import EngineOffer
-from polyphase.wire.requests import Cancel, Drain, FinishReason, Question, ReleaseLease
+from polyphase.wire.requests import (
+    Cancel,
+    Drain,
+    FinishReason,
+    Question,
+    ReleaseLease,
+    SamplingParams,
+    SequenceOutput,
+    StepOutputs,
+    StopConditions,
+    Submit,
+)
 from polyphase.worker.room import QueueLimits
 from tests.unit.runtime.waiting import eventually
 from tests.unit.worker.conftest import Hosted, HostStarter
@@ -359,3 +373,77 @@ async def test_an_offer_of_another_kind_is_computed_here_and_given_back(start_ho
     assert (await peer.last(request_id)).finish_reason is FinishReason.LENGTH
     assert peer.tokens(request_id) == expected_tokens(list(range(1, 40)), 3)
     await eventually(lambda: not giver.engine.leases)
+
+
+async def test_a_peer_that_stood_still_is_told_what_was_given_up(start_host: HostStarter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue is full, its request is aborted; when it reads again, the request ends there too, in an error that another may mend."""
+    monkeypatch.setattr(channel, "MAX_QUEUED_MESSAGES", 5)
+    hosted = start_host(step_s=0.01)
+    ends: list[SequenceOutput] = []
+    frozen = WorkerClient(lambda report: ends.extend(output for output in report.outputs if output.request_id == "f"), "frozen")
+    frozen.connect("w", hosted.entry.request_endpoint)
+    sampling, stop = SamplingParams(seed=1, temperature=0), StopConditions(max_tokens=150)
+    frozen.send("w", Submit(request_id="f", token_ids=[1, 2], prompt_token_count=2, sampling=sampling, stop=stop))
+    await eventually(lambda: hosted.engine.running)
+    [stuck] = hosted.host._live.peers()
+    big = StepOutputs("w", 1, 1, [SequenceOutput(request_id="other", token_ids=[1] * 50_000)])
+    await eventually(lambda: hosted.host._server.send(stuck, big) is Delivery.NOT_READ)
+    await eventually(lambda: not hosted.engine.running)
+    assert hosted.host._outbox._owed
+    reading = asyncio.create_task(frozen.run())
+    try:
+        await eventually(lambda: ends and ends[-1].finish_reason is not None)
+        assert ends[-1].failure is not None
+        assert (ends[-1].failure.code, ends[-1].failure.is_retryable) == ("connection_lost", True)
+        assert [output.finish_reason for output in ends].count(FinishReason.ERROR) == 1
+        await eventually(lambda: not hosted.host._outbox._owed)
+    finally:
+        reading.cancel()
+        frozen.close()
+
+
+async def test_nothing_is_owed_to_a_peer_that_has_gone(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host(step_s=0.01)
+    async with Peer() as other:
+        connected(other, hosted)
+        other.submit("w", [1, 2], max_tokens=150)
+        await eventually(lambda: hosted.engine.running)
+    await eventually(lambda: not hosted.engine.running)
+    assert not hosted.host._outbox._owed
+
+
+async def test_a_release_that_was_lost_with_the_connection_is_said_again(start_host: HostStarter, peer: Peer) -> None:
+    prefill, decode = start_host("p"), start_host("d")
+    connected(peer, prefill)
+    leases = decode.host._releases
+    for number in range(3):
+        last = await peer.last(peer.submit("p", list(range(9 + number)), hand_over=True))
+        assert last.offer is not None
+        leases.send(last.offer)
+        await eventually(lambda: not prefill.engine.leases)
+        # As if it had not arrived: the lease is there, and the connection breaks.
+        prefill.engine.leases[last.offer.lease_id] = ("r", [], time.monotonic_ns() + 60 * 10**9)
+        assert cut_connections(os.getpid(), prefill.paths.request_socket)
+        await eventually(lambda: not prefill.engine.leases)
+
+
+async def test_a_lease_given_back_to_an_agent_that_is_lost_is_released_otherwise(start_host: HostStarter, peer: Peer) -> None:
+    prefill, decode = start_host("p"), start_host("d")
+    connected(peer, prefill, decode)
+    await hand_over(peer, list(range(11)))
+    await eventually(lambda: not prefill.engine.leases)
+    [(session, offer)] = decode.host._sources._given_back
+    prefill.engine.leases[offer.lease_id] = ("r", [], time.monotonic_ns() + 60 * 10**9)  # as if it had not heard of it
+    assert cut_connections(os.getpid(), prefill.paths.pool_socket)
+    await eventually(lambda: session.is_lost)
+    await eventually(lambda: not prefill.engine.leases)
+    assert not decode.host._sources._given_back
+
+
+async def test_a_question_for_blocks_is_for_one_life_of_a_worker(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host()
+    connected(peer, hosted)
+    part = await peer.client.find_blocks("w", hosted.entry.epoch, 3, [b"a" * 32], 5)
+    assert (part.first_block, part.block_ids) == (3, [])
+    with pytest.raises(WorkerLost, match="another life"):
+        await peer.client.find_blocks("w", hosted.entry.epoch + 1, 0, [b"a" * 32], 5)

@@ -111,6 +111,7 @@ async def test_a_signal_while_loading_ends_at_once(start_process: ProcessStarter
         ("missing", (), 1, "there is no folder 'missing' with a model"),
         ("broken", (), 70, "a bug while loading"),
         ("fake", ("--engine", "nonsense"), 1, "there is no engine 'nonsense'"),
+        ("fake", ("--lora", "a=/x"), 1, "did not take the LoRA adapter 'a'"),
         ("fake", ("--engine", "no.such:module"), 1, "cannot be imported"),
         ("fake", ("--worker-id", "../x"), 1, "is not usable"),
         ("fake", ("--block-size", "0"), 2, "--block-size: 0 is not a positive number"),
@@ -223,3 +224,11 @@ async def test_a_name_that_is_taken_is_refused_also_beside_another(start_process
     assert code == 1
     assert "v" in errors
     assert os.listdir(run_folder / "workers") == ["v.json"]
+
+
+async def test_a_full_disk_is_told_in_one_sentence(start_process: ProcessStarter, run_folder: Path) -> None:
+    """So full that nothing can be written to the registry; whoever started the worker may start it again later."""
+    code, errors = await ended(await start_process(model="full-disk"))
+    assert code == 70, errors
+    assert "Traceback" not in errors
+    assert f"it can be started again when there is room: {run_folder}" in errors

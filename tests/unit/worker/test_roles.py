@@ -125,7 +125,11 @@ async def test_what_still_opens_a_pool_gives_its_offer_back(start_host: HostStar
     request_id = peer.submit("d", [*range(9), *last.token_ids], offer=last.offer, emitted=1)
     peer.client.send("d", HandOver(request_id))
     back = await peer.last(request_id)
-    assert (back.finish_reason, back.offer) == (FinishReason.HANDED_OVER, last.offer)
+    assert back.finish_reason is FinishReason.HANDED_OVER
+    assert back.offer is not None
+    assert last.offer is not None
+    assert back.offer.expires_at_ns < last.offer.expires_at_ns  # a margin for each way
+    assert msgspec.structs.replace(back.offer, expires_at_ns=last.offer.expires_at_ns) == last.offer
     assert prefill.engine.leases
     assert len(decode.host._live) == 0
 

@@ -1,9 +1,10 @@
-"""What starts a deployment: a command for each engine, and Kubernetes manifests. Flags as the engines document them (vLLM 0.10 and later,
-SGLang 0.5, TensorRT-LLM 1.0); an engine's release notes overrule them.
+"""What starts a deployment: a configuration of Polyphase, a command for each engine, and Kubernetes manifests. Flags as the engines
+document them (vLLM 0.10 and later, SGLang 0.5, TensorRT-LLM 1.0); an engine's release notes overrule them.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -16,11 +17,12 @@ _PORT = 8000
 
 
 def launch_files(option: Option, model: str, traffic: Traffic) -> dict[str, str]:
-    """By file name: `serve.sh`, `kubernetes.yaml`, and for each engine a script per kind of worker, `vllm-decode.sh` for example.
+    """By file name: `polyphase.toml` and `serve.sh`, `kubernetes.yaml`, and for each engine a script per kind of worker, such as
+    `vllm-decode.sh`.
 
     `model`: what engines load, a name on the hub or a folder.
     """
-    files = {"serve.sh": _script(_polyphase(option, model, traffic), _POLYPHASE_NOTE)}
+    files = {"polyphase.toml": _polyphase(option, model, traffic), "serve.sh": _script(_SERVE, _SERVE_NOTE)}
     for backend, make in _COMMANDS.items():
         for role, part in _parts(option):
             count = option.units * part.workers
@@ -48,9 +50,10 @@ def _parts(option: Option) -> list[tuple[str, Part]]:
     return [("", option.decode)] if option.prefill is None else [("prefill", option.prefill), ("decode", option.decode)]
 
 
-_POLYPHASE_NOTE = (
-    "Workers and roles of the deployment. Polyphase's own torch engine computes on one accelerator a worker;\n"
-    "# where the mapping spreads a worker over several, start engines with the scripts beside this one."
+_SERVE = ["polyphase", "serve", "--config", "polyphase.toml"]
+_SERVE_NOTE = (
+    "Run it in this folder. --engine-python or engine_python in the file names the interpreter of the engine's environment;\n"
+    "# all workers start on this machine. On several, start the rest with `polyphase join` or attach to engines that run."
 )
 
 
@@ -70,20 +73,32 @@ def _grouped(command: list[str]) -> list[str]:
     return lines
 
 
-def _polyphase(option: Option, model: str, traffic: Traffic) -> list[str]:
-    roles = ["--workers", str(option.units * option.decode.workers)]
-    if option.prefill:
-        roles = ["--prefill", str(option.units * option.prefill.workers), "--decode", str(option.units * option.decode.workers)]
-    return [
-        "polyphase",
-        "serve",
-        model,
-        *roles,
-        "--max-running",
-        str(option.batch * option.decode.mapping.dp),
-        "--context-length",
-        str(_context(traffic)),
+def _polyphase(option: Option, model: str, traffic: Traffic) -> str:
+    """A group of workers for each kind of engine; one name, so that prompts are handed over between them."""
+    lines = [
+        f"# {option.layout} of {option.decode.setting.accelerator.name}, batch {option.batch}",
+        f"context_length = {_context(traffic)}",
+        "",
     ]
+    for role, part in _parts(option):
+        backend = part.setting.backend
+        arguments = shlex.join(_SHAPES[backend](part, role))
+        lines += [
+            "[[groups]]",
+            f"model = {_toml(model)}",
+            f"group = {_toml(backend)}",
+            f"engine = {_toml(backend)}",
+            f"{role or 'workers'} = {option.units * part.workers}  # each on {part.mapping.gpu_count} accelerators",
+            f"max_running = {_sequences(part, role, option) * (part.mapping.dp if backend == 'sglang' else 1)}",
+            *([f"engine_args = {_toml(arguments)}"] if arguments else []),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _toml(text: str) -> str:
+    """A basic string, whose escapes are JSON's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _context(traffic: Traffic) -> int:
@@ -96,60 +111,75 @@ def _sequences(part: Part, role: str, option: Option) -> int:
 
 
 def _vllm(part: Part, role: str, model: str, option: Option, traffic: Traffic) -> list[str]:
-    m, precision = part.mapping, part.setting.precision
-    command = ["vllm", "serve", model, "--port", str(_PORT), "--tensor-parallel-size", str(m.tp)]
-    if m.pp > 1:
-        command += ["--pipeline-parallel-size", str(m.pp)]
-    if m.dp > 1:
-        command += ["--data-parallel-size", str(m.dp)]
-    if m.moe_ep > 1:
-        command += ["--enable-expert-parallel"]
+    command = ["vllm", "serve", model, "--port", str(_PORT), *_vllm_shape(part, role)]
     command += ["--max-num-seqs", str(_sequences(part, role, option)), "--max-model-len", str(_context(traffic))]
-    if precision.gemm.name == "fp8":
-        command += ["--quantization", "fp8"]
-    if precision.kv_bytes < 2:
-        command += ["--kv-cache-dtype", "fp8"]
-    if part.setting.speculation.draft_tokens:
-        command += ["--speculative-config", f'{{"method": "mtp", "num_speculative_tokens": {part.setting.speculation.draft_tokens}}}']
     if role:
         kv_role = "kv_producer" if role == "prefill" else "kv_consumer"
         command += ["--kv-transfer-config", f'{{"kv_connector": "NixlConnector", "kv_role": "{kv_role}"}}']
     return command
 
 
-def _sglang(part: Part, role: str, model: str, option: Option, traffic: Traffic) -> list[str]:
+def _vllm_shape(part: Part, role: str) -> list[str]:
     m, precision = part.mapping, part.setting.precision
-    world = m.tp * m.dp  # SGLang counts the data parallel groups within its tp
-    command = ["python", "-m", "sglang.launch_server", "--model-path", model, "--port", str(_PORT), "--tp", str(world)]
-    if m.dp > 1:
-        command += ["--dp", str(m.dp), "--enable-dp-attention"]
+    flags = ["--tensor-parallel-size", str(m.tp)]
     if m.pp > 1:
-        command += ["--pp-size", str(m.pp)]
+        flags += ["--pipeline-parallel-size", str(m.pp)]
+    if m.dp > 1:
+        flags += ["--data-parallel-size", str(m.dp)]
     if m.moe_ep > 1:
-        command += ["--ep-size", str(m.moe_ep)]
-    command += ["--max-running-requests", str(_sequences(part, role, option) * m.dp), "--context-length", str(_context(traffic))]
+        flags += ["--enable-expert-parallel"]
     if precision.gemm.name == "fp8":
-        command += ["--quantization", "fp8"]
+        flags += ["--quantization", "fp8"]
     if precision.kv_bytes < 2:
-        command += ["--kv-cache-dtype", "fp8_e4m3"]
+        flags += ["--kv-cache-dtype", "fp8"]
     if part.setting.speculation.draft_tokens:
-        command += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(part.setting.speculation.draft_tokens)]
+        flags += ["--speculative-config", f'{{"method": "mtp", "num_speculative_tokens": {part.setting.speculation.draft_tokens}}}']
+    return flags
+
+
+def _sglang(part: Part, role: str, model: str, option: Option, traffic: Traffic) -> list[str]:
+    command = ["python", "-m", "sglang.launch_server", "--model-path", model, "--port", str(_PORT), *_sglang_shape(part, role)]
+    command += ["--max-running-requests", str(_sequences(part, role, option) * part.mapping.dp), "--context-length", str(_context(traffic))]
     if role:
         command += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl"]
     return command
 
 
-def _trtllm(part: Part, role: str, model: str, option: Option, traffic: Traffic) -> list[str]:
-    m = part.mapping
-    command = ["trtllm-serve", model, "--backend", "pytorch", "--port", str(_PORT), "--tp_size", str(m.tp * m.dp)]
+def _sglang_shape(part: Part, role: str) -> list[str]:
+    m, precision = part.mapping, part.setting.precision
+    flags = ["--tp", str(m.tp * m.dp)]  # SGLang counts the data parallel groups within its tp
+    if m.dp > 1:
+        flags += ["--dp", str(m.dp), "--enable-dp-attention"]
     if m.pp > 1:
-        command += ["--pp_size", str(m.pp)]
+        flags += ["--pp-size", str(m.pp)]
     if m.moe_ep > 1:
-        command += ["--ep_size", str(m.moe_ep)]
-    command += ["--max_batch_size", str(_sequences(part, role, option)), "--max_seq_len", str(_context(traffic))]
-    return [*command, "--extra_llm_api_options", _trtllm_options_name(role)]
+        flags += ["--ep-size", str(m.moe_ep)]
+    if precision.gemm.name == "fp8":
+        flags += ["--quantization", "fp8"]
+    if precision.kv_bytes < 2:
+        flags += ["--kv-cache-dtype", "fp8_e4m3"]
+    if part.setting.speculation.draft_tokens:
+        flags += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(part.setting.speculation.draft_tokens)]
+    return flags
 
 
+def _trtllm(part: Part, role: str, model: str, option: Option, traffic: Traffic) -> list[str]:
+    command = ["trtllm-serve", model, "--backend", "pytorch", "--port", str(_PORT)]
+    sizes = ["--max_batch_size", str(_sequences(part, role, option)), "--max_seq_len", str(_context(traffic))]
+    return [*command, *sizes, *_trtllm_shape(part, role)]
+
+
+def _trtllm_shape(part: Part, role: str) -> list[str]:
+    m = part.mapping
+    flags = ["--tp_size", str(m.tp * m.dp)]
+    if m.pp > 1:
+        flags += ["--pp_size", str(m.pp)]
+    if m.moe_ep > 1:
+        flags += ["--ep_size", str(m.moe_ep)]
+    return [*flags, "--extra_llm_api_options", _trtllm_options_name(role)]
+
+
+_SHAPES = {"vllm": _vllm_shape, "sglang": _sglang_shape, "trtllm": _trtllm_shape}
 _COMMANDS = {"vllm": _vllm, "sglang": _sglang, "trtllm": _trtllm}
 
 
@@ -160,7 +190,9 @@ def _trtllm_options_name(role: str) -> str:
 def _trtllm_options(part: Part, role: str, option: Option) -> str:
     lines = [
         f"enable_attention_dp: {str(part.mapping.dp > 1).lower()}",
+        "enable_iter_perf_stats: true  # Polyphase reads its load there",
         "kv_cache_config:",
+        "  event_buffer_max_size: 65536  # and here what it has cached",
         f"  dtype: {'fp8' if part.setting.precision.kv_bytes < 2 else 'auto'}",
         "  free_gpu_memory_fraction: 0.85",
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polyphase.core.errors import KvError
-from polyphase.core.ids import BlockId
+from polyphase.core.ids import BlockId, ContentKey
 from polyphase.engines.batching.storage import Generations
 from polyphase.kv import BlockPool, LeaseTable
 from polyphase.wire.kv import KvLayout, KvOffer, KvPart
@@ -71,11 +71,21 @@ class BlockExports:
         )
 
     def show(self, first_block: int, block_ids: Sequence[int]) -> KvPart:
-        """Tell where full blocks of a running sequence lie, which keeps them. Their generations end with re-use, as those of offers do."""
+        """Tell where full blocks of a running sequence lie, which keeps them, or cached ones, which nobody keeps.
+
+        Their generations end with re-use, as those of offers do.
+        """
         if self._shared is None or self.origin is None:
             raise KvError("blocks are shown although no other process could read them")
         self._offered.update(block_ids)
         return KvPart(first_block, list(block_ids), self._shared.generations(block_ids), self.origin.agent, self.origin.region_id)
+
+    def find(self, first_block: int, keys: Sequence[ContentKey]) -> KvPart:
+        """Show what is cached of these blocks of a prefix, and see to it that they are evicted last."""
+        held = self._pool.match(keys)
+        self._pool.retain(held)
+        self._pool.release(held)
+        return self.show(first_block, held)
 
     def release(self, lease_id: str) -> bool:
         """Returns whether there was such a lease."""

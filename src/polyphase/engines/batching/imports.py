@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from polyphase.core.ids import BlockId
+from polyphase.core.ids import BlockId, ContentKey
 from polyphase.engines.batching.exports import BlockExports
 from polyphase.engines.interface import Room
 from polyphase.kv import PrefixCache, SequenceBlocks
@@ -37,11 +37,19 @@ class PrefixImport:
         self.token_ids.extend(token_ids)
         self.blocks.chain.extend(self.token_ids)
 
-    def reserve(self, first_block: int, end_block: int) -> Room | None:
-        keys, cache = self.blocks.chain.keys, self._imports.cache
-        end = min(end_block, len(keys))
-        while self.count < end and cache.pool.holds(keys[self.count]):
+    def missing(self) -> tuple[int, Sequence[ContentKey]]:
+        self._look_again(len(self.blocks.chain.keys))
+        return self.count, self.blocks.chain.keys[self.count :]
+
+    def _look_again(self, end: int) -> None:
+        keys, pool = self.blocks.chain.keys, self._imports.cache.pool
+        while self.count < end and pool.holds(keys[self.count]):
             self.count += 1
+
+    def reserve(self, first_block: int, end_block: int) -> Room | None:
+        cache = self._imports.cache
+        end = min(end_block, len(self.blocks.chain.keys))
+        self._look_again(end)
         wanted = min(end - self.count, MAX_ROOM_BLOCKS)
         if self.count < first_block or wanted <= 0 or not self._imports.has_room(wanted):
             return None

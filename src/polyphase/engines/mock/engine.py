@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import KvError
+from polyphase.core.ids import ContentKey
 from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.outcome import StepOutcome
 from polyphase.engines.batching.scheduler import StepPlan
@@ -18,7 +19,7 @@ from polyphase.engines.mock.settings import MockSettings
 from polyphase.transfer import SharedPool
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
-from polyphase.wire.kv import KvLayout
+from polyphase.wire.kv import KvLayout, KvPart
 from polyphase.wire.requests import Submit
 from polyphase.wire.transfer import AgentCard
 
@@ -96,6 +97,9 @@ class MockEngine:
     def release_lease(self, lease_id: str) -> None:
         self._loop.wake()
         self.core.exports.release(lease_id)
+
+    def find_blocks(self, first_block: int, keys: Sequence[ContentKey]) -> KvPart:
+        return self.core.exports.find(first_block, keys)
 
     @property
     def kv_memory(self) -> SharedPool:

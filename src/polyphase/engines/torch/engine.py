@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.core.errors import KvError
+from polyphase.core.ids import ContentKey
 from polyphase.engines.batching.core import EngineCore
 from polyphase.engines.batching.exports import OfferOrigin
 from polyphase.engines.batching.outcome import StepOutcome
@@ -24,7 +25,7 @@ from polyphase.text import Tokenizer
 from polyphase.transfer import SharedPool
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
-from polyphase.wire.kv import KvLayout
+from polyphase.wire.kv import KvLayout, KvPart
 from polyphase.wire.requests import Submit
 from polyphase.wire.transfer import AgentCard
 
@@ -128,6 +129,9 @@ class TorchEngine:
     def release_lease(self, lease_id: str) -> None:
         self._loop.wake()
         self.core.exports.release(lease_id)
+
+    def find_blocks(self, first_block: int, keys: Sequence[ContentKey]) -> KvPart:
+        return self.core.exports.find(first_block, keys)
 
     @property
     def kv_memory(self) -> SharedPool:

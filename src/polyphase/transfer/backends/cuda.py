@@ -26,7 +26,7 @@ from polyphase.transfer.blocks import BlockMemory
 from polyphase.transfer.channel import Channel
 from polyphase.transfer.checking import ask_generations, merge, tell_generations
 from polyphase.transfer.doors import why_not_by_unix
-from polyphase.transfer.pulling import PullJob, ask_to_pull
+from polyphase.transfer.pulling import answer_pull, ask_to_pull
 from polyphase.transfer.region import Region
 from polyphase.transfer.shelf import Shelf
 from polyphase.transfer.wire import Wire, expect, refusal_of
@@ -146,7 +146,7 @@ class CudaBackend:
                 case Check():
                     wire.send(tell_generations(self._services, frame))
                 case Pull():
-                    self._pull(wire, frame, greeting)
+                    answer_pull(wire, frame, self._services, self.name, lambda: self.connect(greeting.caller, greeting.session_id))
                 case _:
                     raise WireError(f"a {type(frame).__name__} frame is no request to this backend")
         except PolyphaseError as error:
@@ -175,19 +175,6 @@ class CudaBackend:
             event_sync_required=bool(needs_sync),
             tensor_offset_bytes=memory.rows.storage_offset(),  # of bytes: its items are bytes
         )
-
-    def _pull(self, wire: Wire, pull: Pull, greeting: Greeting) -> None:
-        link = wire.kept.get(self.name)
-        if not isinstance(link, CudaLink):
-            link = wire.kept[self.name] = self.connect(greeting.caller, greeting.session_id)
-        pulled = PullJob(self._services, pull)
-        if len(pulled.job.remote_ids):
-            pulled.region.enter(pulled.job)
-            try:
-                link.read(pulled.job)
-            finally:
-                pulled.region.leave(pulled.job)
-        wire.send(pulled.verdicts())
 
     def close(self) -> None:
         """Nothing runs."""

@@ -31,7 +31,7 @@ from polyphase.transfer.blocks import BlockMemory, HostBlocks
 from polyphase.transfer.channel import Channel
 from polyphase.transfer.checking import ask_generations, merge, tell_generations
 from polyphase.transfer.doors import why_not_by_unix
-from polyphase.transfer.pulling import PullJob, ask_to_pull
+from polyphase.transfer.pulling import answer_pull, ask_to_pull
 from polyphase.transfer.region import Region
 from polyphase.transfer.shelf import Shelf
 from polyphase.transfer.wire import Wire, expect, refusal_of
@@ -134,7 +134,7 @@ class NixlBackend:
                 case Check():
                     self._be_read(wire, frame)
                 case Pull():
-                    self._pull(wire, frame, greeting)
+                    answer_pull(wire, frame, self._services, self.name, lambda: self.connect(greeting.caller, greeting.session_id))
                 case _:
                     raise WireError(f"a {type(frame).__name__} frame is no request to this backend")
         except PolyphaseError as error:
@@ -162,19 +162,6 @@ class NixlBackend:
         finally:
             region.leave(check)
         wire.send(tell_generations(self._services, expect(wire.receive(), Check)))
-
-    def _pull(self, wire: Wire, pull: Pull, greeting: Greeting) -> None:
-        link = wire.kept.get(self.name)
-        if not isinstance(link, NixlLink):
-            link = wire.kept[self.name] = self.connect(greeting.caller, greeting.session_id)
-        pulled = PullJob(self._services, pull)
-        if len(pulled.job.remote_ids):
-            pulled.region.enter(pulled.job)
-            try:
-                link.read(pulled.job)
-            finally:
-                pulled.region.leave(pulled.job)
-        wire.send(pulled.verdicts())
 
     def close(self) -> None:
         with self.calling:
