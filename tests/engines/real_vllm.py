@@ -7,6 +7,7 @@ other and run in this order.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -102,6 +103,21 @@ def test_a_salt_keeps_tenants_apart(client: OpenAI) -> None:
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, temperature=0, extra_body=body)
         found.append(answer.usage.prompt_tokens_details.cached_tokens)  # type: ignore[union-attr]
     assert found == [0, 192, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"structured_outputs": {"regex": "[0-9]{3}-[a-c]{2}"}}, r"[0-9]{3}-[a-c]{2}"),
+        ({"structured_outputs": {"choice": ["red", "größer"]}}, r"red|größer"),
+        ({"structured_outputs": {"grammar": 'root ::= "a" [0-9] "b"'}}, r"a[0-9]b"),
+        ({"guided_json": {"enum": [17]}}, r"17"),
+    ],
+)
+def test_structured_output(client: OpenAI, fields: dict[str, Any], pattern: str) -> None:
+    answer = client.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=60, temperature=0, extra_body=fields)
+    assert re.fullmatch(pattern, answer.choices[0].text)
+    assert answer.choices[0].finish_reason == "stop"
 
 
 def test_who_goes_away_frees_the_engine(served: Deployment, client: OpenAI) -> None:

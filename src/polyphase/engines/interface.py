@@ -181,6 +181,8 @@ class Ability(enum.StrEnum):
     HAND_OVER = "hand-over"  # `KvExporter` or `KvSender`: its KV goes to other workers
     PRIORITY = "priority"
     SLEEP = "sleep"  # `Sleeper`
+    STRUCTURED_OUTPUT = "structured-output"  # it keeps to grammars
+    RESUMED_GRAMMARS = "resumed-grammars"  # also of requests that began elsewhere
     LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
@@ -192,6 +194,8 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
         Ability.SLEEP: card.can_sleep,
+        Ability.STRUCTURED_OUTPUT: card.takes_grammars,
+        Ability.RESUMED_GRAMMARS: card.takes_grammars and card.resumes_grammars,
         Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }

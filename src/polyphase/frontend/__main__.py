@@ -22,6 +22,7 @@ from polyphase.frontend.app import build_app
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.fleet import Fleet
+from polyphase.frontend.grammar_checks import GrammarChecks
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models
 from polyphase.frontend.records import Records
@@ -245,8 +246,16 @@ async def serve(
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
+    grammars = GrammarChecks(settings.grammar_cpu_s)
     services = Services(
-        models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams, turned_away=fleet.turned_away
+        models,
+        dispatcher,
+        Records(settings.record_count),
+        metrics,
+        settings,
+        grammars,
+        streams=fleet.streams,
+        turned_away=fleet.turned_away,
     )
     server = HttpServer(build_app(services, router), services, listener)
     server.install_signal_handlers()
@@ -258,6 +267,7 @@ async def serve(
         await server.run()
         for helper in helpers:
             helper.cancel()
+    grammars.close()
 
 
 async def _stop_when_cut(lifeline: Lifeline, server: HttpServer) -> None:

@@ -65,6 +65,10 @@ class Dispatcher:
     def now_ns(self) -> int:
         return self._clock.now_ns()
 
+    def takes_grammars(self, model: str) -> bool:
+        """Whether a worker of the model has structured output."""
+        return any(facts.takes_grammars for facts in self._router.facts() if facts.model == model)
+
     # What the caller does
 
     def start(self, jobs: Sequence[Job], inbox: Inbox, terms: Terms | None = None) -> list[Flight]:
@@ -144,18 +148,26 @@ class Dispatcher:
         """
         asked_count = 0
         for flight in self._at(worker_id, epoch):
-            if flight.stage in stages and not flight.is_leaving and self._sending.ask_back(flight):
+            if flight.stage in stages and not flight.is_leaving and self._can_move(flight) and self._sending.ask_back(flight):
                 asked_count += 1
         return asked_count
 
     def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
         """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
-        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < self._settings.migration_limit]
+        limit = self._settings.migration_limit
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < limit and self._can_move(flight)]
         for flight in leaving:
             self._sending.call_off(flight)  # it may come round
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
         self._waiting.let_in()
         return len(leaving)
+
+    def _can_move(self, flight: Flight) -> bool:
+        """Whether it is of use to take it away from where it is: output that has begun to follow a grammar cannot go on everywhere."""
+        if flight.job.grammar is None or not flight.emitted:
+            return True
+        others = [facts for facts in self._router.facts() if facts.model == flight.job.model and facts.worker_id != flight.worker_id]
+        return any(facts.resumes_grammars for facts in others)
 
     def _at(self, worker_id: WorkerId, epoch: Epoch) -> list[Flight]:
         return [

@@ -12,13 +12,15 @@ from typing import Generic, Protocol, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from polyphase.core.errors import BodyTooLarge, PolyphaseError
+from polyphase.core.errors import BodyTooLarge, InvalidRequest, PolyphaseError
 from polyphase.frontend.answers import DONE, AnswerFields, Usage, encode
 from polyphase.frontend.assembly import Piece
 from polyphase.frontend.bodies import ClientGone, check_content_type, discard_body, parse_body, read_body
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.door import Door
 from polyphase.frontend.generation import Generation, Order
+from polyphase.frontend.grammar_checks import GrammarChecks
+from polyphase.frontend.grammars import GrammarWish
 from polyphase.frontend.hints import RoutingHints
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models, ServedModel
@@ -71,6 +73,7 @@ class Services:
     records: Records
     metrics: Metrics
     settings: FrontendSettings
+    grammars: GrammarChecks
     door: Door = field(default_factory=Door)
     streams: Callable[[], Mapping[str, StreamView]] = dict  # by worker id: how the event streams of those that are there do
     turned_away: Callable[[], Mapping[str, str]] = dict  # by worker id: why it gets no requests although it is there
@@ -114,8 +117,16 @@ class GenerationEndpoint(Generic[RequestT]):
         addressed = self._services.models.resolve(request.model)
         model = addressed.model
         wishes = replace(self._surface.wishes(request, model), lora=addressed.adapter)
+        if wishes.grammar is not None:
+            await self._check(wishes.grammar, model)
         prompts = await self._surface.prompts(request, wishes, model, self._services.settings)
         return Order(names.internal, model, wishes, prompts, terms, hints)
+
+    async def _check(self, wish: GrammarWish, model: ServedModel) -> None:
+        """Raises: InvalidRequest, Overloaded."""
+        if not self._services.dispatcher.takes_grammars(model.name):
+            raise InvalidRequest(f"no worker of the model {model.name!r} has structured output; leave {wish.param} out", param=wish.param)
+        await self._services.grammars.check(wish, model)
 
     def _open_record(self, order: Order, names: RequestNames, asked_for: str) -> RequestRecord:
         model = order.wishes.lora or order.model.name

@@ -258,6 +258,8 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         max_batch_tokens=card.max_batch_tokens,
         max_running=card.max_running,
         can_hand_over=card.can_hand_over,
+        takes_grammars=card.takes_grammars,
+        resumes_grammars=card.takes_grammars and card.resumes_grammars,
         publishes_events=card.publishes_events,
         engine=card.engine,
         group=entry.group or card.engine,

@@ -24,7 +24,7 @@ from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvPart, Offer
-from polyphase.wire.requests import KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
+from polyphase.wire.requests import Grammar, KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
     from polyphase.frontend.waiting_room import Party
@@ -47,6 +47,7 @@ class Job:
     cache_salt: str | None = None
     priority: int = 0
     hints: RoutingHints = NO_HINTS
+    grammar: Grammar | None = None
     lora: str | None = None  # adapter of the model
 
     @property
@@ -138,6 +139,7 @@ class Flight:
             sampling=job.sampling,
             stop=job.stop,
             cache_salt=job.cache_salt,
+            grammar=job.grammar,
             lora=job.lora,
             priority=job.priority,
             hand_over=hand_over,

@@ -94,6 +94,7 @@ class Generation:
             cache_salt=order.wishes.cache_salt,
             priority=order.wishes.priority,
             hints=order.hints,
+            grammar=None if order.wishes.grammar is None else order.wishes.grammar.grammar,
             lora=order.wishes.lora,
         )
 

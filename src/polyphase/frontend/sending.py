@@ -173,6 +173,8 @@ class Sending:
             session=job.hints.session,
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
+            has_grammar=job.grammar is not None,
+            is_begun=bool(flight.emitted),
             adapter=job.lora,
             other_hashes={size: flight.hashes(size) for size in others} if others else None,
         )

@@ -22,6 +22,7 @@ class FrontendSettings:
     thread_above_chars: int = 50_000  # longer prompts are tokenised in a thread
     max_sequences: int = 128  # of one request: prompts times n
     record_count: int = 1000
+    grammar_cpu_s: float = 1.0  # of CPU time to prepare a grammar that is not known yet; a usual schema takes 1 ms
     card_timeout_s: float = 10.0  # for a worker that joined to hand out its model card
     drain_timeout_s: float = 30.0
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from polyphase.core.errors import ContextLengthExceeded, InvalidRequest
 from polyphase.core.hashing import namespace_of
+from polyphase.frontend.grammars import GrammarWish, grammar_wish
 from polyphase.frontend.models import ServedModel
 from polyphase.frontend.openai_types import ChatRequest, CompletionRequest, GenerationRequest
 from polyphase.wire.requests import SamplingParams, StopConditions
@@ -45,6 +46,7 @@ class Wishes:
     continuous_usage: bool
     cache_salt: str | None
     priority: int
+    grammar: GrammarWish | None
     lora: str | None = None  # the adapter that the request's model stands for
 
     @property
@@ -148,6 +150,7 @@ def _wishes(
         continuous_usage=bool(options and options.continuous_usage_stats),
         cache_salt=_cache_salt(request.cache_salt),
         priority=integer("priority", request.priority, -(2**31), 2**31 - 1) or 0,
+        grammar=grammar_wish(request),
     )
 
 

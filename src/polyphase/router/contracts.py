@@ -36,9 +36,9 @@ class Filter(Protocol):
 
     @property
     def is_lasting(self) -> bool:
-        """True: it looks at nothing but the workers' facts, `request.excluded`, `request.adapter` and `request.required_labels`.
+        """True: it looks at nothing but the workers' facts, and at what makes a request other than `RouteRequest.is_ordinary`.
 
-        For requests without these the router remembers what it answered until facts change. Lasting filters come before the others.
+        For ordinary requests the router remembers what it answered until facts change. Lasting filters come before the others.
         """
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:

@@ -6,6 +6,7 @@ stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
 adapter    does not have the LoRA adapter that the request is for
+grammars   has no structured output, or not for an output that has begun elsewhere, and the request wants it
 role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
@@ -130,6 +131,32 @@ class HasAdapter:
             retry_after_s=5,
             request_id=request.request_id,
         )
+
+
+class TakesGrammars:
+    """have no structured output, for requests that want it
+
+    An output that has begun at another worker, as that of a split request will have, needs one that can take it up. Nobody computes a
+    prompt for others if none of them can.
+    """
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if not request.has_grammar:
+            return rows
+        views = workers.standings.views
+        able = [row for row in rows if views[row].facts.takes_grammars]
+        resuming = [row for row in able if views[row].facts.resumes_grammars]
+        if request.is_begun or leg is Leg.DECODE:
+            return resuming
+        if leg is Leg.PREFILL and all(views[row].facts.role is Role.PREFILL for row in resuming):
+            return []
+        return able
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        what = "cannot go on with structured output that has begun elsewhere" if request.is_begun else "has no structured output"
+        return NoWorkers(f"{every(worker_count)} of the model {request.model!r} {what}", retry_after_s=5, request_id=request.request_id)
 
 
 class FitsRole:

@@ -24,6 +24,7 @@ from polyphase.router.filters import (
     RequiredLabels,
     Reserve,
     Stalled,
+    TakesGrammars,
 )
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
@@ -94,6 +95,7 @@ BUILT_IN = Parts(
         "excluded": Excluded(),
         "required-labels": RequiredLabels(),
         "adapter": HasAdapter(),
+        "grammars": TakesGrammars(),
         "role": FitsRole(),
         "context": FitsContext(),
         "full": Full(),

@@ -376,7 +376,7 @@ class Router:
         self, request: RouteRequest, leg: Leg, standings: Standings, *, is_required: bool, workers: Lineup | None = None
     ) -> Sequence[int]:
         """Rows that the lasting filters leave: who may take the leg, now or later. Raises: why there are none, if some are required."""
-        is_ordinary = not (request.excluded or request.required_labels or request.adapter)
+        is_ordinary = request.is_ordinary
         rows = standings.lasting_rows.get(leg) if is_ordinary else None
         if rows is None:
             workers = workers or Lineup(standings, self.index.match(()))

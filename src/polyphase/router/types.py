@@ -49,6 +49,8 @@ class WorkerFacts:
     adapters: frozenset[str] = frozenset()
     context_length: int | None = None  # tokens; None: long enough for all that comes
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    takes_grammars: bool = False
+    resumes_grammars: bool = False  # also of requests of which something was emitted elsewhere
     offer_kind: str = BLOCKS  # which offers it makes, if it does, and takes; "": none
     offer_facts: Labels = field(default_factory=lambda: NO_LABELS, hash=False)  # what must be equal, for people to be told what differs
 
@@ -77,6 +79,13 @@ class RouteRequest:
     required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     adapter: str | None = None  # LoRA adapter of the model; only workers that have it will do
     other_hashes: Mapping[int, Sequence[SequenceHash]] | None = field(default=None, hash=False)  # by block size
+    has_grammar: bool = False  # its output is structured
+    is_begun: bool = False  # some of it was emitted already
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether all that lasting filters look at are the workers' facts."""
+        return not (self.excluded or self.required_labels or self.adapter or self.has_grammar)
 
     def hashes_of(self, block_size: int) -> Sequence[SequenceHash]:
         """For a worker with blocks of this size."""

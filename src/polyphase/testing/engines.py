@@ -14,7 +14,8 @@ An engine that only answers what it knows, because it is played from recordings,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
@@ -23,9 +24,10 @@ import pytest
 from polyphase.core.errors import RequestError
 from polyphase.core.hashing import sequence_hashes
 from polyphase.engines.interface import Ability, Engine, KvExporter, KvSender, Sleeper, StepReport, abilities_of
+from polyphase.text import Tokenizer
 from polyphase.wire.cards import BLOCKS
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored
-from polyphase.wire.requests import FinishReason, SamplingParams, SequenceOutput, StopConditions, Submit
+from polyphase.wire.requests import FinishReason, Grammar, GrammarKind, SamplingParams, SequenceOutput, StopConditions, Submit
 
 TIMEOUT_S = 60.0
 
@@ -198,6 +200,42 @@ class EngineConformance:
         if not engine.card.can_hand_over:
             assert end.offer is None
 
+    grammar: ClassVar[Grammar] = Grammar(GrammarKind.REGEX, "[a-c]{4}-[0-9]{4}")
+    sentence: ClassVar[str] = r"[a-c]{4}-[0-9]{4}"
+
+    def structured(self, request_id: str, emitted: Sequence[int] = ()) -> Submit:
+        stop = StopConditions(max_tokens=self.long_token_count)
+        return self.request(request_id, stop=stop, grammar=self.grammar, token_ids=[*self.prompt, *emitted])
+
+    async def test_structured_output_is_what_was_wanted_or_refused(self, engine: Engine) -> None:
+        """The card says which; output that fits no grammar is worse than none."""
+        if not engine.card.takes_grammars:
+            with pytest.raises(RequestError):
+                engine.submit(self.structured("a"))
+            return
+        async with stepping(engine) as run:
+            engine.submit(self.structured("a"))
+            engine.submit(self.request("free"))
+            end = await run.end("a")
+            await run.end("free")
+        assert end.finish_reason is FinishReason.STOP
+        tokens = [token for token in run.tokens("a") if token not in engine.card.eos_token_ids]
+        said = Tokenizer.from_json(engine.card.tokenizer_json).decode(tokens)
+        assert re.fullmatch(self.sentence, said), said
+
+    async def test_structured_output_goes_on_from_elsewhere_or_is_refused(self, engine: Engine) -> None:
+        if not engine.card.takes_grammars or not engine.card.resumes_grammars:
+            with pytest.raises(RequestError):
+                engine.submit(self.structured("a", self.prompt[:2]))
+            return
+        async with stepping(engine) as run:
+            engine.submit(self.structured("whole"))
+            await run.end("whole")
+            tokens = run.tokens("whole")
+            engine.submit(self.structured("rest", tokens[:3]))
+            await run.end("rest")
+        assert tokens[:3] + run.tokens("rest") == tokens
+
     def test_what_never_fits_is_refused(self, engine: Engine) -> None:
         too_long = [1] * engine.card.context_length
         with pytest.raises(RequestError):
@@ -213,3 +251,4 @@ class EngineConformance:
             assert isinstance(engine, KvExporter if card.offer_kind == BLOCKS else KvSender)
         assert not card.can_sleep or isinstance(engine, Sleeper)
         assert (Ability.HAND_OVER in abilities_of(engine)) == engine.card.can_hand_over
+        assert (Ability.STRUCTURED_OUTPUT in abilities_of(engine)) == engine.card.takes_grammars

@@ -57,6 +57,11 @@ class Tokenizer:
             raise ConfigurationError(f"tokenizer.json cannot be read by tokenizers {tokenizers.__version__}: {error}") from error
         return cls(inner, _piece_form(msgspec.json.decode(data, type=_DecoderOfFile).decoder))
 
+    def to_json(self) -> bytes:
+        """The file that it was made from, but for what was switched off. Cost: some 100 ms for 150,000 tokens."""
+        text: str = self._inner.to_str()
+        return text.encode()
+
     @property
     def vocab_size(self) -> int:
         """Ids that the tokenizer knows, added ones included. A model's output layer may have more rows."""

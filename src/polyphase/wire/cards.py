@@ -60,6 +60,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     resumes_sampling: bool = True  # a sampled request that moved here goes on with the tokens that it would have had
     can_sleep: bool = False  # it gives the accelerator's memory free while nobody needs it
     takes_grammars: bool = False  # structured output
+    resumes_grammars: bool = True  # also of a request of which something was emitted elsewhere; where not, such a one cannot move here
     adapters: list[str] = []  # LoRA adapters that it can run, by the names that clients call them; msgspec copies the default
     block_bytes: int
     default_temperature: float | None = None  # from the model's generation_config.json

@@ -71,7 +71,7 @@ def story(model: ServedModel) -> list[int]:
 @pytest.fixture
 def settings() -> FrontendSettings:
     """A test overrides this fixture's value by parametrising it."""
-    return FrontendSettings(migration_patience_s=0.3, request_timeout_s=30)
+    return FrontendSettings(migration_patience_s=0.3, request_timeout_s=30, grammar_cpu_s=0.3)
 
 
 @pytest.fixture

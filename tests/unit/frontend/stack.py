@@ -20,6 +20,7 @@ from polyphase.frontend.app import build_app
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.endpoints import Services
 from polyphase.frontend.fleet import Fleet
+from polyphase.frontend.grammar_checks import GrammarChecks
 from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models
 from polyphase.frontend.records import Records
@@ -111,8 +112,16 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
     models, metrics = Models(), Metrics()
     fleet = Fleet(Registry(run_folder), router, models, settings)
     dispatcher = Dispatcher(router, fleet.send, metrics, settings)
+    grammars = GrammarChecks(settings.grammar_cpu_s)
     services = Services(
-        models, dispatcher, Records(settings.record_count), metrics, settings, streams=fleet.streams, turned_away=fleet.turned_away
+        models,
+        dispatcher,
+        Records(settings.record_count),
+        metrics,
+        settings,
+        grammars,
+        streams=fleet.streams,
+        turned_away=fleet.turned_away,
     )
     listener = open_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -126,6 +135,7 @@ async def serving(card: ModelCard, story: list[int], settings: FrontendSettings)
         await asyncio.wait_for(tasks[1], 30)
         for worker_id in list(stack.workers):
             await stack.kill(worker_id)
+        grammars.close()
         tasks[0].cancel()
         await asyncio.gather(tasks[0], return_exceptions=True)
         shutil.rmtree(run_folder, ignore_errors=True)

@@ -101,7 +101,7 @@ async def test_who_requires_a_label_waits_for_those_that_carry_it_only(stack: St
     assert len(plain.submits) == 1
     release(worker)
     assert [answer.status_code for answer in await asyncio.gather(*running, waiting)] == [200] * 4
-    assert not [lane for lane in stack.services.dispatcher.waiting_room._lanes.values() if lane.key[2]]
+    assert not [lane for lane in stack.services.dispatcher.waiting_room._lanes.values() if lane.key[3]]
     await wait_for(lambda: stack.is_at_rest)
 
 

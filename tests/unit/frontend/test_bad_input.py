@@ -89,6 +89,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"colour": 1}, "colour"),
     ({"temprature": 1}, "temprature"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "end"}, "suffix"),
     ({"use_beam_search": True}, "use_beam_search"),

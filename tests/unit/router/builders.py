@@ -26,6 +26,8 @@ def facts(
     labels: dict[str, str] | None = None,
     offer_kind: str = BLOCKS,
     offer_facts: dict[str, str] | None = None,
+    takes_grammars: bool = False,
+    resumes_grammars: bool | None = None,
 ) -> WorkerFacts:
     return WorkerFacts(
         worker_id=WorkerId(worker_id),
@@ -41,6 +43,8 @@ def facts(
         labels=labels or {},
         offer_kind=offer_kind,
         offer_facts=offer_facts or {},
+        takes_grammars=takes_grammars,
+        resumes_grammars=takes_grammars if resumes_grammars is None else resumes_grammars,
     )
 
 
@@ -77,6 +81,8 @@ def request(
     prefers: dict[str, str] | None = None,
     requires: dict[str, str] | None = None,
     now_s: float = 0.0,
+    has_grammar: bool = False,
+    is_begun: bool = False,
 ) -> RouteRequest:
     hashes = prefix(1, 64) if hashes is None else hashes
     return RouteRequest(
@@ -90,6 +96,8 @@ def request(
         session=session,
         preferred_labels=prefers or {},
         required_labels=requires or {},
+        has_grammar=has_grammar,
+        is_begun=is_begun,
     )
 
 

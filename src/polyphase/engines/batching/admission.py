@@ -10,6 +10,7 @@ from polyphase.wire.requests import Submit
 def check_request(request: Submit, card: ModelCard) -> None:
     """Raises: RequestError if the request can never run here. Ranges of sampling parameters are the frontend's to check."""
     check_lengths(request, card)
+    check_grammar(request, card)
     if min(request.token_ids) < 0 or max(request.token_ids) >= card.vocab_size:
         raise InvalidRequest(f"token ids must be from 0 to {card.vocab_size - 1}", param="token_ids", request_id=request.request_id)
     bias = request.sampling.logit_bias
@@ -23,6 +24,21 @@ def check_request(request: Submit, card: ModelCard) -> None:
         raise ModelNotFound(f"this worker has no LoRA adapter {request.lora!r}", param="model", request_id=request.request_id)
     if any(not stop for stop in request.stop.stop_strings):
         raise InvalidRequest("a stop string cannot be empty", param="stop", request_id=request.request_id)
+
+
+def check_grammar(request: Submit, card: ModelCard) -> None:
+    """Raises: RequestError if the engine cannot keep to the request's grammar, or not from where it is to go on."""
+    if request.grammar is None:
+        return
+    if not card.takes_grammars:
+        raise InvalidRequest("this engine has no structured output", param="grammar", request_id=request.request_id)
+    emitted_count = len(request.token_ids) - request.prompt_token_count
+    if emitted_count and not card.resumes_grammars:
+        raise InvalidRequest(
+            f"structured output of which {emitted_count} tokens were emitted elsewhere cannot go on at this engine ({card.engine})",
+            param="grammar",
+            request_id=request.request_id,
+        )
 
 
 def check_lengths(request: Submit, card: ModelCard) -> None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import msgspec
 
 from polyphase.core.clock import Clock
-from polyphase.core.errors import EngineFailed, InvalidRequest
+from polyphase.core.errors import EngineFailed, InvalidRequest, PolyphaseError, RequestError
 from polyphase.core.hashing import namespace_of
 from polyphase.engines.batching.admission import check_lengths, check_request
 from polyphase.engines.batching.exports import BlockExports, can_use
+from polyphase.engines.batching.grammars import Grammars
 from polyphase.engines.batching.imports import PrefixImports
 from polyphase.engines.batching.outcome import PullResult, SampledToken, StepOutcome
 from polyphase.engines.batching.pace import StepPace
@@ -56,11 +57,21 @@ class EngineCore:
     """Everything that an engine knows, except the model."""
 
     def __init__(
-        self, *, card: ModelCard, storage: BlockStorage, tokenizer: Tokenizer, limits: SchedulerLimits, lease_ns: int, clock: Clock
+        self,
+        *,
+        card: ModelCard,
+        storage: BlockStorage,
+        tokenizer: Tokenizer,
+        limits: SchedulerLimits,
+        lease_ns: int,
+        clock: Clock,
+        grammars: Grammars | None = None,
     ) -> None:
+        """`grammars`: needed if the card says that it takes some."""
         self._card = card
         self._storage = storage
         self._clock = clock
+        self._grammars = grammars
         self._stop_limits = StopLimits(frozenset(card.eos_token_ids), card.context_length, tokenizer)
         self.pool = BlockPool(storage.block_count)
         self._cache = PrefixCache(self.pool, card.block_size, storage.layout.fingerprint + storage.layout.dtype)
@@ -115,6 +126,8 @@ class EngineCore:
 
     def _add(self, sequence: Sequence) -> None:
         request = sequence.request
+        if request.grammar is not None and self._grammars is not None:
+            sequence.preparation = self._grammars.prepare(request)
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
         self._totals.prompt_tokens += request.prompt_token_count
@@ -177,6 +190,8 @@ class EngineCore:
         if expired := self.exports.expire(now_ns):
             logger.warning("%d offers ran out before their blocks were fetched", expired)
         for sequence in self._scheduler.waiting:
+            if sequence.preparation is not None and sequence.preparation.done():
+                self._take_grammar(sequence)
             if sequence.offer is not None and not can_use(sequence.offer, self._storage.layout, now_ns):
                 logger.info("request %s: the offered blocks cannot be used and are computed here", sequence.request.request_id)
                 self._give_up_offer(sequence)
@@ -310,6 +325,21 @@ class EngineCore:
             source=source,
         )
 
+    def _take_grammar(self, sequence: Sequence) -> None:
+        """Its grammar is prepared: it waits for its turn now, or ends."""
+        assert sequence.preparation is not None
+        preparation, sequence.preparation = sequence.preparation, None
+        try:
+            sequence.grammar = preparation.result()
+        except RequestError as error:
+            self._ended.append(self._fail(sequence, error.message, type(error)))
+        except Exception as error:  # the root of the thread's work
+            logger.exception("a grammar could not be prepared")
+            self._ended.append(self._fail(sequence, f"the grammar could not be prepared: {error}"))
+        else:
+            if sequence.grammar.is_complete:  # it came from elsewhere, where all but the end was done; or nothing is all that fits
+                self._ended.append(self._end(sequence, FinishReason.STOP))
+
     def _note_admission(self, sequence: Sequence, now_ns: int) -> None:
         """The first time only: after a preemption it would find its own blocks."""
         if sequence.first_step_ns is not None:
@@ -352,6 +382,9 @@ class EngineCore:
 
     def _advance(self, sequence: Sequence, sampled: SampledToken | None) -> SequenceOutput:
         """Append the sampled token; end the sequence if it is time."""
+        grammar = sequence.grammar
+        if grammar is not None and (failure := grammar.failure) is not None:
+            return self._fail(sequence, f"the output cannot go on in its grammar: {failure}", InvalidRequest)
         if sampled is None:
             spoilt = self.pool.disown(sequence.blocks.ids())  # such numbers must not reach whoever gets the blocks next
             self.exports.before_writing(spoilt)
@@ -361,6 +394,10 @@ class EngineCore:
         sequence.sampling.note(sampled.token_id)
         self._totals.generated_tokens += 1
         stop = sequence.stop.after(sampled.token_id, len(sequence.token_ids), sequence.output_count)
+        if grammar is not None:
+            grammar.accept([sampled.token_id])
+            if grammar.is_complete and (stop is None or stop.reason is FinishReason.LENGTH):
+                stop = Stop(FinishReason.STOP)
         stats, sequence.stats = sequence.stats, None
         offer = None
         if stop is None and (sequence.is_leaving or (sequence.request.hand_over and self.exports.can_offer)):
@@ -407,13 +444,15 @@ class EngineCore:
         self._remove(sequence)
         return SequenceOutput(request_id=sequence.request.request_id, finish_reason=reason)
 
-    def _fail(self, sequence: Sequence, message: str) -> SequenceOutput:
+    def _fail(self, sequence: Sequence, message: str, kind: type[PolyphaseError] = EngineFailed) -> SequenceOutput:
         self._remove(sequence)
-        failure = WireFailure(code=EngineFailed.code, message=message, is_retryable=EngineFailed.is_retryable)
+        failure = WireFailure(code=kind.code, message=message, is_retryable=kind.is_retryable)
         return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.ERROR, failure=failure)
 
     def _remove(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
+        if sequence.preparation is not None:
+            sequence.preparation.cancel()
         self._give_up_offer(sequence)
         del self._sequences[sequence.request.request_id]
         self._totals.finished += 1

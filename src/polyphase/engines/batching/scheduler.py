@@ -7,7 +7,7 @@ sequence that is last in order gives up all of its own and starts again later, m
 given up for another, so there is always one that gets on.
 
 A sequence most of whose work another one is doing just now, because their prompts begin alike, waits for the next step and finds it in
-the cache then; only for that do others overtake it. So a burst under one system prompt computes it once.
+the cache then. So a burst under one system prompt computes it once. For that do others overtake it, and while its grammar is prepared.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Scheduler:
         place = 0
         while budget and place < len(self._waiting) and not plan.preempted and self.running_count < self._max_running:
             sequence = self._waiting[place]
-            if prefilling and self._is_in_the_making(sequence, prefilling):
+            if sequence.preparation is not None or (prefilling and self._is_in_the_making(sequence, prefilling)):
                 place += 1
                 continue
             if not self._admit(place, plan):

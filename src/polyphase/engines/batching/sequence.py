@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import MutableSequence
 from dataclasses import dataclass
 
+from polyphase.engines.batching.grammars import Preparation
 from polyphase.engines.batching.sampling_state import SamplingState
 from polyphase.engines.batching.stopping import StopRule
 from polyphase.engines.interface import BlockSource
 from polyphase.kv import SequenceBlocks
+from polyphase.text import GrammarMatcher
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import PhaseStats, Submit
 
@@ -30,6 +32,8 @@ class Sequence:
     blocks: SequenceBlocks
     sampling: SamplingState
     stop: StopRule
+    preparation: Preparation | None = None  # of its grammar; until that is there, it waits
+    grammar: GrammarMatcher | None = None  # where its output is in it
     offer: KvOffer | None = None  # not yet released
     source: BlockSource | None = None
     computed_count: int = 0

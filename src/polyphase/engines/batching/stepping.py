@@ -30,13 +30,22 @@ class StepLoop:
         self._clock = clock
         self._perform = perform
         self._awake = asyncio.Event()
+        self._running_on: asyncio.AbstractEventLoop | None = None
 
     def wake(self) -> None:
         self._awake.set()
 
+    def wake_from_thread(self) -> None:
+        """As `wake`, from any thread. While nothing runs there is nobody to be woken: `run` begins by looking."""
+        loop = self._running_on
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                loop.call_soon_threadsafe(self._awake.set)
+
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Cancel: the step under way is finished and its results are kept, but not reported before the next `run`."""
         self._awake = asyncio.Event()  # belongs to the loop that runs us
+        self._running_on = asyncio.get_running_loop()
         while True:
             self._awake.clear()
             plan = self._core.begin_step()

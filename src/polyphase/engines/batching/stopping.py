@@ -44,7 +44,7 @@ class StopRule:
         # Tokens, the prompt's included, with which there is no room for a further one.
         self.end_token_count = min(request.prompt_token_count + request.stop.max_tokens, limits.context_length)
         # Whether it does not matter which tokens come, only how many.
-        self.is_by_length = self._text is None and not self._stop_ids and not self._eos
+        self.is_by_length = self._text is None and request.grammar is None and not self._stop_ids and not self._eos
 
     def forbidden_ids(self, output_count: int) -> frozenset[int]:
         """Tokens that may not be sampled as output number `output_count`, because the sequence would end too early."""

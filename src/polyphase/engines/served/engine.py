@@ -20,6 +20,7 @@ import msgspec
 
 from polyphase.core.clock import MonotonicClock
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
+from polyphase.engines.batching.admission import check_grammar
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
 from polyphase.engines.served.dialect import Dialect, Gauges, Observer, PrefillDialect, SleepPaths
@@ -92,6 +93,7 @@ class ServedEngine:
                 f"the request has {len(request.token_ids)} tokens; with one of output at least, it takes {self._card.context_length}",
                 request_id=request.request_id,
             )
+        check_grammar(request, self._card)
         if request.offer is not None and not self._takes(request.offer):
             self._released.append(request.offer)  # and computes the prompt itself
             request = msgspec.structs.replace(request, offer=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from polyphase.core.errors import ConfigurationError, ModelLoadError
+from polyphase.engines.batching.grammars import Grammars
 from polyphase.engines.batching.scheduler import SchedulerLimits
 from polyphase.engines.batching.sizing import size_cache
 from polyphase.engines.torch.card import eos_token_ids, read_text_facts
@@ -18,10 +20,12 @@ from polyphase.engines.torch.lora import Adapters, add_adapters
 from polyphase.engines.torch.runner import ModelRunner
 from polyphase.engines.torch.settings import TorchSettings
 from polyphase.engines.torch.storage import DeviceStorage, HostStorage, KvStorage
-from polyphase.text import Tokenizer
+from polyphase.text import GrammarVocabulary, Tokenizer
 from polyphase.transfer.memory import available_memory_bytes
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.kv import KvLayout
+
+log = logging.getLogger(__name__)
 
 _MAX_THREADS = 8  # beyond these a step gains little, and neighbours lose much
 _DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
@@ -58,6 +62,8 @@ def assemble(settings: TorchSettings) -> TorchEngine:
         storage = DeviceStorage(layout, size.block_count, loaded.device)
     max_batch_tokens = settings.max_batch_tokens or _DEFAULT_BATCH_TOKENS[loaded.device.type]
     generation = loaded.generation
+    eos_ids = eos_token_ids(generation, loaded.config)
+    grammars = _grammars(tokenizer, loaded.vocab_size, eos_ids)
     card = ModelCard(
         name=settings.name or _served_name(settings.model),
         tokenizer_json=facts.tokenizer_json,
@@ -65,7 +71,7 @@ def assemble(settings: TorchSettings) -> TorchEngine:
         bos_token=facts.bos_token,
         eos_token=facts.eos_token,
         bos_token_id=generation.bos_token_id if isinstance(generation.bos_token_id, int) else None,
-        eos_token_ids=eos_token_ids(generation, loaded.config),
+        eos_token_ids=eos_ids,
         vocab_size=loaded.vocab_size,
         context_length=size.context_length,
         block_size=settings.block_size,
@@ -73,6 +79,7 @@ def assemble(settings: TorchSettings) -> TorchEngine:
         max_batch_tokens=max_batch_tokens,
         max_running=settings.max_running,
         can_hand_over=storage.shared is not None,
+        takes_grammars=grammars is not None,
         block_bytes=layout.block_bytes,
         default_temperature=generation.temperature,
         default_top_p=generation.top_p,
@@ -94,8 +101,18 @@ def assemble(settings: TorchSettings) -> TorchEngine:
             longest_step_ms=None if settings.max_batch_tokens or loaded.device.type != "cpu" else _LAYER_MS * len(loaded.layers),
         ),
         lease_ns=int(settings.lease_s * 1e9),
+        grammars=grammars,
     )
     return TorchEngine(parts)
+
+
+def _grammars(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> Grammars | None:
+    """None, and a word in the log, for the few tokenizers that the library does not understand."""
+    try:
+        return Grammars(GrammarVocabulary(tokenizer, vocab_size, eos_ids))
+    except ConfigurationError as error:
+        log.warning("no structured output with this model: %s", error.message)
+        return None
 
 
 def _core_count() -> int:

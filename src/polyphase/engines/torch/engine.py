@@ -14,6 +14,7 @@ from polyphase.core.errors import KvError
 from polyphase.core.ids import ContentKey
 from polyphase.engines.batching.core import EngineCore
 from polyphase.engines.batching.exports import OfferOrigin
+from polyphase.engines.batching.grammars import Grammars
 from polyphase.engines.batching.outcome import StepOutcome
 from polyphase.engines.batching.scheduler import SchedulerLimits, StepPlan
 from polyphase.engines.batching.stepping import StepLoop
@@ -32,7 +33,7 @@ from polyphase.wire.transfer import AgentCard
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What `assembly` puts together. Owner: the engine closes `storage` and `runner`."""
+    """What `assembly` puts together. Owner: the engine closes `storage`, `runner` and `grammars`."""
 
     card: ModelCard
     storage: KvStorage
@@ -40,6 +41,7 @@ class EngineParts:
     tokenizer: Tokenizer
     limits: SchedulerLimits
     lease_ns: int
+    grammars: Grammars | None  # None: the card says that it takes none
 
 
 class TorchEngine:
@@ -57,10 +59,14 @@ class TorchEngine:
             limits=parts.limits,
             lease_ns=parts.lease_ns,
             clock=self._clock,
+            grammars=parts.grammars,
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._loop = StepLoop(self.core, self._clock, self._perform)
         self.core.imports.on_arrival = self._loop.wake
+        self._grammars = parts.grammars
+        if self._grammars is not None:
+            self._grammars.on_ready = self._loop.wake_from_thread
         self._is_closed = False
 
     @property
@@ -92,6 +98,8 @@ class TorchEngine:
 
     def step(self) -> StepReport | None:
         """One step on the calling thread; None if there is nothing to do or to say. Not to be mixed with `run`."""
+        if self._grammars is not None:
+            self._grammars.wait()
         plan = self.core.begin_step()
         if plan.is_empty:
             return self.core.take_idle_report()
@@ -109,6 +117,8 @@ class TorchEngine:
             return
         self._is_closed = True
         self._thread.shutdown()
+        if self._grammars is not None:
+            self._grammars.close()
         self._runner.close()
         self._storage.close()
 

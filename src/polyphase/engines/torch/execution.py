@@ -51,6 +51,12 @@ def _compute(rows: list[Row], runner: ModelRunner, is_interrupted: Callable[[], 
         return {}
     sequences = [rows[place].sequence for place in places]
     wanted = [
-        SamplingRow(sequence.sampling, sequence.output_count, sequence.stop.forbidden_ids(sequence.output_count)) for sequence in sequences
+        SamplingRow(
+            sequence.sampling,
+            sequence.output_count,
+            sequence.stop.forbidden_ids(sequence.output_count),
+            None if sequence.grammar is None else sequence.grammar.allowed(),  # on a GPU, while that still computes the logits
+        )
+        for sequence in sequences
     ]
     return dict(zip(sequences, sample(logits, wanted), strict=True))

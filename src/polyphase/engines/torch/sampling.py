@@ -1,6 +1,6 @@
 """From logits to tokens, for a whole batch at once.
 
-    logits ─► logit_bias, forbidden tokens ─► penalties ─► ÷ temperature ─► min_p, top_k, top_p ─► token
+    logits ─► logit_bias, forbidden tokens ─► penalties ─► grammar ─► ÷ temperature ─► min_p, top_k, top_p ─► token
        └────► log-probabilities
 
 Penalties: presence and frequency count output tokens only; repetition looks at the prompt, too. Log-probabilities are those of the model
@@ -33,6 +33,7 @@ class SamplingRow:
     state: SamplingState
     position: int  # output tokens before this one
     forbidden_ids: frozenset[int] = frozenset()
+    allowed: bytes | None = None  # byte[vocab], 0 for what the row's grammar does not let come next; None: it has none
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:
@@ -43,7 +44,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | N
 
     Returns: a token each, or None where the logits are not numbers and nothing can be chosen.
     """
-    if all(row.state.is_plain and not row.forbidden_ids for row in rows):
+    if all(row.state.is_plain and not row.forbidden_ids and row.allowed is None for row in rows):
         best = logits.max(dim=-1)  # NaN counts as the greatest
         return [
             None if math.isnan(value) else SampledToken(token_id)
@@ -66,19 +67,30 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | N
 
 
 def _adjusted(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Logits with bias, forbidden tokens and penalties; `raw` itself stays as it is."""
-    if not any(row.forbidden_ids or row.state.params.logit_bias or row.state.has_penalties for row in rows):
+    """Logits with bias, forbidden tokens, penalties and grammars; `raw` itself stays as it is."""
+    if not any(row.forbidden_ids or row.allowed or row.state.params.logit_bias or row.state.has_penalties for row in rows):
         return raw
     logits = raw.clone()
     for line, row in zip(logits, rows, strict=True):
         params = row.state.params
         if params.logit_bias:
             line.index_add_(0, _ids(params.logit_bias, raw), torch.tensor(list(params.logit_bias.values()), device=raw.device))
-        if row.forbidden_ids:
+        if row.forbidden_ids and not _leaves_nothing(row):
             line[_ids([i for i in row.forbidden_ids if 0 <= i < raw.shape[-1]], raw)] = -math.inf
         if row.state.has_penalties:
             _penalise(line, row.state)
+        if row.allowed is not None:
+            allowed = torch.frombuffer(bytearray(row.allowed), dtype=torch.uint8).to(raw.device)
+            line.masked_fill_(allowed == 0, -math.inf)
     return logits
+
+
+def _leaves_nothing(row: SamplingRow) -> bool:
+    """Whether all that the row's grammar allows is forbidden: the sentence has to end, although `min_tokens` are not there yet."""
+    allowed = row.allowed
+    if allowed is None:
+        return False
+    return len(allowed) - allowed.count(0) == sum(allowed[i] != 0 for i in row.forbidden_ids if 0 <= i < len(allowed))
 
 
 def _penalise(line: Tensor, state: SamplingState) -> None:

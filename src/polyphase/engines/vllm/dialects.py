@@ -13,7 +13,7 @@ import xxhash
 from polyphase.core.errors import EngineFailed, InvalidRequest, Overloaded, PolyphaseError, WireError
 from polyphase.engines.served.dialect import Chunk, Dialect, Usage
 from polyphase.wire.kv import EngineOffer
-from polyphase.wire.requests import Submit, TokenLogprob
+from polyphase.wire.requests import Grammar, GrammarKind, Submit, TokenLogprob
 
 _TOKEN_ID_PREFIX = "token_id:"  # Source: `return_tokens_as_token_ids`
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
@@ -197,12 +197,29 @@ def sampling_fields(request: Submit, max_tokens: int) -> dict[str, Any]:
         fields["seed"] = _seed(sampling.seed, already)
     if sampling.logit_bias:
         fields["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
+    if request.grammar is not None:
+        fields["structured_outputs"] = _structured_outputs(request.grammar)
     return fields
 
 
 def _prefill_sampling_fields(request: Submit) -> dict[str, Any]:
     """For the one token of a prefill leg, at which nothing may stop: older versions keep no blocks of a sequence that has ended."""
     return {**sampling_fields(request, 1), "ignore_eos": True, "stop_token_ids": []}
+
+
+def _structured_outputs(grammar: Grammar) -> dict[str, Any]:
+    """Source: vLLM's StructuredOutputsParams, which both ways to ask have under this name since 0.11."""
+    match grammar.kind:
+        case GrammarKind.JSON:
+            return {"json_object": True}
+        case GrammarKind.JSON_SCHEMA:
+            return {"json": grammar.text}
+        case GrammarKind.REGEX:
+            return {"regex": grammar.text}
+        case GrammarKind.CHOICE:
+            return {"choice": msgspec.json.decode(grammar.text)}
+        case GrammarKind.EBNF:
+            return {"grammar": grammar.text}
 
 
 def _seed(seed: int, already: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,12 @@ class ServerFacts:
     @property
     def rank_count(self) -> int:
         return len(self.events)
+
+    @property
+    def has_structured_outputs(self) -> bool:
+        """Whether it knows the field of this name. Versions before 0.11 ignore it, and would answer with whatever they like."""
+        numbers = re.match(r"v?(\d+)\.(\d+)", self.version)
+        return self.has_generate or (numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 11))
 
 
 def is_up(url: str) -> bool:
