@@ -48,7 +48,7 @@ test-engines: $(STAMP) ## Polyphase before a real vLLM (CPU): 2.3 GB in ENGINES,
 	@$(PYTHON) tools/install_vllm.py $(ENGINES)/vllm $(PIP_ARGS) > /dev/null
 	@test -f $(ENGINES)/tiny/config.json || $(BIN)/python tools/make_tiny_model.py $(ENGINES)/tiny
 	@ENGINE_PYTHON=$(ENGINES)/vllm/bin/python ENGINE_MODEL=$(ENGINES)/tiny timeout $(ENGINES_LIMIT_S) \
-	  $(BIN)/python -m pytest $(wildcard tests/engines/real_vllm*.py) $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest $(wildcard tests/engines/real_vllm*.py) tests/engines/real_openai.py $(PYTEST_ARGS)
 
 test-nixl: $(STAMP) ## the transfer library over NIXL, which is fetched (90 MB) into build/nixl; no GPU needed
 	@test -d build/nixl/nixl || $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --target build/nixl nixl nixl-cu12

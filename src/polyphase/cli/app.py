@@ -43,7 +43,7 @@ _SERVER = "Server"
 _ROUTER = "Router"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
-_SERVED = "Engines that are servers of their own (vllm); see docs/engines.md"
+_SERVED = "Engines that are servers of their own (vllm, openai); see docs/engines.md"
 _QUEUE = "Waiting requests"
 
 
@@ -236,6 +236,15 @@ def serve(
     engine_command: Annotated[str | None, typer.Option(metavar="COMMAND", help="In place of vllm serve.", rich_help_panel=_SERVED)] = None,
     engine_args: Annotated[
         str | None, typer.Option(metavar="FLAGS", help="Further flags of the engine's server, as in a shell.", rich_help_panel=_SERVED)
+    ] = None,
+    engine_api_key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Environment variable that holds the API key of an attached server; never the key itself. "
+            "[default: POLYPHASE_ENGINE_API_KEY]",
+            rich_help_panel=_SERVED,
+        ),
     ] = None,
     mock_model: Annotated[
         str | None,

@@ -39,6 +39,10 @@ def _is_refused(route: Page) -> bool:
 
 
 def _what_was_asked(page: Page) -> str:
+    if page.get("passed_through"):
+        size = f"counted here as about {count_of(page['prompt_tokens'], 'prompt token')}"
+        how = f"Its body went to an engine as it was (passed through: {page['passed_through']}), {size}."
+        return f"Request {page['id']} asked the model {page['model']}. {how}"
     choices = f", in {page['choices']} sequences of which the first is told of here" if page["choices"] > 1 else ""
     called = f" (as {page['asked_for']})" if page.get("asked_for") else ""
     prompt = count_of(page["prompt_tokens"], "prompt token")
@@ -101,7 +105,7 @@ def _setback(setback: Page | None) -> list[str]:
 
 def _where_and_why(route: Page, begins: str) -> Iterator[str]:
     legs = route["legs"]
-    phrase = route["reason"].split(": ", 1)[-1]
+    phrase = "what is passed through is not split" if route["rule"] == "passed-through" else route["reason"].split(": ", 1)[-1]
     workers = {leg["worker"] for leg in legs}
     if route["split"] and len(workers) > 1:
         head = f"{begins} to two workers: {legs[0]['worker']} to compute the prompt, {legs[1]['worker']} to generate the answer."
@@ -176,11 +180,14 @@ def _what_it_cost(page: Page) -> list[str]:
         sentences.append(f"The KV cache of {moved} was moved in {page['transfer_ms']:.1f} ms.")
     if page["ttft_ms"] is not None:
         pace = f", and the others followed every {page['itl_ms_mean']:.1f} ms" if page["itl_ms_mean"] is not None else ""
-        sentences.append(f"The first token came after {page['ttft_ms']:.1f} ms{pace}.")
+        what = "Its answer began" if page.get("passed_through") else "The first token came"
+        sentences.append(f"{what} after {page['ttft_ms']:.1f} ms{pace}.")
     return sentences
 
 
 def _how_it_ended(page: Page) -> str:
+    if page.get("passed_through"):
+        return _how_it_was_passed(page)
     count = count_of(page["completion_tokens"], "token")
     match page["status"]:
         case "running":
@@ -192,6 +199,21 @@ def _how_it_ended(page: Page) -> str:
             return f"Its client went away after {count}."
         case _:
             return f"It failed after {count}: {trimmed(page['error'])}."
+
+
+def _how_it_was_passed(page: Page) -> str:
+    match page["status"]:
+        case "running":
+            return "It is still running."
+        case "finished" if page["finish_reason"] == "stop":
+            told = f", with {count_of(page['completion_tokens'], 'token')} by its engine's count" if page["completion_tokens"] else ""
+            return f"Its answer was passed on whole{told}."
+        case "finished":
+            return f"Its engine refused it, which was passed on: {page['finish_reason']}."
+        case "cancelled":
+            return "Its client went away."
+        case _:
+            return f"It failed: {trimmed(page['error'])}."
 
 
 def count_of(count: int, noun: str) -> str:

@@ -45,7 +45,7 @@ def load_serve_settings(flags: Mapping[str, object], environment: Mapping[str, s
         values = in_file.with_nearer(nearer)
         if "model" not in values.by_field:
             raise ConfigurationError("no model is named; write for example: polyphase serve demo")
-        return _validated(ServeSettings, values)
+        return _with_keys(_validated(ServeSettings, values), environment)
     for name in _OF_ONE_GROUP:
         if name in nearer.by_field:
             raise ConfigurationError(
@@ -56,7 +56,21 @@ def load_serve_settings(flags: Mapping[str, object], environment: Mapping[str, s
     for name in GroupSettings.model_fields:
         values.by_field.pop(name, None)
     values.by_field |= {"model": groups[0].model, "groups": groups}
-    return _validated(ServeSettings, values)
+    return _with_keys(_validated(ServeSettings, values), environment)
+
+
+def _with_keys(settings: ServeSettings, environment: Mapping[str, str]) -> ServeSettings:
+    """Raises: ConfigurationError if an API key is not where it is said to be.
+
+    What was written in place of a variable's name may be the key itself: it is not repeated, and goes to no command line.
+    """
+    for group in settings.worker_groups:
+        if group.engine_api_key_env is not None and not environment.get(group.engine_api_key_env, "").strip():
+            raise ConfigurationError(
+                "--engine-api-key-env names an environment variable that is not set; put the engine's API key into one, "
+                "for example OPENAI_API_KEY, and write its name, never the key"
+            )
+    return settings
 
 
 @dataclass(slots=True)

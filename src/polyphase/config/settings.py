@@ -33,8 +33,8 @@ def _check_group(group: str | None) -> str | None:
 
 
 def _check_engine(engine: str) -> str:
-    if engine not in ("torch", "vllm", "mock") and ":" not in engine:
-        raise ValueError(f"there is no engine {engine!r}; write torch, vllm, mock, or module:function of an engine of your own")
+    if engine not in ("torch", "vllm", "openai", "mock") and ":" not in engine:
+        raise ValueError(f"there is no engine {engine!r}; write torch, vllm, openai, mock, or module:function of an engine of your own")
     return engine
 
 
@@ -172,6 +172,7 @@ class GroupSettings(BaseModel):
     engine_python: str | None = None  # interpreter of their environment
     engine_command: str | None = None  # in place of the stock command, for example `vllm serve`
     engine_args: str | None = None  # further flags of theirs, as in a shell
+    engine_api_key_env: str | None = None  # name of the environment variable with the key of attached ones
 
     mock_model: str | None = None  # what the mock engine imagines; None: its defaults
     mock_accelerator: str | None = None
@@ -184,6 +185,16 @@ class GroupSettings(BaseModel):
             raise ValueError(
                 f"attach, engine_python, engine_command and engine_args are for engines that are servers of their own, "
                 f"and {self.engine} is none; write for example --engine vllm"
+            )
+        if self.engine == "openai" and not self.attach:
+            raise ValueError("an openai engine is a server that runs already; name its address, for example --attach http://127.0.0.1:8080")
+        if self.engine_api_key_env is not None and self.engine != "openai":
+            raise ValueError(
+                "engine_api_key_env is for --engine openai; the key of a vllm is in the variable POLYPHASE_ENGINE_API_KEY, if it wants one"
+            )
+        if self.engine == "openai" and self.prefill:
+            raise ValueError(
+                "openai workers cannot hand over from prefill to decode; write --attach with all addresses, without --prefill and --decode"
             )
         if self.attach and (self.engine_python or self.engine_command or self.engine_args):
             raise ValueError("a server that is attached to runs already: engine_python, engine_command and engine_args start one")

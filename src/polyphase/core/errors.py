@@ -4,6 +4,7 @@
     ├── RequestError                 the caller's fault; nothing was started (4xx)
     │   ├── InvalidRequest             400  a field is missing, of the wrong type or out of range
     │   ├── ContextLengthExceeded      400  the prompt does not fit the model
+    │   ├── KindNotServed              400  no engine of the model takes this kind of request
     │   ├── ModelNotFound              404
     │   ├── RouteNotFound              404
     │   ├── MethodNotAllowed           405
@@ -78,6 +79,10 @@ class InvalidRequest(RequestError):
 
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
+
+
+class KindNotServed(RequestError):
+    code = "kind_not_served"
 
 
 class ModelNotFound(RequestError):

@@ -20,7 +20,7 @@ from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
 from polyphase.wire.kv import KvLayout, KvPart, Offer
-from polyphase.wire.requests import SequenceOutput, Submit
+from polyphase.wire.requests import Forward, SequenceOutput, Submit
 from polyphase.wire.transfer import AgentCard
 
 
@@ -174,6 +174,21 @@ class Sleeper(Protocol):
         """Raises: EngineFailed if it will not."""
 
 
+@runtime_checkable
+class Forwarder(Protocol):
+    """Optional ability: bodies of requests go to the engine as they are, of the kinds that its card `passes`.
+
+    Answers are outputs in step reports: pieces (`SequenceOutput.passed`) in order, then a finish reason. `abort` ends one; `hand_over`
+    does as well while nothing of its answer was reported. Not more than the request's window is kept or on its way at a time.
+    """
+
+    def forward(self, request: Forward) -> None:
+        """Raises: RequestError if it can never run here; Refused if not now. Then nothing was kept."""
+
+    def read_on(self, request_id: str, byte_count: int) -> None:
+        """So much of its answer was read, so that as much more may come. Unknown ids are ignored."""
+
+
 class Ability(enum.StrEnum):
     """What not every engine can; `polyphase status` shows which a worker has."""
 
@@ -183,6 +198,7 @@ class Ability(enum.StrEnum):
     SLEEP = "sleep"  # `Sleeper`
     STRUCTURED_OUTPUT = "structured-output"  # it keeps to grammars
     RESUMED_GRAMMARS = "resumed-grammars"  # also of requests that began elsewhere
+    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
@@ -196,6 +212,7 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.SLEEP: card.can_sleep,
         Ability.STRUCTURED_OUTPUT: card.takes_grammars,
         Ability.RESUMED_GRAMMARS: card.takes_grammars and card.resumes_grammars,
+        Ability.PASS_THROUGH: bool(card.passes),
         Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }

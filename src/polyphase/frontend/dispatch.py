@@ -9,6 +9,8 @@
 These are the transitions. What router and workers are told is in `sending`, and who waits, in the queue or ahead of it, in `waiting`;
 nothing else changes a flight.
 
+What is passed through (`passing`) goes the same way, whole, up to the first piece of its answer: from then on nobody else can finish it.
+
 A worker that is full, busier than it was believed to be, drains, or has taken another role refuses in its first answer: another choice is
 made at once, and that is no migration. Nor is it one when a worker hands a sequence back because it was asked to (`ask_to_hand_over`):
 its blocks go along.
@@ -39,7 +41,7 @@ from polyphase.frontend.waiting import Waiting
 from polyphase.frontend.waiting_room import WaitingRoom
 from polyphase.router import Router, is_refusal
 from polyphase.wire.kv import EngineOffer, Offer
-from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, StepOutputs, WireFailure
+from polyphase.wire.requests import FinishReason, Passed, PhaseStats, SequenceOutput, StepOutputs, WireFailure
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,11 @@ class Dispatcher:
             self._close(flight)
             self._waiting.let_in()
 
+    def read_on(self, flight: Flight, byte_count: int) -> None:
+        """The client has read so much of what was passed to it: more may come."""
+        if not flight.is_over:
+            self._sending.read_on(flight, byte_count)
+
     def fail_all(self, error: PolyphaseError) -> None:
         """End every flight with this error; for a frontend that must go now."""
         for flight in list(self._flights.values()):
@@ -155,7 +162,11 @@ class Dispatcher:
     def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
         """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
         limit = self._settings.migration_limit
-        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < limit and self._can_move(flight)]
+        leaving = [
+            flight
+            for flight in self._at(worker_id, epoch)
+            if flight.failure_count < limit and not flight.has_answered and self._can_move(flight)
+        ]
         for flight in leaving:
             self._sending.call_off(flight)  # it may come round
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
@@ -214,6 +225,8 @@ class Dispatcher:
                 end = End(error=error)
         elif output.finish_reason is FinishReason.CANCELLED:
             error = WorkerLost(f"worker {flight.worker_id} gave the request up")
+        if output.passed is not None:
+            self._take_passed(flight, output.passed, now_ns)
         if output.token_ids or end is not None:
             self._take_tokens(flight, output, now_ns, end)
         if end is not None:
@@ -255,6 +268,15 @@ class Dispatcher:
             flight.avoided.clear()
             flight.waits_until_ns = 0
         flight.inbox.put(Arrival(flight.job.index, output.token_ids, output.logprobs or [], end))
+
+    def _take_passed(self, flight: Flight, passed: Passed, now_ns: int) -> None:
+        if not flight.has_answered:
+            flight.has_answered = True
+            self._router.mark_prefill_done(flight.job.sequence_id)
+            flight.record.first_token_ns = now_ns
+            flight.metrics.ttft_s.observe((now_ns - flight.record.started_ns) / 1e9)
+            flight.record.history.note(now_ns, "first answer", flight.worker_id)
+        flight.inbox.put(Arrival(flight.job.index, passed=passed))
 
     def _hand_over(self, flight: Flight, offer: Offer | None, now_ns: int) -> None:
         """Prefill is done: on to the decode worker that was chosen with it, or to another if that is gone."""
@@ -303,6 +325,10 @@ class Dispatcher:
         else:
             flight.tried.add((flight.worker_id, flight.epoch))
         flight.note_break(self._clock.now_ns(), cause.message)
+        if flight.has_answered:
+            log.warning("%s: broken off in the middle of an answer that no other worker can go on with: %s", flight.wire_id, cause.message)
+            self._finish(flight, End(error=cause))
+            return
         if flight.remaining_tokens <= 0:  # all is there but the word that it ended
             self._finish(flight, End(FinishReason.LENGTH))
             return

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from polyphase.core.errors import BodyTooLarge, InvalidRequest, PolyphaseError
-from polyphase.frontend.answers import DONE, AnswerFields, Usage, encode
+from polyphase.frontend.answers import DONE, AnswerFields, Usage
 from polyphase.frontend.assembly import Piece
-from polyphase.frontend.bodies import ClientGone, check_content_type, discard_body, parse_body, read_body
+from polyphase.frontend.bodies import ClientGone, check_content_type, parse_body, read_body, until_gone
 from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.door import Door
 from polyphase.frontend.generation import Generation, Order
@@ -26,14 +25,16 @@ from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.models import Models, ServedModel
 from polyphase.frontend.names import RequestNames
 from polyphase.frontend.openai_types import GenerationRequest
-from polyphase.frontend.problems import InternalError, error_events, error_object, start_message
+from polyphase.frontend.pass_through import PassThrough
+from polyphase.frontend.problems import InternalError, error_events, refuse_body, start_message
 from polyphase.frontend.prompts import Prompt
-from polyphase.frontend.records import Records, RequestRecord, prefill_worker
+from polyphase.frontend.records import Records, RequestRecord, places_of
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.terms import Terms, terms_of
 from polyphase.frontend.validation import Wishes
 from polyphase.runtime import StreamView
 from polyphase.text import Tokenizer
+from polyphase.wire.cards import RequestKind
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Surface(Generic[RequestT]):
     """In what the endpoints differ."""
 
     name: str
+    kind: RequestKind  # where it has to be passed through
     id_prefix: str
     request: type[RequestT]
     wishes: Callable[[RequestT, ServedModel], Wishes]
@@ -82,9 +84,10 @@ class Services:
 class GenerationEndpoint(Generic[RequestT]):
     """POST a request, get an answer or a stream. Errors before the first token are raised; later ones end the stream."""
 
-    def __init__(self, surface: Surface[RequestT], services: Services) -> None:
+    def __init__(self, surface: Surface[RequestT], services: Services, passing: PassThrough) -> None:
         self._surface = surface
         self._services = services
+        self._passing = passing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._services.door.enter():
@@ -96,7 +99,11 @@ class GenerationEndpoint(Generic[RequestT]):
         try:
             body = await read_body(scope, receive, self._services.settings)
         except BodyTooLarge as error:
-            await _refuse_body(error, receive, send)
+            await refuse_body(error, receive, send)
+            return
+        claim = self._passing.claim(self._surface.kind, body)
+        if claim is not None:
+            await self._passing.serve(claim, body, received_ns, scope, receive, send)
             return
         names: RequestNames = scope["state"]["names"]
         request = parse_body(body, self._surface.request)
@@ -107,7 +114,7 @@ class GenerationEndpoint(Generic[RequestT]):
         form = self._surface.format(answer, order.wishes, order.prompts, order.model.tokenizer)
         with Generation(order, self._services.dispatcher, self._services.metrics, record) as generation:
             generation.start()
-            async with _until_gone(receive, generation.abandon):
+            async with until_gone(receive, generation.abandon):
                 if order.wishes.stream:
                     await self._stream(generation, form, order.wishes, send)
                 else:
@@ -148,7 +155,7 @@ class GenerationEndpoint(Generic[RequestT]):
             for piece in await generation.next_pieces():
                 gathered.setdefault(piece.index, []).append(piece)
         body = form.whole([_joined(gathered[index]) for index in sorted(gathered)], generation.usage())
-        headers = {"content-type": "application/json", "content-length": str(len(body)), **_places(generation.record)}
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **places_of(generation.record)}
         await send(start_message(200, headers))
         await send({"type": "http.response.body", "body": body})
 
@@ -157,7 +164,7 @@ class GenerationEndpoint(Generic[RequestT]):
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
         try:
             async with asyncio.timeout(self._services.settings.request_timeout_s + WRITE_GRACE_S):
-                await send(start_message(200, {**headers, **_places(generation.record)}))
+                await send(start_message(200, {**headers, **places_of(generation.record)}))
                 while not generation.is_done:
                     await _write(send, _events(form, pieces, generation, wishes))
                     pieces = await generation.next_pieces()
@@ -196,47 +203,6 @@ def _joined(pieces: list[Piece]) -> Piece:
     )
 
 
-def _places(record: RequestRecord) -> dict[str, str]:
-    """Where the phases run and why, as far as it is known when the answer begins. Figures are tokens, of the first sequence."""
-    first = record.sequences[0] if record.sequences else None
-    route = first.route if first else None
-    if first is None or route is None:
-        return {}
-    return {
-        "x-polyphase-prefill-worker": prefill_worker(route) or "",
-        "x-polyphase-decode-worker": route.decode.worker_id,
-        "x-polyphase-route": route.rule or ("split" if route.prefill else "whole"),
-        "x-polyphase-predicted-cached-tokens": str(first.predicted_cached_tokens),
-        "x-polyphase-cached-tokens": str(first.cached_tokens),
-    }
-
-
 async def _write(send: Send, data: bytes, *, is_last: bool = False) -> None:
     if data or is_last:
         await send({"type": "http.response.body", "body": data, "more_body": not is_last})
-
-
-async def _refuse_body(error: BodyTooLarge, receive: Receive, send: Send) -> None:
-    body = encode(error_object(error))
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    await send(start_message(error.http_status, headers))
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    await discard_body(receive)
-    await send({"type": "http.response.body", "body": b""})
-
-
-@contextlib.asynccontextmanager
-async def _until_gone(receive: Receive, on_gone: Callable[[], None]) -> AsyncIterator[None]:
-    """Call `on_gone` as soon as the client closes its connection."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        on_gone()
-
-    task = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

@@ -17,7 +17,7 @@ from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.stall import Recovered, Stalled, StallWatch
 from polyphase.router import Router, WorkerFacts, misfits
 from polyphase.wire.events import Load
-from polyphase.wire.requests import StepOutputs, Submit, ToWorker
+from polyphase.wire.requests import Forward, StepOutputs, Submit, ToWorker
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ class FleetWatch:
     def note_sent(self, worker_id: str, message: ToWorker) -> None:
         if isinstance(message, Submit):
             self._stalls.note_sent(WorkerId(worker_id), len(message.token_ids), self._clock.now_ns())
+        elif isinstance(message, Forward):
+            self._stalls.note_sent(WorkerId(worker_id), message.prompt_token_count, self._clock.now_ns())
 
     def note_outputs(self, outputs: StepOutputs) -> None:
         self._stalls.note_step(WorkerId(outputs.worker_id), outputs.step, self._clock.now_ns())

@@ -19,12 +19,13 @@ from polyphase.frontend.hints import NO_HINTS, RoutingHints
 from polyphase.frontend.history import Attempt, Setback
 from polyphase.frontend.inbox import Inbox
 from polyphase.frontend.metrics import ModelMetrics
+from polyphase.frontend.passing import WINDOW_BYTES, Passing
 from polyphase.frontend.predictions import Prediction
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvPart, Offer
-from polyphase.wire.requests import Grammar, KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
+from polyphase.wire.requests import Forward, Grammar, KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
     from polyphase.frontend.waiting_room import Party
@@ -49,10 +50,16 @@ class Job:
     hints: RoutingHints = NO_HINTS
     grammar: Grammar | None = None
     lora: str | None = None  # adapter of the model
+    passing: Passing | None = None  # it is no tokens but a body, for an engine that takes it; `prompt_ids` is empty then
 
     @property
     def namespace(self) -> str | None:
         return namespace_of(self.cache_salt, self.lora)
+
+    @property
+    def prompt_token_count(self) -> int:
+        """A guess for one that is passed through."""
+        return len(self.prompt_ids) if self.passing is None else self.passing.prompt_token_count
 
 
 class Stage(enum.Enum):
@@ -90,6 +97,7 @@ class Flight:
     sent_ns: int = 0  # to the worker that has it now
     answered_ns: int = 0  # its first tokens there, or its end; 0: none yet
     failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
+    has_answered: bool = False  # of one that is passed through: the client has part of an answer that nobody else can finish
     cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
     other_hashes: dict[int, list[SequenceHash]] = field(default_factory=dict)  # of the prompt, by other block sizes than the job's
 
@@ -148,8 +156,28 @@ class Flight:
             holder=holder,
             for_role=self.roles.get(self.worker_id),
             believed_prefill_tokens=believed_prefill_tokens,
-            remaining_ms=max((self.deadline_ns - now_ns) // 1_000_000, 1),
+            remaining_ms=self._remaining_ms(now_ns),
         )
+
+    def forward(self, passing: Passing, now_ns: int) -> Forward:
+        return Forward(
+            request_id=self.wire_id,
+            kinds=passing.kinds,
+            body=passing.body,
+            content_type=passing.content_type,
+            model=passing.model,
+            lora=self.job.lora,
+            model_span=passing.model_span,
+            headers=passing.headers,
+            wants_stream=passing.wants_stream,
+            window=WINDOW_BYTES,
+            prompt_token_count=passing.prompt_token_count,
+            priority=self.job.priority,
+            remaining_ms=self._remaining_ms(now_ns),
+        )
+
+    def _remaining_ms(self, now_ns: int) -> int:
+        return max((self.deadline_ns - now_ns) // 1_000_000, 1)
 
     def pull_ahead(self, part: KvPart) -> PullAhead:
         assert self.route is not None
@@ -179,7 +207,7 @@ class Flight:
     # For people who ask why
 
     def note_route(self, route: Route, now_ns: int, *, is_split: bool) -> None:
-        token_count = len(self.job.prompt_ids) + len(self.emitted)
+        token_count = self.job.prompt_token_count + len(self.emitted)
         self.record.history.add(Attempt(route, now_ns, token_count, is_split))
 
     def note_stats(self, stats: PhaseStats, now_ns: int) -> None:

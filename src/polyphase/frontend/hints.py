@@ -11,17 +11,30 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import xxhash
 from starlette.types import Scope
 
 from polyphase.core.errors import InvalidRequest
 from polyphase.frontend.bodies import header
-from polyphase.frontend.openai_types import GenerationRequest
 from polyphase.router.types import NO_LABELS, Labels
 
 MAX_LABELS = 16
 _LABEL = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._/-]{0,62})\s*=\s*([A-Za-z0-9._/-]{1,63})\s*")
+
+
+class SessionFields(Protocol):
+    """Of a request's body."""
+
+    @property
+    def prompt_cache_key(self) -> str | None: ...
+
+    @property
+    def user(self) -> str | None: ...
+
+    @property
+    def cache_salt(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +46,7 @@ class RoutingHints:
     required_labels: Labels = field(default_factory=lambda: NO_LABELS)
 
     @classmethod
-    def of(cls, scope: Scope, request: GenerationRequest) -> RoutingHints:
+    def of(cls, scope: Scope, request: SessionFields) -> RoutingHints:
         """Raises: InvalidRequest if a header has not the form that it should have."""
         name = header(scope, b"x-polyphase-session") or request.prompt_cache_key or request.user
         return cls(

@@ -25,7 +25,7 @@ class Moment:
     """`event` is one of a few words, `detail` a phrase for a person."""
 
     at_ns: int
-    # accepted | queued | admitted | refused | sent | first token | handed over | transferred | moved | broken off | ended
+    # accepted | queued | admitted | refused | sent | first token | first answer | handed over | transferred | moved | broken off | ended
     event: str
     worker: str | None = None
     detail: str | None = None

@@ -1,7 +1,7 @@
 """What arrives from workers for one HTTP request, until its writer has time for it.
 
 A slow client makes arrivals merge here: the writer takes all of them at once and writes once. Bound: what the request may produce
-(its sequences times max_tokens); the workers stop by themselves there.
+(its sequences times max_tokens); the workers stop by themselves there. Of an answer that is passed through, it is the request's window.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from polyphase.core.errors import PolyphaseError
-from polyphase.wire.requests import FinishReason, TokenLogprob
+from polyphase.wire.requests import FinishReason, Passed, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,24 @@ class Arrival:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     end: End | None = None
+    passed: Passed | None = None
 
     def merge(self, later: Arrival) -> None:
+        self.passed = _joined(self.passed, later.passed)
         self.token_ids.extend(later.token_ids)
         self.logprobs.extend(later.logprobs)
         self.end = later.end
+
+
+def _joined(first: Passed | None, second: Passed | None) -> Passed | None:
+    if first is None or second is None:
+        return first or second
+    return Passed(
+        data=first.data + second.data,
+        status=first.status or second.status,
+        content_type=first.content_type or second.content_type,
+        usage=second.usage or first.usage,
+    )
 
 
 class Inbox:

@@ -64,6 +64,8 @@ class Metrics:
             return Histogram(f"{PREFIX}_{name}", text, by_model, buckets=buckets, registry=self.registry)
 
         self.requests = counter("requests", "Requests that ended, by how", ("model", "endpoint", "status"))
+        passed_labels = ("model", "kinds", "status")
+        self.passed_requests = counter("passed_requests", "Requests passed through to an engine that ended, by how", passed_labels)
         self.active_requests = Gauge(f"{PREFIX}_active_requests", "Requests accepted and not ended", by_model, registry=self.registry)
         self.ttft_s = histogram("time_to_first_token_seconds", "From acceptance to the first token", _TTFT_S)
         self.itl_s = histogram("inter_token_latency_seconds", "Between tokens of a sequence, as they arrive here", _ITL_S)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 Identity = Mapping[str, str]
-_IDENTIFYING = ("tokenizer_json", "chat_template", "eos_token_ids", "vocab_size")
+_IDENTIFYING = ("takes_tokens", "tokenizer_json", "chat_template", "eos_token_ids", "vocab_size")
 
 
 def identity_of(card: ModelCard) -> Identity:
@@ -50,7 +50,7 @@ class ServedModel:
     """A model as a frontend knows it. Without a chat template, `chat_error` says why."""
 
     card: ModelCard  # without the tokenizer's file
-    tokenizer: Tokenizer
+    own_tokenizer: Tokenizer | None  # None: its workers take no tokens, and what is asked of it is passed through
     template: ChatTemplate | None
     chat_error: str | None
     identity: Identity
@@ -59,6 +59,16 @@ class ServedModel:
     @property
     def name(self) -> str:
         return self.card.name
+
+    @property
+    def takes_tokens(self) -> bool:
+        return self.own_tokenizer is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Not asked for by anybody where the model takes no tokens."""
+        assert self.own_tokenizer is not None, self.name
+        return self.own_tokenizer
 
     @classmethod
     def of(cls, card: ModelCard, identity: Identity | None = None) -> ServedModel:
@@ -71,7 +81,7 @@ class ServedModel:
             log.error("model %s: %s; /v1/chat/completions is refused", card.name, error.message)
         return cls(
             card=without_tokenizer(card),
-            tokenizer=Tokenizer.from_json(card.tokenizer_json),
+            own_tokenizer=Tokenizer.from_json(card.tokenizer_json) if card.takes_tokens else None,
             template=template,
             chat_error=None if template else chat_error,
             identity=identity or identity_of(card),
@@ -143,6 +153,10 @@ class Models:
 
     def names(self) -> list[str]:
         return [addressed.name for addressed in self]
+
+    def takes_text(self) -> bool:
+        """Whether any model is there whose workers take text and no tokens."""
+        return any(not served.model.takes_tokens for served in self._served.values())
 
     def known(self, name: str, identity: Identity) -> ServedModel | None:
         """The model, if it is or was served, so that its tokenizer need not be built again."""

@@ -98,7 +98,7 @@ def _model(addressed: Addressed) -> dict[str, Any]:
         "owned_by": "polyphase",
         "root": addressed.true_name,
         "parent": card.name if addressed.adapter else None,
-        "max_model_len": card.context_length,
+        "max_model_len": card.context_length or None,
     }
 
 

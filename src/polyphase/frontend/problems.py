@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Message
+from starlette.types import Message, Receive, Send
 
-from polyphase.core.errors import Evicted, PolyphaseError, Refused
+from polyphase.core.errors import BodyTooLarge, Evicted, PolyphaseError, Refused
 from polyphase.frontend.answers import DONE, encode
+from polyphase.frontend.bodies import discard_body
 
 
 class InternalError(PolyphaseError):
@@ -41,3 +42,13 @@ def error_events(error: PolyphaseError) -> bytes:
 def start_message(status: int, headers: dict[str, str]) -> Message:
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     return {"type": "http.response.start", "status": status, "headers": raw}
+
+
+async def refuse_body(error: BodyTooLarge, receive: Receive, send: Send) -> None:
+    """Answer, and take in the rest of the body for a moment."""
+    body = encode(error_object(error))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    await send(start_message(error.http_status, headers))
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await discard_body(receive)
+    await send({"type": "http.response.body", "body": b""})

@@ -107,6 +107,7 @@ class RequestRecord:
     status: str = "running"  # running | finished | cancelled | failed
     finish_reason: str | None = None
     error: str | None = None
+    passed: str | None = None  # what it was passed through for, such as images; its prompt tokens are a guess unless the engine told
     asked_for: str | None = None  # the model's name as the client gave it, where that is an alias
 
     def as_json(self) -> dict[str, Any]:
@@ -119,6 +120,7 @@ class RequestRecord:
             "model": self.model,
             "asked_for": self.asked_for,
             "endpoint": self.endpoint,
+            "passed_through": self.passed,
             "created": self.created_unix_s,
             "status": self.status,
             "prefill_worker": prefill_worker(route),
@@ -166,6 +168,21 @@ def prefill_worker(route: Route | None) -> str | None:
     if route is None:
         return None
     return (route.prefill or route.decode).worker_id
+
+
+def places_of(record: RequestRecord) -> dict[str, str]:
+    """Headers: where the phases run and why, as far as it is known when the answer begins. Figures are tokens, of the first sequence."""
+    first = record.sequences[0] if record.sequences else None
+    route = first.route if first else None
+    if first is None or route is None:
+        return {}
+    return {
+        "x-polyphase-prefill-worker": prefill_worker(route) or "",
+        "x-polyphase-decode-worker": route.decode.worker_id,
+        "x-polyphase-route": route.rule or ("split" if route.prefill else "whole"),
+        "x-polyphase-predicted-cached-tokens": str(first.predicted_cached_tokens),
+        "x-polyphase-cached-tokens": str(first.cached_tokens),
+    }
 
 
 def _candidates(attempt: Attempt | None) -> list[dict[str, Any]]:

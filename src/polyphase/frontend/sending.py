@@ -23,10 +23,11 @@ from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tok
 from polyphase.runtime import Repeats
 from polyphase.wire.cards import Role
 from polyphase.wire.kv import KvPart, Offer
-from polyphase.wire.requests import Cancel, HandOver, KvHolder, ReleaseLease, ToWorker
+from polyphase.wire.requests import Cancel, HandOver, KvHolder, ReadOn, ReleaseLease, ToWorker
 
 log = logging.getLogger(__name__)
 
+NOTHING_NEEDED: frozenset[str] = frozenset()
 Send = Callable[[str, ToWorker], None]  # raises WorkerLost
 
 
@@ -93,20 +94,25 @@ class Sending:
             flight.holder = None if holder is None else WorkerId(holder.worker_id)
             now_ns = self._clock.now_ns()
             flight.note_route(route, now_ns, is_split=splits)
-            flight.predict(route, now_ns, self._predictions.removed_block_count)
             try:
-                believed = believed_tokens(place, flight.attempts)
-                has_flow = splits and self._has_kv_flow
-                submit = flight.submit(
-                    now_ns, hand_over=splits, with_parts=has_flow, offer=offer, holder=holder, believed_prefill_tokens=believed
-                )
-                self._send(place.worker_id, submit)
+                if job.passing is not None:
+                    self._send(place.worker_id, flight.forward(job.passing, now_ns))
+                else:
+                    flight.predict(route, now_ns, self._predictions.removed_block_count)
+                    believed = believed_tokens(place, flight.attempts)
+                    has_flow = splits and self._has_kv_flow
+                    submit = flight.submit(
+                        now_ns, hand_over=splits, with_parts=has_flow, offer=offer, holder=holder, believed_prefill_tokens=believed
+                    )
+                    self._send(place.worker_id, submit)
             except WorkerLost as error:
                 log.warning("%s: %s", flight.wire_id, error.message)
                 flight.note_break(now_ns, error.message)
                 flight.tried.add((place.worker_id, place.epoch))
                 continue
             flight.sent_ns, flight.answered_ns = now_ns, 0
+            if job.passing is not None and not job.passing.wants_stream:
+                self._router.mark_prefill_done(job.sequence_id)  # nothing tells when it is; booked to the end, it would count for too much
             if flight.record.queued_ns and not flight.record.admitted_ns:
                 flight.record.admitted_ns = now_ns
                 waited_s = (now_ns - flight.record.queued_ns) / 1e9
@@ -140,6 +146,11 @@ class Sending:
         flight.is_leaving = self._try_send(flight.worker_id, HandOver(flight.wire_id))
         return flight.is_leaving
 
+    def read_on(self, flight: Flight, byte_count: int) -> None:
+        """So much of its answer has gone on to the client."""
+        if flight.stage is Stage.SERVING:
+            self._try_send(flight.worker_id, ReadOn(flight.wire_id, byte_count))
+
     def call_off(self, flight: Flight) -> None:
         """Nobody wants it any more where it is."""
         if flight.stage in (Stage.PREFILL, Stage.SERVING):
@@ -166,7 +177,7 @@ class Sending:
             request_id=job.sequence_id,
             model=job.model,
             sequence_hashes=flight.hashes(block_size),
-            prompt_token_count=len(job.prompt_ids) + len(flight.emitted),
+            prompt_token_count=job.prompt_token_count + len(flight.emitted),
             max_output_tokens=flight.remaining_tokens,
             excluded=frozenset(worker for worker, epoch in flight.tried if self.lives(worker, epoch)) | flight.avoided,
             now_ns=self._clock.now_ns(),
@@ -175,6 +186,7 @@ class Sending:
             required_labels=job.hints.required_labels,
             has_grammar=job.grammar is not None,
             is_begun=bool(flight.emitted),
+            needs=NOTHING_NEEDED if job.passing is None else job.passing.needs,
             adapter=job.lora,
             other_hashes={size: flight.hashes(size) for size in others} if others else None,
         )

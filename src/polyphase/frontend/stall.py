@@ -5,7 +5,8 @@
 A worker is judged by its step counter, which outputs and load reports carry. It stands still if the counter has not moved for several
 times as long as the longest step that is to be expected: the longest one seen lately, and what the tokens queued there would take at the
 slowest pace seen lately. Until a worker has shown its pace, it may be compiling kernels, and gets much longer. A worker that says nothing
-at all, not even its heartbeat of a second, is judged sooner: its process is stopped, and how long its steps are does not matter.
+at all, not even its heartbeat of a second, is judged sooner: its process is stopped, and how long its steps are does not matter. And one
+that says of itself that it can serve nothing (`Load.outage`) is taken at its word.
 
 Values in, verdicts out; no clock of its own. A listener that was held up itself would see everybody stand still: `check` notices by the
 time since its last call, and gives that time to all workers.
@@ -177,6 +178,8 @@ class StallWatch:
         return int(max(rule.factor * expected_ns, rule.least_s * _S))
 
     def _why_stalled(self, worker: _Watched, now_ns: int) -> str | None:
+        if worker.load is not None and worker.load.outage:
+            return worker.load.outage
         silent_ns, still_ns = now_ns - worker.heard_ns, now_ns - worker.moved_ns
         if silent_ns >= self._rule.silence_s * _S:
             return f"not heard of for {silent_ns / _S:.1f} s"

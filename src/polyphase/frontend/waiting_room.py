@@ -1,8 +1,8 @@
 """Requests that wait at the frontend because every worker they could go to is saturated: the queues of `router.admission`, with flights.
 
 A *party* is all sequences of one HTTP request: they wait, leave and are turned out together. A *lane* is a queue of parties that wait
-for the same workers: those of one model that carry the labels they require, and where there are prefill workers, with or without one of
-these. Nothing is done until something changes; who waits costs nothing but memory, and one timer for all.
+for the same workers: those of one model that carry the labels they require and pass on what they need, and where there are prefill
+workers, with or without one of these. Nothing is done until something changes; who waits costs nothing but memory, and one timer for all.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from polyphase.router import (
 )
 
 BASE_COST_TOKENS = 64  # what a request costs beside its prompt, so that one that is cached all over is not free
-LaneKey = tuple[str, str | None, bool, tuple[tuple[str, str], ...], bool]
-"""Model, adapter, whether a prefill worker is needed, required labels, whether the output is structured."""
+# Model, adapter, whether a prefill worker is needed, required labels, what its worker has to pass, whether the output is structured.
+LaneKey = tuple[str, str | None, bool, tuple[tuple[str, str], ...], tuple[str, ...], bool]
 PROBE_NS = 5_000_000_000  # a lane that stood still for so long sends one on: a worker's own answer brings its true load
 
 
@@ -51,6 +51,10 @@ class Lane:
     @property
     def waits_for_prefill(self) -> bool:
         return self.key[2]
+
+    @property
+    def has_labels(self) -> bool:
+        return bool(self.key[3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,8 @@ class WaitingRoom:
     def key_of(self, request: RouteRequest) -> LaneKey:
         """What it has in common with those that wait for the same workers. Raises: NoWorkers."""
         labels = tuple(sorted(request.required_labels.items()))
-        return (request.model, request.adapter, self._router.waits_for_prefill(request), labels, request.has_grammar)
+        needs = tuple(sorted(request.needs))
+        return (request.model, request.adapter, self._router.waits_for_prefill(request), labels, needs, request.has_grammar)
 
     def enter(self, flights: list[Flight], request: RouteRequest, terms: Terms, now_ns: int) -> Party | None:
         """Let them wait; `request` is that of the first one.
@@ -118,7 +123,7 @@ class WaitingRoom:
             number=self._arrivals,
             tenant=terms.tenant,
             priority=flights[0].job.priority,
-            cost_tokens=sum(len(flight.job.prompt_ids) + BASE_COST_TOKENS for flight in flights),
+            cost_tokens=sum(flight.job.prompt_token_count + BASE_COST_TOKENS for flight in flights),
             arrived_ns=now_ns,
             deadline_ns=terms.leave_by_ns,
         )
@@ -234,7 +239,7 @@ class WaitingRoom:
     def _out(self, ticket: Ticket) -> Party:
         party = self._parties.pop(ticket)
         self._metrics.queued_requests.labels(party.lane.model).dec()
-        if not party.lane.queue and party.lane.key[3]:  # clients may think of any labels
+        if not party.lane.queue and party.lane.has_labels:
             self._lanes.pop(party.lane.key, None)
         for flight in party.flights:
             flight.party = None

@@ -13,7 +13,7 @@ from polyphase.config.router import weights_text
 from polyphase.core.errors import ConfigurationError
 from polyphase.launch.accelerators import Gpu, Share, find_gpus, share_gpus
 from polyphase.launch.cores import core_count, thread_environment, threads_per_worker
-from polyphase.launch.model_source import ModelSource, resolve_model
+from polyphase.launch.model_source import DEMO, ModelSource, resolve_model
 from polyphase.launch.process import ProcessKind, ProcessSpec
 from polyphase.router.tenants import format_tenant_weights
 from polyphase.wire.cards import Role
@@ -112,7 +112,9 @@ def plan_deployment(
 
 
 def _model_of(group: GroupSettings) -> ModelSource:
-    model = resolve_model(group.model)
+    # What an attached server calls its model may be anything, and need not be here.
+    is_elsewhere = group.engine == "openai" and not Path(group.model).expanduser().is_dir() and group.model != DEMO
+    model = ModelSource(group.model, group.model) if is_elsewhere else resolve_model(group.model)
     return ModelSource(model.location, group.served_model_name or model.served_name)
 
 
@@ -255,6 +257,7 @@ def _worker(plan: DeploymentPlan, group: GroupPlan, workers: Sequence[WorkerPlan
         "attach": worker.attach,
         "engine-python": settings.engine_python,
         "engine-command": settings.engine_command,
+        "engine-api-key-env": settings.engine_api_key_env,
         "mock-model": settings.mock_model,
         "mock-accelerator": settings.mock_accelerator,
         "mock-speedup": settings.mock_speedup,

@@ -5,6 +5,7 @@ asleep     gave its accelerator's memory free
 stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
+passes     does not take the body of a request that is passed through
 adapter    does not have the LoRA adapter that the request is for
 grammars   has no structured output, or not for an output that has begun elsewhere, and the request wants it
 role         role      whole request   decode leg   prefill leg
@@ -113,6 +114,25 @@ class RequiredLabels:
         )
 
 
+class Passes:
+    """do not take what a request that is passed through holds"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        if not request.needs:
+            return rows
+        views = workers.standings.views
+        return [row for row in rows if request.needs <= views[row].facts.passes]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"no worker of the model {request.model!r} that is there now passes on {', '.join(sorted(request.needs))}",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
 class HasAdapter:
     """do not have the LoRA adapter that the request is for"""
 
@@ -186,7 +206,7 @@ class FitsContext:
 
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
         least, needed = workers.standings.least_context, request.prompt_token_count + request.max_output_tokens
-        if least is None or needed <= least:
+        if least is None or needed <= least or request.needs:  # the size of what is passed through is a guess; its engine knows
             return rows
         views = workers.standings.views
         return [row for row in rows if (length := views[row].facts.context_length) is None or needed <= length]

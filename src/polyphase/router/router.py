@@ -253,6 +253,10 @@ class Router:
         whole.pull = self._pull_to(whole, request, standings, found)
         if standings.has_shares:
             settle(standings.ahead, claimants_of(servers), whole.facts.group)
+        if request.needs:
+            self._book(request, found, whole)
+            reason = f"passed through: {', '.join(sorted(request.needs))}"
+            return Route(request.request_id, whole.placement, None, reason, "passed-through")
         helpers = self._helpers(request, standings, found, whole.facts)
         if helpers is None:
             self._book(request, found, whole)
@@ -306,7 +310,7 @@ class Router:
         return self._needs_one_of(self._able(request, PREFILL, self._standings_of(request), is_required=False), request)
 
     def _needs_one_of(self, helpers: Sequence[int], request: RouteRequest) -> bool:
-        return bool(helpers) and request.prompt_token_count >= self._settings.split.min_uncached_tokens
+        return bool(helpers) and not request.needs and request.prompt_token_count >= self._settings.split.min_uncached_tokens
 
     def mark_prefill_done(self, request_id: RequestId) -> None:
         self.bookings.end_prefill(request_id)

@@ -43,6 +43,7 @@ class WorkerFacts:
     is_stalled: bool = False
     is_asleep: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
+    passes: frozenset[str] = frozenset()  # kinds of requests whose bodies its engine takes as they are
     engine: str = ""
     group: str = ""
     weight: float | None = None  # of its group; None: nobody set one
@@ -77,6 +78,7 @@ class RouteRequest:
     session: int | None = None  # hash of what the client says belongs together; `frontend.sessions`
     preferred_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     required_labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    needs: frozenset[str] = frozenset()  # of a request that is passed through: what its worker has to pass. Such a one is never split
     adapter: str | None = None  # LoRA adapter of the model; only workers that have it will do
     other_hashes: Mapping[int, Sequence[SequenceHash]] | None = field(default=None, hash=False)  # by block size
     has_grammar: bool = False  # its output is structured
@@ -85,7 +87,7 @@ class RouteRequest:
     @property
     def is_ordinary(self) -> bool:
         """Whether all that lasting filters look at are the workers' facts."""
-        return not (self.excluded or self.required_labels or self.adapter or self.has_grammar)
+        return not (self.excluded or self.required_labels or self.adapter or self.has_grammar or self.needs)
 
     def hashes_of(self, block_size: int) -> Sequence[SequenceHash]:
         """For a worker with blocks of this size."""
@@ -156,7 +158,7 @@ class Route(msgspec.Struct, frozen=True):
     decode: Placement
     prefill: Placement | None
     reason: str
-    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker
+    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker | passed-through
     pull: Pull | None = None
 
 

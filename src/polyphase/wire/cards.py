@@ -17,6 +17,23 @@ class Role(enum.StrEnum):
     BOTH = "both"
 
 
+class RequestKind(enum.StrEnum):
+    """What a request that is passed through asks of an engine; `ModelCard.passes` says which of these it takes."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    IMAGES = "images"  # in a conversation; so are the next two
+    AUDIO = "audio"
+    VIDEO = "video"
+    EMBEDDINGS = "embeddings"
+    RERANK = "rerank"
+    SCORE = "score"
+    CLASSIFY = "classify"
+    TRANSCRIPTIONS = "transcriptions"
+    TRANSLATIONS = "translations"
+    SPEECH = "speech"
+
+
 class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's page in the registry; small, because it is read on every change. The model card is asked of the worker."""
 
@@ -62,6 +79,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     takes_grammars: bool = False  # structured output
     resumes_grammars: bool = True  # also of a request of which something was emitted elsewhere; where not, such a one cannot move here
     adapters: list[str] = []  # LoRA adapters that it can run, by the names that clients call them; msgspec copies the default
+    passes: list[str] = []  # `RequestKind`s of bodies that its engine takes as they are; msgspec copies the default
+    takes_tokens: bool = True  # False: bodies only; there is no tokenizer then, and blocks are of text (frontend.passing)
     block_bytes: int
     default_temperature: float | None = None  # from the model's generation_config.json
     default_top_p: float | None = None

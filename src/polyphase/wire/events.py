@@ -60,6 +60,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     finished_total: int = 0
     preemptions_total: int = 0
     computed_tokens_total: int = 0  # went through the model: prompt and output tokens, those computed twice counted twice
+    outage: str = ""  # why it can serve nothing at the moment, in its own words; it is left alone until it takes that back
 
 
 class TierDigest(msgspec.Struct, frozen=True, array_like=True):

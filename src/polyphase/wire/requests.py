@@ -1,8 +1,9 @@
 """The request channel between a frontend (or a peer worker, or the command line) and a worker.
 
-To the worker go `Submit`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole`, `SwitchSleep`, `Query` and `FindBlocks`; back
-come `StepOutputs` (one message per engine step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query
-id. Every submitted request ends in exactly one `SequenceOutput` whose `finish_reason` is not None.
+To the worker go `Submit`, `Forward`, `ReadOn`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole`, `SwitchSleep`, `Query` and
+`FindBlocks`; back come `StepOutputs` (one message per engine step and peer, with the new tokens of all that peer's requests, and pieces of
+answers that are passed through) and `Answer`s to what has a query id. Every submitted or forwarded request ends in exactly one
+`SequenceOutput` whose `finish_reason` is not None.
 """
 
 from __future__ import annotations
@@ -109,6 +110,35 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     remaining_ms: int | None = None  # when it was sent: what is not done by then, nobody awaits any more. Not a time, since clocks differ
 
 
+class Forward(msgspec.Struct, frozen=True, kw_only=True, tag="forward", omit_defaults=True):
+    """A request that tokens cannot carry. Its body goes to the engine, and the engine's answer comes back in pieces (`Passed`).
+
+    Not more than `window` bytes of the answer are on their way at a time: whoever reads them says so (`ReadOn`), and more follow. So a slow
+    client fills neither this worker's memory nor a queue.
+    """
+
+    request_id: str
+    kinds: list[str]  # of `RequestKind`; the first says which of the engine's paths it goes to
+    body: bytes
+    content_type: str
+    model: str  # as the client calls it: so the answer is to call it
+    lora: str | None = None  # name of the adapter that is meant, one of the card's
+    model_span: tuple[int, int] | None = None  # where a body that is not JSON names the model
+    headers: list[tuple[str, str]] = []  # of the client, those that may be carried
+    wants_stream: bool
+    window: int
+    prompt_token_count: int  # a guess, for the load
+    priority: int = 0  # lower is served first
+    remaining_ms: int | None = None  # as in `Submit`
+
+
+class ReadOn(msgspec.Struct, frozen=True, tag="read_on"):
+    """So many bytes of a passed answer were read: as many more may come. Not answered."""
+
+    request_id: str
+    byte_count: int
+
+
 class PullAhead(msgspec.Struct, frozen=True, tag="pull_ahead", omit_defaults=True):
     """Blocks of a request that will be handed over to this worker: take in what is new. Not answered; may be ignored.
 
@@ -201,7 +231,7 @@ class SwitchSleep(msgspec.Struct, frozen=True, tag="switch_sleep"):
     is_asleep: bool
 
 
-ToWorker = Submit | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | SwitchSleep | Query | FindBlocks | Drain
+ToWorker = Submit | Forward | ReadOn | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | SwitchSleep | Query | FindBlocks | Drain
 
 
 class FinishReason(enum.StrEnum):
@@ -237,6 +267,23 @@ class PhaseStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     queue_ms: float = 0.0  # from arrival to the first step that computed something for it
 
 
+class PassedUsage(msgspec.Struct, frozen=True):
+    """As the engine counts."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Passed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A piece of an answer to a `Forward`. The first one has the status, and comes before or with the first bytes."""
+
+    data: bytes = b""
+    status: int = 0  # of HTTP; 0: as told before
+    content_type: str = ""
+    usage: PassedUsage | None = None  # with the end, if the engine told
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one request in one step. May carry no token when it only ends the request."""
 
@@ -249,6 +296,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     offer: Offer | None = None  # with finish reason `handed_over`
     part: KvPart | None = None  # while the prompt of a request `with_parts` is computed
     stats: PhaseStats | None = None
+    passed: Passed | None = None  # of a request that was forwarded
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):

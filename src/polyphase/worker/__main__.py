@@ -28,6 +28,7 @@ from polyphase.runtime import Lease, Registry, WorkerPaths
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
+from polyphase.wire.events import KvEvent
 from polyphase.worker.engines import check_adapters, load_engines
 from polyphase.worker.host import HostSettings, WorkerHost, engine_failure
 from polyphase.worker.options import WorkerOptions, parse_options
@@ -154,8 +155,10 @@ async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> Worker
         weight=options.weight,
     )
     agent, region = stack.enter_context(join_transfer(engine, entry, str(paths.pool_socket), options.transfer))
-    log.info("warming up")
-    events = await warm_up(engine)
+    events: list[KvEvent] = []
+    if engine.card.takes_tokens:
+        log.info("warming up")
+        events = await warm_up(engine)
     limits = QueueLimits.of_engine(engine.card.max_batch_tokens, options.engine_options.max_waiting, options.max_waiting_prefill_tokens)
     return WorkerHost(engine, life.lease, HostSettings(entry, paths, options.drain_timeout_s, agent, region, limits, tuple(events)))
 

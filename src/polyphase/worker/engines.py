@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import cast
 
 from polyphase.core.errors import ConfigurationError
-from polyphase.engines.interface import Engine, KvExporter, KvImporter, KvSender, Sleeper
+from polyphase.engines.interface import Engine, Forwarder, KvExporter, KvImporter, KvSender, Sleeper
 from polyphase.wire.cards import BLOCKS, Role
 from polyphase.worker.options import EngineOptions
 
@@ -21,7 +21,7 @@ def load_engines(name: str, options: EngineOptions) -> list[Engine]:
     """Load the model and allocate what the engine needs. Several, where one server has data-parallel ranks: each is a worker of its own.
 
     Args:
-        name: `torch`, `vllm`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
+        name: `torch`, `vllm`, `openai`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
     Owner: the caller closes the engines.
@@ -32,9 +32,11 @@ def load_engines(name: str, options: EngineOptions) -> list[Engine]:
         return [_load_mock(options)]
     if name == "vllm":
         return _load_vllm(options)
+    if name == "openai":
+        return [_load_openai(options)]
     if ":" in name:
         return [_foreign_loader(name)(options)]
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, mock, or module:function of an engine's loader")
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, openai, mock, or module:function of an engine's loader")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
@@ -101,6 +103,24 @@ def _load_vllm(options: EngineOptions) -> list[Engine]:
     return list(load_vllm_engines(settings))
 
 
+def _load_openai(options: EngineOptions) -> Engine:
+    from polyphase.engines.openai import OpenAISettings
+    from polyphase.engines.openai.assembly import load_openai_engine
+
+    return load_openai_engine(
+        OpenAISettings(
+            model=options.model,
+            name=options.name,
+            url=options.attach,
+            key_variable=options.engine_api_key_env,
+            context_length=options.context_length,
+            max_running=options.max_running,
+            max_batch_tokens=options.max_batch_tokens,
+            environment=os.environ,
+        )
+    )
+
+
 def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:
     module_name, _, function_name = name.partition(":")
     try:
@@ -133,6 +153,11 @@ def kv_sender(engine: Engine) -> KvSender | None:
 
 def sleeper(engine: Engine) -> Sleeper | None:
     return cast("Sleeper", engine) if engine.card.can_sleep else None
+
+
+def forwarder(engine: Engine) -> Forwarder | None:
+    """The engine's ability to take bodies, if its card says that it has it."""
+    return cast("Forwarder", engine) if engine.card.passes else None
 
 
 def kv_importer(engine: Engine) -> KvImporter | None:

@@ -45,11 +45,13 @@ from polyphase.wire.requests import (
     Drain,
     FindBlocks,
     FinishReason,
+    Forward,
     HandOver,
     HeldBlocks,
     PullAhead,
     Query,
     Question,
+    ReadOn,
     ReleaseLease,
     SequenceOutput,
     Submit,
@@ -58,7 +60,7 @@ from polyphase.wire.requests import (
     ToWorker,
     WireFailure,
 )
-from polyphase.worker.engines import kv_exporter, kv_importer, kv_sender, sleeper
+from polyphase.worker.engines import forwarder, kv_exporter, kv_importer, kv_sender, sleeper
 from polyphase.worker.holders import Holders
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
@@ -99,6 +101,7 @@ class WorkerHost:
         able = sleeper(engine)
         self._sleep = Sleep(able, self._is_busy, self._tell_asleep) if able is not None else None
         self._lender = self._exporter or kv_sender(engine)
+        self._forwarder = forwarder(engine)
         self._lease = lease
         self._settings = settings
         self._entry = settings.entry
@@ -185,6 +188,11 @@ class WorkerHost:
         match message:
             case Submit():
                 self._accept(peer, message)
+            case Forward():
+                self._accept_forward(peer, message)
+            case ReadOn():
+                if self._forwarder is not None and self._is_own(peer, message.request_id):
+                    self._forwarder.read_on(message.request_id, message.byte_count)
             case PullAhead():
                 if self._ahead is not None and not self._draining.is_set():
                     self._ahead.add(message)
@@ -209,18 +217,10 @@ class WorkerHost:
 
     def _accept(self, peer: PeerId, request: Submit) -> None:
         request_id = request.request_id
-        if self._draining.is_set():
-            self._refuse(peer, request, Draining(f"worker {self._entry.worker_id} is going away"))
-            return
-        if self._entry.is_asleep:
-            self._refuse(peer, request, Draining(f"worker {self._entry.worker_id} is asleep"))
-            return
-        if self._live.get(request_id) is not None:
-            self._refuse(peer, request, InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}"))
-            return
         try:
+            self._refuse_at_the_door(request_id)
             refuse_misdirected(request, self._entry)
-        except Refused as refusal:
+        except (Refused, InvalidRequest) as refusal:
             self._refuse(peer, request, refusal)
             return
         live = self._live.add(request_id, peer, wants_hand_over=request.hand_over)
@@ -253,6 +253,36 @@ class WorkerHost:
             self._submit(request, None)
         finally:
             self._ahead.forget(request.request_id)
+
+    def _accept_forward(self, peer: PeerId, request: Forward) -> None:
+        try:
+            self._refuse_at_the_door(request.request_id)
+            if self._forwarder is None or not set(request.kinds) <= set(self._engine.card.passes):
+                raise InvalidRequest(f"the engine of worker {self._entry.worker_id} does not take {', '.join(request.kinds)}")
+            if self._settings.limits is not None:
+                self._settings.limits.refuse_if_long(self._engine.load(), request.request_id)
+            self._forwarder.forward(request)
+        except PolyphaseError as error:
+            self._tell_refusal(peer, request.request_id, error)
+            return
+        live = self._live.add(request.request_id, peer)
+        if request.remaining_ms is not None:
+            self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
+        if time.monotonic() - self._last_load_s >= ACCEPT_LOAD_INTERVAL_S:
+            self._publish(None)
+
+    def _refuse_at_the_door(self, request_id: str) -> None:
+        """Raises: Draining; InvalidRequest for a name that is taken."""
+        if self._draining.is_set():
+            raise Draining(f"worker {self._entry.worker_id} is going away")
+        if self._entry.is_asleep:
+            raise Draining(f"worker {self._entry.worker_id} is asleep")
+        if self._live.get(request_id) is not None:
+            raise InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}")
+
+    def _is_own(self, peer: PeerId, request_id: str) -> bool:
+        live = self._live.get(request_id)
+        return live is not None and live.peer == peer
 
     async def _open_and_submit(self, live: LiveRequest, request: Submit) -> None:
         """Cancel: nothing has reached the engine; `_stop_opening` forgets the request and releases the lease."""
@@ -300,14 +330,15 @@ class WorkerHost:
         self._refuse(peer_request.peer, request, failure)
 
     def _refuse(self, peer: PeerId, request: Submit, error: PolyphaseError) -> None:
-        with request_context(request.request_id):
+        if not isinstance(error, Refused):  # else the peer goes elsewhere at once, and takes the offer along
+            self._release(request.offer)
+        self._tell_refusal(peer, request.request_id, error)
+
+    def _tell_refusal(self, peer: PeerId, request_id: str, error: PolyphaseError) -> None:
+        with request_context(request_id):
             log.info("refused: %s", error.message)
-        if isinstance(error, Refused):  # the peer goes elsewhere at once, and takes the offer along
-            load = self._engine.load() if isinstance(error, Overloaded) else None
-            self._send(peer, [_failed(request.request_id, error, load)])
-            return
-        self._release(request.offer)
-        self._send(peer, [_failed(request.request_id, error)])
+        load = self._engine.load() if isinstance(error, Overloaded) else None
+        self._send(peer, [_failed(request_id, error, load)])
 
     def _cancel(self, peer: PeerId, request_id: str) -> None:
         live = self._live.get(request_id)

@@ -37,6 +37,7 @@ class EngineOptions:
     engine_python: str | None = None
     engine_command: str | None = None
     engine_args: str = ""
+    engine_api_key_env: str | None = None  # the name of a variable, never the key
     role: Role = Role.BOTH  # at its start: engines that move KV themselves have to know whether they will
 
 
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="names of further workers like it, divided by commas, that live in the same process; for engines that compute nothing",
     )
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
-    parser.add_argument("--engine", default="torch", help="torch, vllm, mock, or module:function that loads another (default: torch)")
+    parser.add_argument("--engine", default="torch", help="torch, vllm, openai, mock, or module:function (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
     parser.add_argument(
         "--max-waiting-prefill-tokens",
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument("--engine-python", metavar="PROGRAM", help="interpreter of the environment in which the engine is installed")
     served.add_argument("--engine-command", metavar="COMMAND", help="in place of 'vllm serve', to which the flags are added")
     served.add_argument("--engine-args", default="", metavar="FLAGS", help="further flags of the engine's server, as in a shell")
+    served.add_argument("--engine-api-key-env", metavar="NAME", help="environment variable that holds the API key of an attached server")
     mock = parser.add_argument_group("mock engine")
     mock.add_argument("--mock-model", default="llama-3.1-8b", help="the imagined model, a name or its figures (default: llama-3.1-8b)")
     mock.add_argument("--mock-accelerator", default="h100", help="what it runs on, such as h100, 4xh100 or figures (default: h100)")

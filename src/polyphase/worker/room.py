@@ -33,12 +33,14 @@ class QueueLimits:
         waiting = max_waiting_prefill_tokens or DEFAULT_WAITING_STEPS * max_batch_tokens
         return cls(max_waiting_requests, waiting, max_batch_tokens // UNFORESEEN_STEP_PARTS)
 
+    def refuse_if_long(self, load: Load, request_id: str) -> None:
+        """Raises: Overloaded if too many requests wait, whatever they are."""
+        if load.waiting_count >= self.max_waiting_requests:
+            raise Overloaded(f"{load.waiting_count} requests wait for this worker already, which is its limit", request_id=request_id)
+
     def refuse_if_full(self, request: Submit, load: Load) -> None:
         """Raises: Overloaded, Busier. `load` is of now, with all that was taken before."""
-        if load.waiting_count >= self.max_waiting_requests:
-            raise Overloaded(
-                f"{load.waiting_count} requests wait for this worker already, which is its limit", request_id=request.request_id
-            )
+        self.refuse_if_long(load, request.request_id)
         is_fresh = request.offer is None and len(request.token_ids) == request.prompt_token_count
         if is_fresh and load.waiting_prefill_tokens >= self.max_waiting_prefill_tokens:
             raise Overloaded(

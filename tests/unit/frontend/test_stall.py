@@ -198,3 +198,12 @@ def test_what_was_sent_to_a_worker_that_never_answers_counts_as_running() -> Non
     assert not watch.is_stalled(B)
     watch.left(A)
     assert not watch.is_stalled(A)
+
+
+def test_a_worker_that_says_it_can_serve_nothing_is_taken_at_its_word() -> None:
+    watch = StallWatch(RULE)
+    watch.joined(A, 512, 0)
+    watch.note_load(A, Load(outage="the server cannot be reached"), 1 * S)
+    assert watch.check(1 * S) == [Stalled(A, "the server cannot be reached")]
+    watch.note_load(A, Load(), 2 * S)
+    assert watch.check(2 * S) == [Recovered(A)]

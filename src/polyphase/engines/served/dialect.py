@@ -94,6 +94,9 @@ class Sink(Protocol):
 
     def note_gauges(self, gauges: Gauges) -> None: ...
 
+    def note_alive(self) -> None:
+        """The server answered a question that has nothing to do with its work, or the gate has changed."""
+
 
 class Observer(Protocol):
     """Watches one side of a running server, such as its metrics or its KV events."""

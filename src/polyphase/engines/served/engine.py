@@ -2,7 +2,8 @@
 
     submit ──► Flight ── task: POST, chunks ──► flight.take ─┐
     abort  ──► task cancelled, connection closed             ├──► run: one StepReport for all that came since the last
-    observers (KV events, metrics) ──────────────────────────┘
+    observers (KV events, metrics) ──────────────────────────┤
+    forward ──► Passages: bodies there, answers back ────────┘
 
 The server frees a request when its connection closes, so an abort needs no message of its own. A server that hangs is seen by its steps:
 they count only what it did, and a worker whose steps stand still while requests run is quarantined by its frontends.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +25,12 @@ from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRe
 from polyphase.engines.batching.admission import check_grammar
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
+from polyphase.engines.served.access import Access, Passes
 from polyphase.engines.served.dialect import Dialect, Gauges, Observer, PrefillDialect, SleepPaths
 from polyphase.engines.served.flight import Flight, flight_of
+from polyphase.engines.served.gate import Gate, retry_after_s
 from polyphase.engines.served.offers import OpenOffers
+from polyphase.engines.served.passages import Passages
 from polyphase.engines.served.process import ServerProcess
 from polyphase.engines.served.sse import event_data
 from polyphase.engines.served.tally import Tally
@@ -33,7 +38,7 @@ from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import AllCleared, KvEvent, Load
 from polyphase.wire.kv import EngineOffer, Offer
-from polyphase.wire.requests import FinishReason, Submit
+from polyphase.wire.requests import FinishReason, Forward, Submit
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +57,26 @@ class ServedEngine:
     def __init__(
         self,
         card: ModelCard,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         url: str,
-        dialect: Dialect,
+        dialect: Dialect | None,
         observers: Sequence[Observer] = (),
         server: ServerProcess | None = None,
+        *,
         prefill: PrefillDialect | None = None,
         headers: Mapping[str, str] | None = None,
         sleep_paths: SleepPaths | None = None,
+        passes: Passes | None = None,
+        access: Access | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        """`url`: of the server, without a slash at its end. `prefill`: for servers that bring KV to others; the card says so too.
-        `headers`: of each request to the server."""
+        """
+        Args:
+            url: of the server, without a slash at its end.
+            prefill: for servers that bring KV to others; the card says so too.
+            headers: of each request to the server.
+            gate: closed by what requests meet; whoever gives it sees to its opening.
+        """
         self._card = card
         self._url = url
         self._headers = dict(headers or {})
@@ -71,7 +85,11 @@ class ServedEngine:
         self._dialect = dialect
         self._observers = observers
         self._server = server
-        self._limits = StopLimits(frozenset(card.eos_token_ids), card.context_length, tokenizer)
+        self._access = access or Access()
+        self._gate = gate
+        self._limits = StopLimits(frozenset(card.eos_token_ids), card.context_length, tokenizer) if tokenizer is not None else None
+        own_passes = passes or Passes(card.name)
+        self._passages = Passages(own_passes, self._access, card.engine, gate or Gate(), self._note_news)
         self._flights: dict[str, Flight] = {}
         self._changed: dict[str, Flight] = {}  # with something to report
         self._events: list[KvEvent] = []
@@ -88,6 +106,9 @@ class ServedEngine:
         return self._card
 
     def submit(self, request: Submit, source: BlockSource | None = None) -> None:
+        if self._dialect is None or self._limits is None:
+            raise InvalidRequest(f"{self._card.engine} takes no tokens here, only bodies", request_id=request.request_id)
+        self._refuse_if_closed()
         if len(request.token_ids) >= self._card.context_length:
             raise ContextLengthExceeded(
                 f"the request has {len(request.token_ids)} tokens; with one of output at least, it takes {self._card.context_length}",
@@ -107,17 +128,42 @@ class ServedEngine:
     def _takes(self, offer: Offer) -> bool:
         return isinstance(offer, EngineOffer) and self._prefill is not None and offer.kind == self._card.offer_kind
 
+    def forward(self, request: Forward) -> None:
+        if self._tasks is None or self._client is None:
+            raise Overloaded("the engine does not run yet", request_id=request.request_id)
+        self._refuse_if_closed()
+        self._tally.note_accepted()
+        self._passages.start(request, self._client, self._tasks, self._why_broken)
+
+    def read_on(self, request_id: str, byte_count: int) -> None:
+        self._passages.read_on(request_id, byte_count)
+
+    def _refuse_if_closed(self) -> None:
+        if self._gate is not None:
+            self._gate.refuse_if_closed(time.monotonic())
+
     def abort(self, request_id: str) -> None:
+        self._passages.leave(request_id, FinishReason.CANCELLED)
         self._leave(request_id, FinishReason.CANCELLED)
         self._offers.release_request(request_id)
 
     def hand_over(self, request_id: str) -> None:
+        self._passages.leave(request_id, FinishReason.HANDED_OVER)
         flight = self._flights.get(request_id)
         if flight is not None and not flight.request.hand_over:
             self._leave(request_id, FinishReason.HANDED_OVER)
 
     def load(self) -> Load:
-        return self._tally.load(self._flights.values(), self._offers.block_count())
+        load = self._tally.load(self._flights.values(), self._offers.block_count())
+        outage = self._gate.outage if self._gate is not None else ""
+        if not self._passages and not outage:
+            return load
+        return msgspec.structs.replace(
+            load,
+            running_count=max(load.running_count, len(self._flights) + len(self._passages) - load.waiting_count),
+            waiting_prefill_tokens=load.waiting_prefill_tokens + self._passages.waiting_tokens,
+            outage=outage,
+        )
 
     # Implements `Sleeper`
 
@@ -134,7 +180,7 @@ class ServedEngine:
         if self._client is None:
             raise EngineFailed(f"{self._card.engine} is not running")
         try:
-            response = await self._client.post(path, timeout=_SLEEP_TIMEOUT_S)
+            response = await self._client.post(path, headers=self._access.headers(), timeout=_SLEEP_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise EngineFailed(f"{self._card.engine} does not answer {path}: {_said(error)}") from error
         if response.status_code != 200:
@@ -158,7 +204,7 @@ class ServedEngine:
         try:
             async with (
                 httpx.AsyncClient(
-                    base_url=self._url, timeout=timeout, limits=limits, headers=self._headers, trust_env=False
+                    base_url=self._url, headers=self._headers, timeout=timeout, limits=limits, trust_env=self._access.uses_proxies
                 ) as self._client,
                 asyncio.TaskGroup() as self._tasks,
             ):
@@ -178,6 +224,7 @@ class ServedEngine:
             self._flights.clear()
             self._changed.clear()
             self._offers.clear()
+            self._passages.clear()
 
     async def _report_all(self, on_step: Callable[[StepReport], None]) -> None:
         while True:
@@ -189,8 +236,10 @@ class ServedEngine:
     def _take_report(self) -> StepReport:
         changed, events, released = self._changed, self._events, self._released
         self._changed, self._events, self._released = {}, [], []
-        outputs = [flight.take_output() for flight in changed.values()]
-        if any(output.token_ids or output.offer for output in outputs):
+        outputs = [flight.take_output() for flight in changed.values()] + self._passages.take_outputs()
+        for output in outputs:
+            self._tally.note_passed(output)
+        if any(output.token_ids or output.offer or output.passed for output in outputs):
             self._tally.note_step()
         return StepReport(self._tally.step, outputs, events, released)
 
@@ -224,7 +273,10 @@ class ServedEngine:
                 log.warning("the prompt of %s was not computed for the other worker: %s", flight.request_id, error.message)
             flight.fail(error)
         except httpx.HTTPError as error:
-            flight.fail(EngineFailed(await self._why_broken(error)))
+            said = await self._why_broken(error)
+            if self._gate is not None:
+                self._gate.note_failure(said, time.monotonic())
+            flight.fail(EngineFailed(said))
         except Exception:  # the root of this request's work: it gets its answer, and the others go on
             log.exception("the answer of %s to %s cannot be handled", self._card.engine, flight.request_id)
             flight.fail(EngineFailed(f"the answer of {self._card.engine} could not be handled"))
@@ -237,9 +289,10 @@ class ServedEngine:
         if early_params is not None:
             self._hand_over(flight, early_params)
         body = dialect.prefill_body(flight.request, early_params)
-        response = await self._client.post(self._dialect.path, content=body, headers=_headers(flight))
+        assert self._dialect is not None
+        response = await self._client.post(self._dialect.path, content=body, headers=self._headers_of(flight))
         if response.status_code != 200:
-            raise error_of_status(response.status_code, _message_in(response.content), self._card.engine)
+            raise self._refusal(response, self._access.hide(_message_in(response.content)))
         chunk = dialect.read_prefill(response.content)
         if chunk.error is not None:
             raise chunk.error
@@ -260,10 +313,11 @@ class ServedEngine:
 
     async def _exchange(self, flight: Flight) -> None:
         assert self._client is not None
+        assert self._dialect is not None
         body = self._dialect.body(flight.request, flight.max_tokens)
-        async with self._client.stream("POST", self._dialect.path, content=body, headers=_headers(flight)) as response:
+        async with self._client.stream("POST", self._dialect.path, content=body, headers=self._headers_of(flight)) as response:
             if response.status_code != 200:
-                raise error_of_status(response.status_code, _message_in(await response.aread()), self._card.engine)
+                raise self._refusal(response, self._access.hide(_message_in(await response.aread())))
             finish: str | None = None
             async for data in event_data(response.aiter_bytes()):
                 chunk = self._dialect.read(data)
@@ -286,6 +340,18 @@ class ServedEngine:
                 return await asyncio.to_thread(self._server.why_ended)
             await asyncio.sleep(_CHECK_INTERVAL_S)
         return f"the connection to {self._card.engine} broke: {_said(error)}"
+
+    def _headers_of(self, flight: Flight) -> dict[str, str]:
+        return {"content-type": "application/json", "x-request-id": flight.request_id, **self._access.headers()}
+
+    def _refusal(self, response: httpx.Response, said: str) -> PolyphaseError:
+        status, now_s = response.status_code, time.monotonic()
+        error = error_of_status(status, said, self._card.engine)
+        if self._gate is not None and isinstance(error, Overloaded):
+            self._gate.note_full(retry_after_s(response.headers.get("retry-after")), now_s)
+        elif self._gate is not None and status >= 500:
+            self._gate.note_failure(error.message, now_s)
+        return error
 
     def _settle(self, flight: Flight, finish: str | None) -> None:
         """The stream has ended. Raises: EngineFailed if the sequence has not."""
@@ -341,6 +407,15 @@ class ServedEngine:
         now_ns = self._clock.now_ns()
         return bool(offers) and all(offer is not None and now_ns < offer.expires_at_ns for offer in offers)
 
+    def note_alive(self) -> None:
+        """The server answers. What is passed through tells no steps: while some of it is awaited, that is all the progress to be seen."""
+        if self._passages:
+            self._tally.note_step()
+        self._news.set()
+
+    def _note_news(self) -> None:
+        self._news.set()
+
     async def _watch_server(self, server: ServerProcess) -> None:
         while not server.has_ended():  # noqa: ASYNC110  a process that a thread listens to has no event on this loop
             await asyncio.sleep(_CHECK_INTERVAL_S)
@@ -354,10 +429,6 @@ def error_of_status(status: int, said: str, engine: str) -> PolyphaseError:
     if 400 <= status < 500:
         return InvalidRequest(f"{engine} refused the request: {said or status}")
     return EngineFailed(f"{engine} failed with status {status}: {said or 'no reason given'}")
-
-
-def _headers(flight: Flight) -> dict[str, str]:
-    return {"content-type": "application/json", "x-request-id": flight.request_id}
 
 
 def _message_in(body: bytes) -> str:

@@ -13,6 +13,7 @@ from polyphase.engines.served.dialect import Gauges
 from polyphase.engines.served.flight import Flight
 from polyphase.wire.events import Load
 from polyphase.wire.kv import EngineOffer
+from polyphase.wire.requests import SequenceOutput
 
 
 @dataclass(slots=True)
@@ -58,6 +59,15 @@ class Tally:
             self.prompt_tokens += len(flight.request.token_ids)
         if flight.usage is not None and not isinstance(flight.request.offer, EngineOffer):
             self.cached_tokens += flight.usage.cached_tokens or 0
+
+    def note_passed(self, output: SequenceOutput) -> None:
+        """An answer that was passed through, as far as it tells what it took."""
+        if output.passed is not None and output.passed.usage is not None:
+            usage = output.passed.usage
+            self.finished += 1
+            self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.cached_tokens
+            self.generated_tokens += usage.completion_tokens
 
     def note_gauges(self, gauges: Gauges) -> None:
         """Steps that brought us no token are progress as well: of a long prompt, or of somebody else's requests."""

@@ -8,6 +8,7 @@ import time
 from urllib.parse import urlsplit
 
 from polyphase.core.errors import ConfigurationError, ModelLoadError
+from polyphase.engines.served.access import Passes
 from polyphase.engines.served.dialect import Observer, SleepPaths
 from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.kv_events import KvEventObserver, connectable
@@ -113,6 +114,7 @@ def _engines(
                 prefill=prefill,
                 headers=headers,
                 sleep_paths=SLEEP_PATHS if card.can_sleep else None,
+                passes=Passes(facts.model, facts.paths),
             )
         )
     return engines
@@ -161,6 +163,7 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         resumes_sampling=False,
         takes_grammars=facts.has_structured_outputs,
         resumes_grammars=False,  # what was emitted is prompt to it, and its grammar would begin anew
+        passes=sorted(facts.paths),
         block_bytes=facts.block_size * model.kv_bytes_per_token,
         default_temperature=generation.get("temperature"),
         default_top_p=generation.get("top_p"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from polyphase.core.errors import ModelLoadError
+from polyphase.engines.served.kinds import paths_taken
 from polyphase.engines.served.secrets import VARIABLE
 from polyphase.engines.vllm.hand_over import ASK_FOR_OFFER
 from polyphase.engines.vllm.metrics import cache_dtype_of, cache_of, ranks_of
@@ -44,6 +45,7 @@ class ServerFacts:
     cache_dtype: str = "auto"
     adapters: tuple[str, ...] = ()  # LoRA
     can_sleep: bool = False
+    paths: dict[str, str] = field(default_factory=dict)  # of bodies that it takes, by kind
 
     @property
     def rank_count(self) -> int:
@@ -78,6 +80,7 @@ def probe(url: str, wanted_model: str | None, headers: Mapping[str, str] | None 
                 raise ModelLoadError(f"vLLM at {url} is asleep, and hangs its callers; wake it: curl -X POST {url}/wake_up")
             has_generate = _has_generate(client, model)
             hands_over = _hands_over(client, model, has_generate=has_generate)
+            paths = paths_taken(client, model)
         except httpx.HTTPError as error:
             raise ModelLoadError(f"vLLM at {url} does not answer: {error or type(error).__name__}") from error
     if not block_size or not block_count:
@@ -94,6 +97,7 @@ def probe(url: str, wanted_model: str | None, headers: Mapping[str, str] | None 
         root=str(listed[model].get("root") or model),
         cache_dtype=cache_dtype_of(metrics),
         can_sleep=sleeps is False,
+        paths=paths,
         adapters=adapters_of(listed, model),
     )
 
