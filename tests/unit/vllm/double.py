@@ -105,6 +105,9 @@ class VllmDouble:
         if path == "/inference/v1/generate" and not self.has_generate:
             _write(writer, 403, '{"error":{"message":"start with --enable-scale-out","code":403}}')
             return
+        if not any(exchange["path"] == path for exchange in self.recording.exchanges.values()):
+            _write(writer, 404, '{"error":{"message":"Not Found","code":404}}')
+            return
         asked = json.loads(body)
         found = self.recording.answer_to(path, asked) or self.recording.rest_of_answer_to(path, asked)
         if found is None:
