@@ -102,6 +102,10 @@ def serve(
         str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]", rich_help_panel=_SERVER)
     ] = None,
     port: Annotated[str | None, typer.Option(metavar="PORT", help="[default: 8000]", rich_help_panel=_SERVER)] = None,
+    frontends: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="Each listens at a port of its own, from PORT on. [default: 1]", rich_help_panel=_SERVER),
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="kv, least-loaded or round-robin. [default: kv]", rich_help_panel=_ROUTER)] = None,
     router_weights: Annotated[
         str | None,

@@ -60,7 +60,10 @@ async def _watch(record: DeploymentRecord, console: Console) -> None:
 
 
 async def _look(record: DeploymentRecord, width: int) -> Group:
-    answers, remarks = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
+    asked = asyncio.gather(*(ask_frontend(url) for url in record.urls))
+    answers, told = await asyncio.gather(ask_workers(Path(record.run_folder)), asked)
+    several = len(told) > 1
+    remarks = [f"{url}: {line}" if several else line for url, lines in zip(record.urls, told, strict=True) for line in lines]
     return _view(record, answers, remarks, width)
 
 
@@ -188,7 +191,7 @@ async def _ask(client: WorkerClient, worker_id: str) -> WorkerStatus | None:
 
 def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width: int) -> Group:
     up_s = time.time() - record.started_unix_s
-    head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
+    head = f"{record.name}: {record.model} at {', '.join(record.urls)}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
     there = [answer.entry for answer in answers.values() if answer is not None]
     notes = _shortcomings(entry for entry in there if not (entry.is_draining or entry.is_asleep))

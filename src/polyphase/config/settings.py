@@ -101,6 +101,7 @@ class DeploymentSettings(BaseModel):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    frontends: int = Field(1, ge=1, le=64)  # at port and the ones that follow it
     policy: str = "kv"
     router_weights: Annotated[dict[str, float], BeforeValidator(parse_weights)] = {}  # of parts, in place of the policy's own
     router_filters: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = ()  # besides those of every policy
@@ -129,6 +130,12 @@ class DeploymentSettings(BaseModel):
     @property
     def router_policy(self) -> PolicySettings:
         return PolicySettings(self.policy, self.router_weights, self.router_temperature, self.router_filters, self.router_picker)
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        if self.port + self.frontends - 1 > 65535:
+            raise ValueError(f"{self.frontends} frontends need the ports from {self.port} on, of which there are only {65536 - self.port}")
+        return self
 
     @model_validator(mode="after")
     def _check_policy(self) -> Self:

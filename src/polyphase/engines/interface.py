@@ -196,9 +196,9 @@ class Ability(enum.StrEnum):
     HAND_OVER = "hand-over"  # `KvExporter` or `KvSender`: its KV goes to other workers
     PRIORITY = "priority"
     SLEEP = "sleep"  # `Sleeper`
+    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     STRUCTURED_OUTPUT = "structured-output"  # it keeps to grammars
     RESUMED_GRAMMARS = "resumed-grammars"  # also of requests that began elsewhere
-    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
@@ -210,9 +210,9 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
         Ability.SLEEP: card.can_sleep,
+        Ability.PASS_THROUGH: bool(card.passes),
         Ability.STRUCTURED_OUTPUT: card.takes_grammars,
         Ability.RESUMED_GRAMMARS: card.takes_grammars and card.resumes_grammars,
-        Ability.PASS_THROUGH: bool(card.passes),
         Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }

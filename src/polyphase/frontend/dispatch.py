@@ -162,19 +162,18 @@ class Dispatcher:
     def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
         """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
         limit = self._settings.migration_limit
-        leaving = [
-            flight
-            for flight in self._at(worker_id, epoch)
-            if flight.failure_count < limit and not flight.has_answered and self._can_move(flight)
-        ]
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < limit and self._can_move(flight)]
         for flight in leaving:
             self._sending.call_off(flight)  # it may come round
+            flight.avoided.add(worker_id)  # and then, if there is no other, go on with it after all
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
         self._waiting.let_in()
         return len(leaving)
 
     def _can_move(self, flight: Flight) -> bool:
-        """Whether it is of use to take it away from where it is: output that has begun to follow a grammar cannot go on everywhere."""
+        """Whether another could go on with it: what follows a grammar finds few that can, and a passed answer nobody."""
+        if flight.has_answered:
+            return False
         if flight.job.grammar is None or not flight.emitted:
             return True
         others = [facts for facts in self._router.facts() if facts.model == flight.job.model and facts.worker_id != flight.worker_id]
@@ -322,7 +321,7 @@ class Dispatcher:
             self._sending.release_offer(flight)  # that worker may have begun to fetch it
         if isinstance(cause, ConnectionLost):
             flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
-        else:
+        elif flight.worker_id not in flight.avoided:
             flight.tried.add((flight.worker_id, flight.epoch))
         flight.note_break(self._clock.now_ns(), cause.message)
         if flight.has_answered:

@@ -87,7 +87,9 @@ class Flight:
     holder: WorkerId | None = None  # of blocks that the worker that has it now may pull
     attempts: int = 0
     tried: set[tuple[WorkerId, Epoch]] = field(default_factory=set)  # lives of workers that failed it
-    avoided: set[WorkerId] = field(default_factory=set)  # whose role has just changed, so that the router's view of them is old
+    avoided: set[WorkerId] = field(
+        default_factory=set
+    )  # unless there is no other: whose role has just changed, whose connection broke, or who stood still
     is_leaving: bool = False  # the worker was asked to hand it over
     roles: dict[WorkerId, Role] = field(default_factory=dict)  # of the workers of the route, as known when it was chosen
     waits_until_ns: int = 0  # for a worker to join, when none is left

@@ -184,9 +184,9 @@ class Sending:
             session=job.hints.session,
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
+            needs=NOTHING_NEEDED if job.passing is None else job.passing.needs,
             has_grammar=job.grammar is not None,
             is_begun=bool(flight.emitted),
-            needs=NOTHING_NEEDED if job.passing is None else job.passing.needs,
             adapter=job.lora,
             other_hashes={size: flight.hashes(size) for size in others} if others else None,
         )

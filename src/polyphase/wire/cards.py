@@ -42,6 +42,7 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     model: str
     pid: int
+    began_ticks: int = 0  # when that process began, clock ticks since boot of its host; 0: not known
     host: str
     request_endpoint: str  # ZeroMQ ROUTER
     event_endpoint: str  # ZeroMQ PUB

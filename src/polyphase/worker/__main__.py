@@ -25,6 +25,7 @@ from polyphase.core.errors import ConfigurationError, EngineFailed
 from polyphase.engines.interface import Engine
 from polyphase.observe import configure_logging
 from polyphase.runtime import Lease, Registry, WorkerPaths
+from polyphase.runtime.deaths import start_ticks
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
@@ -146,6 +147,7 @@ async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> Worker
         role=life.lease.remembered_role() or options.role,
         model=engine.card.name,
         pid=os.getpid(),
+        began_ticks=start_ticks(os.getpid()),
         host=socket.gethostname(),
         request_endpoint=paths.request_endpoint,
         event_endpoint=paths.event_endpoint,

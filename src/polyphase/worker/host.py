@@ -485,9 +485,13 @@ class WorkerHost:
         self._live.remove(output.request_id)
 
     def _lend(self, offer: KvOffer) -> None:
-        """From now on the lease also ends by the agent: when its reader gives it back there, or dies."""
+        """From now on the lease also ends by the agent: when its reader gives it back there, or dies.
+
+        An offer that came with a request and goes on with it unread is another worker's, or was lent before: its lease stays as it is.
+        """
         exporter, region = self._exporter, self._region
-        if exporter is None or region is None:
+        is_ours = (offer.worker_id, offer.epoch) == (self._entry.worker_id, self._entry.epoch)
+        if exporter is None or region is None or not is_ours or offer.lease_id in self._agent.lending:
             return
         loop = asyncio.get_running_loop()
 

@@ -537,3 +537,22 @@ def test_whoever_takes_a_prompt_over_hears_of_its_blocks_while_it_is_computed() 
         one.dispatcher.cancel(one.flights[0])
         one.tell("prefill-0", "r0", first_block=4)
         assert one.lives["decode-0"].ahead == ["r0", "r0"]
+
+
+def test_whoever_stood_still_and_is_well_again_goes_on_when_nobody_else_is_left() -> None:
+    with machine() as one:
+        one.join("prefill-0")
+        one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+        [flight] = one.flights
+        one.join("prefill-1")
+        first, second = one.lives["prefill-0"], one.lives["prefill-1"]
+        one.router.set_stalled(WorkerId("prefill-0"), True)
+        one.dispatcher.worker_stalled(WorkerId("prefill-0"), Epoch(first.epoch), "no step for a while")
+        assert flight.worker_id == "prefill-1"
+        one.router.set_stalled(WorkerId("prefill-0"), False)
+        second.running.clear()
+        one.router.remove_worker(WorkerId("prefill-1"))
+        del one.lives["prefill-1"]
+        one.dispatcher.worker_lost(WorkerId("prefill-1"), Epoch(second.epoch))
+        assert (flight.worker_id, flight.stage) == ("prefill-0", Stage.SERVING)
+        one.dispatcher.cancel(flight)

@@ -274,7 +274,11 @@ async def test_the_decode_worker_dies_before_it_took_the_blocks(stack: Stack, st
     await stack.kill("decode-0")
     assert ids_of(await asked) == told(story)
     assert len(prefill.submits) == 1
-    assert other.submits[0].offer == victim.submits[0].offer
+    first, second = victim.submits[0].offer, other.submits[0].offer
+    assert first is not None
+    assert second is not None
+    assert second.lease_id == first.lease_id
+    assert second.expires_at_ns < first.expires_at_ns, "each hop takes off a margin"
     await wait_for(lambda: stack.is_at_rest)
 
 

@@ -109,7 +109,7 @@ class FakeEngine:
         if request.token_ids[0] == CRASH_ON_SUBMIT:
             raise RuntimeError("a bug in submit")
         sequence = Sequence(request, list(request.token_ids))
-        if request.offer is not None and source is not None:
+        if request.offer is not None and source is not None and request.token_ids[0] != NEVER_ANSWER:
             sequence.stats = self._pull(request, request.offer, source)
         self.running[request.request_id] = sequence
         self._work.set()
@@ -202,7 +202,7 @@ class FakeEngine:
         return SequenceOutput(request_id=request.request_id, token_ids=[token], finish_reason=reason, offer=offer, stats=stats)
 
     def _part_with(self, sequence: Sequence) -> SequenceOutput:
-        offer = self._offer(sequence.request, sequence.token_ids[:-1]) if sequence.has_started else None
+        offer = self._offer(sequence.request, sequence.token_ids[:-1]) if sequence.has_started else sequence.request.offer
         return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer)
 
     def _offer(self, request: Submit, token_ids: list[int]) -> KvOffer:

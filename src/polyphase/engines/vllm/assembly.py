@@ -161,9 +161,9 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         publishes_events=publishes_events,
         keeps_priorities=takes_priority,
         resumes_sampling=False,
+        passes=sorted(facts.paths),
         takes_grammars=facts.has_structured_outputs,
         resumes_grammars=False,  # what was emitted is prompt to it, and its grammar would begin anew
-        passes=sorted(facts.paths),
         block_bytes=facts.block_size * model.kv_bytes_per_token,
         default_temperature=generation.get("temperature"),
         default_top_p=generation.get("top_p"),
