@@ -196,17 +196,21 @@ class GroupSettings(BaseModel):
         if self.engine == "openai" and not self.attach:
             raise ValueError("an openai engine is a server that runs already; name its address, for example --attach http://127.0.0.1:8080")
         if self.engine_api_key_env is not None and self.engine != "openai":
-            raise ValueError("engine_api_key_env is for --engine openai; other engines are reached without a key")
-        if self.engine in ("vllm", "openai") and self.prefill:
             raise ValueError(
-                f"{self.engine} workers cannot hand over from prefill to decode yet; write --workers 2 in place of --prefill and --decode"
+                "engine_api_key_env is for --engine openai; the key of a vllm is in the variable POLYPHASE_ENGINE_API_KEY, if it wants one"
+            )
+        if self.engine == "openai" and self.prefill:
+            raise ValueError(
+                "openai workers cannot hand over from prefill to decode; write --attach with all addresses, without --prefill and --decode"
             )
         if self.attach and (self.engine_python or self.engine_command or self.engine_args):
             raise ValueError("a server that is attached to runs already: engine_python, engine_command and engine_args start one")
         if self.attach and self.lora:
             raise ValueError("a server that is attached to has loaded its adapters itself, and they are found there; leave lora away")
-        if self.attach and (self.workers or self.decode):
-            raise ValueError("attach makes a worker for each address; leave --workers and --decode away")
+        if self.attach and (self.workers or (self.decode and (self.prefill or 0) + self.decode != len(self.attach))):
+            raise ValueError(
+                "attach makes a worker for each address: leave --workers away, and let --prefill and --decode together be as many"
+            )
         return self
 
     @model_validator(mode="after")

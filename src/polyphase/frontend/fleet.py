@@ -282,5 +282,8 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         adapters=frozenset(card.adapters),
         context_length=card.context_length or None,
         is_draining=entry.is_draining,
+        is_asleep=entry.is_asleep,
         labels=entry.labels,
+        offer_kind=card.offer_kind,
+        offer_facts=card.offer_facts,
     )

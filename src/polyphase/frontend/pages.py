@@ -14,7 +14,7 @@ from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import Addressed
 from polyphase.frontend.waiting_room import LaneView
-from polyphase.router import Drift, Router, WorkerView, group_weights, shortcomings
+from polyphase.router import Drift, Router, WorkerView, group_weights, misfits, shortcomings
 from polyphase.runtime import StreamView
 
 LATEST_COUNT = 50
@@ -53,6 +53,7 @@ class Pages:
             model["names"] = [one.name for one in self._services.models if one.model.name == name]
             model["weights"] = group_weights(view.facts for view in views if view.facts.model == name)
             model["notes"] = shortcomings(view.facts.role for view in takers)
+            model["misfits"] = misfits(view.facts for view in views if view.facts.model == name)
         for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
             models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))
         is_draining = self._services.door.is_closed
@@ -113,6 +114,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         "epoch": facts.epoch,
         "is_draining": facts.is_draining,
         "is_stalled": facts.is_stalled,
+        "is_asleep": facts.is_asleep,
         "running": load.running_count if load else 0,
         "waiting": load.waiting_count if load else 0,
         "block_count": facts.block_count,
@@ -128,7 +130,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
 
 
 def _takes_requests(view: WorkerView) -> bool:
-    return not (view.facts.is_draining or view.facts.is_stalled)
+    return view.facts.is_available
 
 
 def _lane(lane: LaneView) -> dict[str, Any]:

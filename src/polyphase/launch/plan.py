@@ -186,11 +186,13 @@ class _Names:
 
 
 def _workers(settings: GroupSettings, names: _Names) -> list[WorkerPlan]:
-    if settings.attach:
-        return [WorkerPlan(names.next("worker"), Role.BOTH, attach=url) for url in settings.attach]
     if settings.decode:
         counts = {Role.PREFILL: settings.prefill or 0, Role.DECODE: settings.decode}
-        return [WorkerPlan(names.next(role), role) for role, count in counts.items() for _ in range(count)]
+        roles = [role for role, count in counts.items() for _ in range(count)]
+        urls = settings.attach or (None,) * len(roles)  # prefill workers first
+        return [WorkerPlan(names.next(role), role, attach=url) for role, url in zip(roles, urls, strict=True)]
+    if settings.attach:
+        return [WorkerPlan(names.next("worker"), Role.BOTH, attach=url) for url in settings.attach]
     return [WorkerPlan(names.next("worker"), Role.BOTH) for _ in range(settings.workers or 1)]
 
 

@@ -260,7 +260,7 @@ class Router:
         helpers = self._helpers(request, standings, found, whole.facts)
         if helpers is None:
             self._book(request, found, whole)
-            reason = "whole: no prefill worker is available"
+            reason = "whole: no prefill worker is available that can hand over to one that decodes"
             return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker", whole.pull)
         against = why_not_split(self._settings.split, request, whole.placement, whole.tokens_to_compute, whole.wanted_pull)
         if against is not None:

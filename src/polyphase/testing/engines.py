@@ -23,8 +23,9 @@ import pytest
 
 from polyphase.core.errors import RequestError
 from polyphase.core.hashing import sequence_hashes
-from polyphase.engines.interface import Ability, Engine, KvExporter, StepReport, abilities_of
+from polyphase.engines.interface import Ability, Engine, KvExporter, KvSender, Sleeper, StepReport, abilities_of
 from polyphase.text import Tokenizer
+from polyphase.wire.cards import BLOCKS
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored
 from polyphase.wire.requests import FinishReason, Grammar, GrammarKind, SamplingParams, SequenceOutput, StopConditions, Submit
 
@@ -243,7 +244,11 @@ class EngineConformance:
         assert (load.running_count, load.waiting_count) == (0, 0)
 
     def test_abilities_are_whole(self, engine: Engine) -> None:
-        """Who says that blocks can be handed over has what the worker needs for it."""
-        assert not engine.card.can_hand_over or isinstance(engine, KvExporter)
+        """Who says that KV can be handed over has what the worker needs for it."""
+        card = engine.card
+        if card.can_hand_over:
+            assert card.offer_kind, "who makes offers takes them"
+            assert isinstance(engine, KvExporter if card.offer_kind == BLOCKS else KvSender)
+        assert not card.can_sleep or isinstance(engine, Sleeper)
         assert (Ability.HAND_OVER in abilities_of(engine)) == engine.card.can_hand_over
         assert (Ability.STRUCTURED_OUTPUT in abilities_of(engine)) == engine.card.takes_grammars

@@ -38,6 +38,7 @@ class EngineOptions:
     engine_command: str | None = None
     engine_args: str = ""
     engine_api_key_env: str | None = None  # the name of a variable, never the key
+    role: Role = Role.BOTH  # at its start: engines that move KV themselves have to know whether they will
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,12 @@ class WorkerOptions:
 def parse_options(arguments: Sequence[str]) -> WorkerOptions:
     """Raises: SystemExit with code 2 and a line on standard error if a flag is wrong; with code 0 after `--help`."""
     given = _parser().parse_args(arguments)
+    given.role = Role(given.role)
     return WorkerOptions(
         run_folder=given.run_folder,
         worker_id=given.worker_id,
         beside=given.beside,
-        role=Role(given.role),
+        role=given.role,
         engine=given.engine,
         engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
         max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,
