@@ -19,7 +19,9 @@ STAND_INS = Path(__file__).with_name("sglang_cpu_stand_ins")
 
 def install(folder: Path, pip_arguments: list[str]) -> Path:
     if sys.version_info[:2] != (3, 11):
-        sys.exit(f"the pins for SGLang are of Python 3.11, and this is {sys.version.split()[0]}: make test-engines-sglang PYTHON=python3.11")
+        sys.exit(
+            f"the pins for SGLang are of Python 3.11, and this is {sys.version.split()[0]}: make test-engines-sglang PYTHON=python3.11"
+        )
     python = folder / "bin" / "python"
     if not python.exists():
         say(f"making an environment in {folder}")
@@ -27,7 +29,9 @@ def install(folder: Path, pip_arguments: list[str]) -> Path:
     if not has(python, "import torch"):
         say("installing torch for CPUs")
         pip(python, [*pip_arguments, TORCH])
-    if not has(python, "import importlib.metadata as m; m.version('sglang'); m.version('zstandard')"):  # the first and the last to be put there
+    if not has(
+        python, "import importlib.metadata as m; m.version('sglang'); m.version('zstandard')"
+    ):  # the first and the last to be put there
         say("installing SGLang and what it needs")
         pip(python, [*pip_arguments, "--no-deps", "-r", str(LOCK)])
     _put_stand_ins(python)

@@ -21,13 +21,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One piece of a streamed answer."""
+    """One piece of a streamed answer. `is_whole`: its tokens and logprobs are all so far, not only those since the last piece."""
 
     token_ids: Sequence[int] = ()
     logprobs: Sequence[TokenLogprob] = ()
     finish: str | None = None  # "stop", "length"; anything else is taken for a failure
     stop_reason: int | str | None = None
     usage: Usage | None = None
+    is_whole: bool = False
     error: PolyphaseError | None = None
 
 
