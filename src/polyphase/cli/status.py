@@ -125,7 +125,8 @@ def _warnings(page: Any) -> list[str]:
         for worker_id, worker in workers
         if worker.get("drift")
     ]
-    return stalls + drifts
+    models = page.get("models") if isinstance(page, dict) else None
+    return [*stalls, *drifts, *(line for model in (models or {}).values() for line in model.get("misfits", []))]
 
 
 def _workers(page: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -18,19 +18,19 @@ from typing import Protocol, runtime_checkable
 from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvLayout, KvOffer
+from polyphase.wire.kv import KvLayout, Offer
 from polyphase.wire.requests import SequenceOutput, Submit
 from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one engine step brought. `released_offers` are offers whose blocks were copied or given up: their leases can go."""
+    """What one engine step brought. `released_offers` are offers whose KV was fetched or given up: their leases can go."""
 
     step: int
     outputs: list[SequenceOutput]
     events: list[KvEvent] = field(default_factory=list)
-    released_offers: list[KvOffer] = field(default_factory=list)
+    released_offers: list[Offer] = field(default_factory=list)
 
 
 class BlockSource(Protocol):
@@ -93,7 +93,8 @@ class Engine(Protocol):
     def submit(self, request: Submit, source: BlockSource | None = None) -> None:
         """Accept a request; its tokens appear in later step reports.
 
-        `source` comes with `request.offer`, already opened; without it, the engine computes the offered part itself.
+        `source` comes with a `KvOffer` in `request.offer`, already opened; without it, the engine computes the offered part itself. An
+        `EngineOffer` is there only if it is of the card's `offer_kind`: the engine releases it in a report once it has what it offers.
 
         Raises: RequestError if it can never run here; Refused if not now. Then nothing was kept.
         """
@@ -143,11 +144,22 @@ class KvExporter(Protocol):
         """Unpin the blocks of a lease; unknown ids (released, run out) are ignored."""
 
 
+@runtime_checkable
+class KvSender(Protocol):
+    """Optional ability: the engine brings KV to others of its kind by itself. What it hands over are `EngineOffer`s."""
+
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str) -> None:
+        """Tell the engine what to write into the offers it makes; called once, before `run`."""
+
+    def release_lease(self, lease_id: str) -> None:
+        """The reader has what was offered, or nobody wants it: what is still computed for it ends. Unknown ids are ignored."""
+
+
 class Ability(enum.StrEnum):
     """What not every engine can; `polyphase status` shows which a worker has."""
 
     KV_EVENTS = "kv-events"  # it tells which blocks it holds
-    HAND_OVER = "hand-over"  # `KvExporter`: its blocks go to other workers
+    HAND_OVER = "hand-over"  # `KvExporter` or `KvSender`: its KV goes to other workers
     PRIORITY = "priority"
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 

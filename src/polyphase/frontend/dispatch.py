@@ -2,7 +2,7 @@
 
                  ┌────────────── broken off: worker lost, or failed in a way that another may not ──────────────┐
                  ▼                                                                                              │
-    start ─► WAITING ─ route ─┬─ split ──► PREFILL ── first token and offer ──► SERVING ── finish reason ──► OVER
+    start ─► WAITING ─ route ─┬─ split ──► PREFILL ─ first token and/or offer ► SERVING ── finish reason ──► OVER
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
@@ -38,7 +38,7 @@ from polyphase.frontend.terms import Terms
 from polyphase.frontend.waiting import Waiting
 from polyphase.frontend.waiting_room import WaitingRoom
 from polyphase.router import Router, is_refusal
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import EngineOffer, Offer
 from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, StepOutputs, WireFailure
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class Dispatcher:
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
-            if flight.stage is Stage.PREFILL and output.token_ids:
+            if flight.stage is Stage.PREFILL and (output.token_ids or isinstance(output.offer, EngineOffer)):
                 self._hand_over(flight, output.offer, now_ns)
             else:
                 self._move(flight, output.offer, now_ns)
@@ -234,7 +234,7 @@ class Dispatcher:
             flight.waits_until_ns = 0
         flight.inbox.put(Arrival(flight.job.index, output.token_ids, output.logprobs or [], end))
 
-    def _hand_over(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+    def _hand_over(self, flight: Flight, offer: Offer | None, now_ns: int) -> None:
         """Prefill is done: on to the decode worker that was chosen with it, or to another if that is gone."""
         flight.offer = offer
         assert flight.route is not None
@@ -251,7 +251,7 @@ class Dispatcher:
             except WorkerLost as error:
                 self._break_off(flight, error)
 
-    def _move(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+    def _move(self, flight: Flight, offer: Offer | None, now_ns: int) -> None:
         """Its worker has handed it back, unfinished and unharmed: on to another one, which may take what was computed."""
         what = f"with {offer.token_count} tokens of KV" if offer is not None else "with nothing computed"
         log.info("%s: leaves worker %s after %d tokens, %s", flight.wire_id, flight.worker_id, len(flight.emitted), what)
@@ -272,6 +272,8 @@ class Dispatcher:
 
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
+        if flight.stage is Stage.SERVING and isinstance(flight.offer, EngineOffer):
+            self._sending.release_offer(flight)  # that worker may have begun to fetch it
         if isinstance(cause, ConnectionLost):
             flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
         else:

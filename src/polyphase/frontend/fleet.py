@@ -248,4 +248,6 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         publishes_events=card.publishes_events,
         is_draining=entry.is_draining,
         labels=entry.labels,
+        offer_kind=card.offer_kind,
+        offer_facts=card.offer_facts,
     )

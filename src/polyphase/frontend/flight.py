@@ -23,7 +23,7 @@ from polyphase.frontend.predictions import Prediction
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.kv import KvPart, Offer
 from polyphase.wire.requests import PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Flight:
     worker_id: WorkerId = NOBODY  # who has it now
     epoch: Epoch = NEVER
     route: Route | None = None
-    offer: KvOffer | None = None  # blocks for it that nobody is known to have taken yet
+    offer: Offer | None = None  # KV for it that nobody is known to have taken yet
     attempts: int = 0
     tried: set[tuple[WorkerId, Epoch]] = field(default_factory=set)  # lives of workers that failed it
     avoided: set[WorkerId] = field(default_factory=set)  # whose role has just changed, so that the router's view of them is old
@@ -110,7 +110,7 @@ class Flight:
         *,
         hand_over: bool = False,
         with_parts: bool = False,
-        offer: KvOffer | None = None,
+        offer: Offer | None = None,
         believed_prefill_tokens: int | None = None,
     ) -> Submit:
         job = self.job

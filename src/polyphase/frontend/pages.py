@@ -14,7 +14,7 @@ from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import ServedModel
 from polyphase.frontend.waiting_room import LaneView
-from polyphase.router import Drift, Router, WorkerView, shortcomings
+from polyphase.router import Drift, Router, WorkerView, misfits, shortcomings
 from polyphase.runtime import StreamView
 
 LATEST_COUNT = 50
@@ -49,6 +49,7 @@ class Pages:
             can_serve = can_serve or _takes_requests(view)
         for name, model in models.items():
             model["notes"] = shortcomings(v.facts.role for v in views if v.facts.model == name and _takes_requests(v))
+            model["misfits"] = misfits(view.facts for view in views if view.facts.model == name)
         for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
             models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))
         is_draining = self._services.door.is_closed

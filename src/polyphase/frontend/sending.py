@@ -20,7 +20,7 @@ from polyphase.frontend.metrics import Metrics
 from polyphase.frontend.predictions import Predictions
 from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.kv import KvPart, Offer
 from polyphase.wire.requests import Cancel, HandOver, ReleaseLease, ToWorker
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Sending:
             flight.route = route
             self._rename(flight)
             offer = self._usable_offer(flight)
-            # Where blocks wait to be taken, no second prefill is wanted.
+            # Where KV waits to be taken, no second prefill is wanted.
             splits = route.prefill is not None and offer is None
             place = route.prefill if splits and route.prefill else route.decode
             if route.prefill is not None and not splits:
@@ -108,7 +108,7 @@ class Sending:
             self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
             return
 
-    def hand_over(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+    def hand_over(self, flight: Flight, offer: Offer | None, now_ns: int) -> None:
         """On to the decode worker of its route, with what the prefill worker offers. Raises: WorkerLost; that counts as its loss there."""
         assert flight.route is not None
         place = flight.route.decode
@@ -136,7 +136,7 @@ class Sending:
 
     def let_go(self, flight: Flight) -> None:
         """It is over: booking, name, and blocks that nobody took go."""
-        self._release_offer(flight)
+        self.release_offer(flight)
         self._router.release(flight.job.sequence_id)
         self._by_wire_id.pop(flight.wire_id, None)
 
@@ -174,7 +174,7 @@ class Sending:
         flight.wire_id = RequestId(f"{flight.job.sequence_id}{suffix}")
         self._by_wire_id[flight.wire_id] = flight
 
-    def _usable_offer(self, flight: Flight) -> KvOffer | None:
+    def _usable_offer(self, flight: Flight) -> Offer | None:
         """The offer that is still open, if its owner lives and keeps it."""
         offer = flight.offer
         if offer is None:
@@ -184,8 +184,8 @@ class Sending:
         flight.offer = None
         return None
 
-    def _release_offer(self, flight: Flight) -> None:
-        """Nobody will read these blocks. (If somebody is at it just now, their generation tells it that they changed.)"""
+    def release_offer(self, flight: Flight) -> None:
+        """Nobody will fetch this KV. (If somebody is at its blocks just now, their generation tells it that they changed.)"""
         offer, flight.offer = flight.offer, None
         if offer is not None:
             self._try_send(offer.worker_id, ReleaseLease(offer.lease_id))

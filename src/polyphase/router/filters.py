@@ -7,17 +7,18 @@ labels     does not carry a label that the request requires
 role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
-             prefill   only if alone   no           yes, if it can hand over and somebody else decodes
+             prefill   only if alone   no           yes, if it can hand over to one that decodes
+taker        takes no offer of the worker that computes the prompt
 full       runs and queues as many requests of this router as it may
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from polyphase.core.errors import NoWorkers, Overloaded, Refused
 from polyphase.router.lineup import Lineup
-from polyphase.router.types import Leg, RouteRequest
+from polyphase.router.types import Leg, RouteRequest, WorkerFacts
 from polyphase.wire.cards import Role
 
 
@@ -102,12 +103,26 @@ class FitsRole:
         others = [row for row in rows if views[row].facts.role is not Role.PREFILL]
         if leg is not Leg.PREFILL:
             return others or rows
-        if not others:
-            return []
-        return [row for row in rows if views[row].facts.role is Role.PREFILL and views[row].facts.can_hand_over]
+        kinds = {views[row].facts.offer_kind for row in others}
+        return [row for row in rows if _can_hand_over_to(kinds, views[row].facts)]
 
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(f"no worker of the model {request.model!r} has a fitting role", retry_after_s=5, request_id=request.request_id)
+
+
+class Taker:
+    """take no offer of the worker that computes the prompt"""
+
+    is_lasting = False
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        partner, standings = workers.partner, workers.standings
+        if partner is None or len(standings.offer_kinds) == 1:
+            return rows
+        return [row for row in rows if standings.views[row].facts.offer_kind == partner.offer_kind]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(f"{every(worker_count)} of the model {request.model!r} takes KV of another kind", request_id=request.request_id)
 
 
 class Full:
@@ -125,6 +140,10 @@ class Full:
             retry_after_s=2,
             request_id=request.request_id,
         )
+
+
+def _can_hand_over_to(kinds: Collection[str], facts: WorkerFacts) -> bool:
+    return facts.role is Role.PREFILL and facts.can_hand_over and facts.offer_kind in kinds
 
 
 def no_worker_serves(request: RouteRequest) -> Refused:

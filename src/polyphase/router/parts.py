@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
-from polyphase.router.filters import Draining, Excluded, FitsRole, Full, RequiredLabels, Stalled
+from polyphase.router.filters import Draining, Excluded, FitsRole, Full, RequiredLabels, Stalled, Taker
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
 from polyphase.wire.events import Tier
@@ -79,6 +79,7 @@ BUILT_IN = Parts(
         "excluded": Excluded(),
         "required-labels": RequiredLabels(),
         "role": FitsRole(),
+        "taker": Taker(),
         "full": Full(),
     },
     pickers={"best": best},

@@ -226,7 +226,7 @@ class Router:
         helpers = self._helpers(request, standings, found)
         if helpers is None:
             self._book(request, found, whole)
-            reason = "whole: no prefill worker is available"
+            reason = "whole: no prefill worker is available that can hand over to one that decodes"
             return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker")
         against = why_not_split(self._settings.split, request, whole.placement, whole.uncached_tokens)
         if against is not None:
@@ -236,7 +236,10 @@ class Router:
 
         prefill = self._choose(request, PREFILL, helpers)
         takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
-        self._filter(request, DECODE, takers, is_required=True)
+        if not self._filter(request, DECODE, takers, is_required=False):
+            self._book(request, found, whole)
+            reason = f"whole: nobody who takes the KV of {prefill.facts.worker_id} has room now"
+            return Route(request.request_id, whole.placement, None, reason, "no-taker")
         decode = self._choose(request, DECODE, takers)
         alone, helper = (Side(standings.views[choice.row], choice.uncached_tokens) for choice in (whole, prefill))
         worth = None

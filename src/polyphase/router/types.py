@@ -19,7 +19,7 @@ import msgspec
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router.columns import Column
-from polyphase.wire.cards import Role
+from polyphase.wire.cards import BLOCKS, Role
 from polyphase.wire.events import Load, Tier
 
 Labels = Mapping[str, str]  # for example zone → eu-1, rack → 7
@@ -38,11 +38,13 @@ class WorkerFacts:
     block_count: int
     max_batch_tokens: int
     max_running: int
-    can_hand_over: bool
+    can_hand_over: bool  # it makes offers
     is_draining: bool = False
     is_stalled: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
+    offer_kind: str = BLOCKS  # which offers it makes, if it does, and takes; "": none
+    offer_facts: Labels = field(default_factory=lambda: NO_LABELS, hash=False)  # what must be equal, for people to be told what differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Route(msgspec.Struct, frozen=True):
     decode: Placement
     prefill: Placement | None
     reason: str
-    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker
+    rule: str = ""  # the reason in short, for headers: split | short-prompt | cached | does-not-pay | no-prefill-worker | no-taker
 
 
 class Overlaps(Protocol):

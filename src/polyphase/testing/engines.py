@@ -22,7 +22,8 @@ import pytest
 
 from polyphase.core.errors import RequestError
 from polyphase.core.hashing import sequence_hashes
-from polyphase.engines.interface import Ability, Engine, KvExporter, StepReport, abilities_of
+from polyphase.engines.interface import Ability, Engine, KvExporter, KvSender, StepReport, abilities_of
+from polyphase.wire.cards import BLOCKS
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored
 from polyphase.wire.requests import FinishReason, SamplingParams, SequenceOutput, StopConditions, Submit
 
@@ -205,6 +206,9 @@ class EngineConformance:
         assert (load.running_count, load.waiting_count) == (0, 0)
 
     def test_abilities_are_whole(self, engine: Engine) -> None:
-        """Who says that blocks can be handed over has what the worker needs for it."""
-        assert not engine.card.can_hand_over or isinstance(engine, KvExporter)
+        """Who says that KV can be handed over has what the worker needs for it."""
+        card = engine.card
+        if card.can_hand_over:
+            assert card.offer_kind, "who makes offers takes them"
+            assert isinstance(engine, KvExporter if card.offer_kind == BLOCKS else KvSender)
         assert (Ability.HAND_OVER in abilities_of(engine)) == engine.card.can_hand_over

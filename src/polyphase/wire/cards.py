@@ -8,6 +8,8 @@ import msgspec
 
 from polyphase.wire.events import Load
 
+BLOCKS = "blocks"  # the kind of offer that is a `KvOffer`: copied by agents of the transfer library
+
 
 class Role(enum.StrEnum):
     PREFILL = "prefill"
@@ -46,7 +48,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     block_count: int
     max_batch_tokens: int  # token budget of one step
     max_running: int  # sequences in one step
-    can_hand_over: bool  # its blocks can be read by another worker
+    can_hand_over: bool  # it makes offers of `offer_kind` of what it has computed
+    offer_kind: str = BLOCKS  # which offers it takes; a name and a digest of `offer_facts` for engines that move KV themselves; "": none
+    offer_facts: dict[str, str] = {}  # what must be equal at both of them, so that people can be told what differs
     publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
     keeps_priorities: bool = True  # among the requests that wait there
     resumes_sampling: bool = True  # a sampled request that moved here goes on with the tokens that it would have had

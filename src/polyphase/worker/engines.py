@@ -8,7 +8,8 @@ from dataclasses import fields
 from typing import cast
 
 from polyphase.core.errors import ConfigurationError
-from polyphase.engines.interface import Engine, KvExporter, KvImporter
+from polyphase.engines.interface import Engine, KvExporter, KvImporter, KvSender
+from polyphase.wire.cards import BLOCKS
 from polyphase.worker.options import EngineOptions
 
 BLOCK_SIZE = 16  # tokens, of engines of our own
@@ -106,7 +107,14 @@ def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:
 
 def kv_exporter(engine: Engine) -> KvExporter | None:
     """The engine's ability to hand blocks over, if its card says that it has it."""
-    return cast("KvExporter", engine) if engine.card.can_hand_over else None
+    card = engine.card
+    return cast("KvExporter", engine) if card.can_hand_over and card.offer_kind == BLOCKS else None
+
+
+def kv_sender(engine: Engine) -> KvSender | None:
+    """The engine's ability to bring KV to others of its kind, if its card says that it has it."""
+    card = engine.card
+    return cast("KvSender", engine) if card.can_hand_over and card.offer_kind != BLOCKS else None
 
 
 def kv_importer(engine: Engine) -> KvImporter | None:

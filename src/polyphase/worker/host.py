@@ -36,7 +36,7 @@ from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, Worker
 from polyphase.transfer import Agent, LeaseEnd, Region
 from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import EngineOffer, KvOffer, Offer
 from polyphase.wire.requests import (
     Answer,
     Cancel,
@@ -55,7 +55,7 @@ from polyphase.wire.requests import (
     ToWorker,
     WireFailure,
 )
-from polyphase.worker.engines import kv_exporter, kv_importer
+from polyphase.worker.engines import kv_exporter, kv_importer, kv_sender
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
 from polyphase.worker.pulls_ahead import PullsAhead
@@ -90,6 +90,7 @@ class WorkerHost:
         """Binds the sockets. Raises: ConfigurationError if one cannot be bound."""
         self._engine = engine
         self._exporter = kv_exporter(engine)
+        self._lender = self._exporter or kv_sender(engine)
         self._lease = lease
         self._settings = settings
         self._entry = settings.entry
@@ -183,8 +184,8 @@ class WorkerHost:
             case SwitchRole():
                 self._switch_role(peer, message)
             case ReleaseLease():
-                if self._exporter is not None:
-                    self._exporter.release_lease(message.lease_id)
+                if self._lender is not None:
+                    self._lender.release_lease(message.lease_id)
                     self._publish(None)  # no step may follow to tell of it
             case Query():
                 self._answer(peer, message)
@@ -207,7 +208,7 @@ class WorkerHost:
         live = self._live.add(request_id, peer, wants_hand_over=request.hand_over)
         if request.remaining_ms is not None:
             self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
-        if request.offer is None:
+        if not isinstance(request.offer, KvOffer):
             self._submit(request, None)
         else:
             try:
@@ -222,7 +223,7 @@ class WorkerHost:
 
     async def _open_and_submit(self, live: LiveRequest, request: Submit) -> None:
         """Cancel: nothing has reached the engine; `_stop_opening` forgets the request and releases the lease."""
-        assert request.offer is not None
+        assert isinstance(request.offer, KvOffer)
         source: BlockSource | None = None
         try:
             try:
@@ -246,7 +247,13 @@ class WorkerHost:
         try:
             if self._settings.limits is not None:  # nothing is awaited from here to the engine's own bookkeeping
                 self._settings.limits.refuse_if_full(request, self._engine.load())
-            self._engine.submit(request, source)
+            if isinstance(request.offer, EngineOffer) and request.offer.kind != self._engine.card.offer_kind:
+                self._engine.submit(msgspec.structs.replace(request, offer=None))
+                with request_context(request.request_id):
+                    log.info("its KV is at an engine of another kind (%s), and is computed here", request.offer.kind)
+                self._release(request.offer)
+            else:
+                self._engine.submit(request, source)
             if time.monotonic() - self._last_load_s >= ACCEPT_LOAD_INTERVAL_S:
                 self._publish(None)
             return
@@ -365,7 +372,7 @@ class WorkerHost:
                 if output.finish_reason is not None:
                     has_finished = True
                     self._finish(output)
-                if output.offer is not None:
+                if isinstance(output.offer, KvOffer):
                     self._lend(output.offer)
             if not self._send(peer, outputs):
                 self._drop_offers(outputs)
@@ -452,16 +459,16 @@ class WorkerHost:
                 self._abort(live)
             self._send(peer, [_failed(live.request_id, error) for live in requests])
 
-    def _release(self, offer: KvOffer | None) -> None:
-        """What came with a request is copied, or not wanted: its owner may have the blocks back."""
-        if offer is not None and not self._sources.give_back(offer):
+    def _release(self, offer: Offer | None) -> None:
+        """What came with a request is fetched, or not wanted: its owner may have the blocks back."""
+        if offer is not None and not (isinstance(offer, KvOffer) and self._sources.give_back(offer)):
             self._releases.send(offer)
 
     def _drop_offers(self, outputs: list[SequenceOutput]) -> None:
-        """Offers that nobody received pin blocks for nothing."""
+        """Offers that nobody received keep KV for nothing."""
         for output in outputs:
-            if output.offer is not None and self._exporter is not None:
-                self._exporter.release_lease(output.offer.lease_id)
+            if output.offer is not None and self._lender is not None:
+                self._lender.release_lease(output.offer.lease_id)
 
 
 def engine_failure(group: BaseExceptionGroup[BaseException]) -> EngineFailed | None:

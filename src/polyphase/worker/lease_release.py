@@ -1,4 +1,4 @@
-"""Tells other workers that the blocks they offered have been copied, or are not wanted."""
+"""Tells other workers that what they offered has been fetched, or is not wanted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 from polyphase.core.errors import WorkerLost
 from polyphase.runtime import WorkerClient
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import Offer
 from polyphase.wire.requests import ReleaseLease
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class LeaseReleases:
         self._client = WorkerClient(lambda _: None, name)
         self._last_use_s: OrderedDict[str, float] = OrderedDict()
 
-    def send(self, offer: KvOffer) -> None:
+    def send(self, offer: Offer) -> None:
         endpoint = offer.endpoint
         try:
             if endpoint not in self._last_use_s:

@@ -25,7 +25,7 @@ from polyphase.frontend.terms import Terms
 from polyphase.router import AdmissionSettings, Router, RouterSettings, SplitRule, WorkerFacts
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load
-from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.kv import EngineOffer, KvOffer, KvPart
 from polyphase.wire.requests import (
     Cancel,
     FinishReason,
@@ -104,6 +104,7 @@ class DispatchMachine(RuleBasedStateMachine):
         self.flights: list[Flight] = []
         self.ended: dict[RequestId, int] = {}
         self.epoch = 0
+        self.read: set[str] = set()  # leases of engines' offers that somebody may have begun to fetch
         self.begun: set[str] = set()  # requests that have got a token from their worker
 
     def teardown(self) -> None:
@@ -130,6 +131,9 @@ class DispatchMachine(RuleBasedStateMachine):
             case Submit():
                 assert message.request_id not in life.running
                 life.running[message.request_id] = message
+                if isinstance(message.offer, EngineOffer):
+                    assert message.offer.lease_id not in self.read, "an engine's offer is good for one reader"
+                    self.read.add(message.offer.lease_id)
             case Cancel(request_id):
                 life.running.pop(request_id, None)
                 life.leases.discard(request_id)
@@ -200,6 +204,9 @@ class DispatchMachine(RuleBasedStateMachine):
             return  # it leaves by itself
         del life.running[submit.request_id]
         offer = submit.offer
+        if isinstance(offer, EngineOffer):  # its engine was told of it at once
+            self.give_back(submit)
+            offer = None
         if has_begun:
             if offer is not None and offer.worker_id in self.lives:
                 self.lives[offer.worker_id].leases.discard(offer.lease_id)
@@ -217,6 +224,7 @@ class DispatchMachine(RuleBasedStateMachine):
         if submit.request_id in self.begun:
             return
         del self.lives[worker_id].running[submit.request_id]
+        self.note_unread(submit)
         failure = WireFailure(code, "x", True)
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.ERROR, failure=failure))
 
@@ -278,8 +286,30 @@ class DispatchMachine(RuleBasedStateMachine):
             return
         worker_id, submit = chosen
         del self.lives[worker_id].running[submit.request_id]
+        self.note_unread(submit)
         failure = WireFailure("overloaded", "full", True, Load(running_count=2, waiting_count=9, block_count=64))
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.ERROR, failure=failure))
+
+    def note_unread(self, submit: Submit) -> None:
+        if submit.offer is not None:
+            self.read.discard(submit.offer.lease_id)
+
+    def give_back(self, submit: Submit) -> None:
+        if submit.offer is not None and submit.offer.worker_id in self.lives:
+            self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
+
+    @rule(data=st.data())
+    def compute_for_an_engine_of_its_kind(self, data: st.DataObject) -> None:
+        """An engine that moves KV itself: its offer comes without a token, perhaps before the prompt is computed."""
+        running = [(name, submit) for name, life in sorted(self.lives.items()) for submit in life.running.values() if submit.hand_over]
+        if not running:
+            return
+        worker_id, submit = data.draw(st.sampled_from(running))
+        life = self.lives[worker_id]
+        del life.running[submit.request_id]
+        life.leases.add(submit.request_id)
+        offer = EngineOffer(worker_id, life.epoch, "x", submit.request_id, 2**62, "kind/1", {"room": 7}, len(submit.token_ids))
+        self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer))
 
     def some_running(self, data: st.DataObject) -> tuple[str, Submit] | None:
         running = [(name, submit) for name, life in sorted(self.lives.items()) for submit in life.running.values()]
@@ -304,8 +334,7 @@ class DispatchMachine(RuleBasedStateMachine):
             lease_id = submit.request_id
             life.leases.add(lease_id)
             offer = KvOffer(worker_id, life.epoch, "x", lease_id, 2**62, AGENT, "pool", [0], [1], len(submit.token_ids))
-        if submit.offer is not None and submit.offer.worker_id in self.lives:
-            self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
+        self.give_back(submit)
         del life.running[submit.request_id]
         self.begun.add(submit.request_id)
         if finish is None:

@@ -14,6 +14,7 @@ from polyphase.core.hashing import sequence_hashes
 from polyphase.runtime import Registry
 from polyphase.wire.cards import ModelCard, WorkerStatus
 from polyphase.wire.events import Load
+from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import Cancel, Drain, FinishReason, Question, ReleaseLease
 from polyphase.worker.room import QueueLimits
 from tests.unit.runtime.waiting import eventually
@@ -345,3 +346,16 @@ async def test_an_engine_that_breaks_ends_the_worker_and_tells_its_peers(start_h
         await hosted.task
     assert os.listdir(run_folder / "workers") == []
     assert os.listdir(run_folder / "sockets") == []
+
+
+async def test_an_offer_of_another_kind_is_computed_here_and_given_back(start_host: HostStarter, peer: Peer) -> None:
+    hosted, giver = start_host("w"), start_host("p")
+    connected(peer, hosted, giver)
+    done = await peer.last(peer.submit("p", list(range(1, 40)), hand_over=True))
+    lease = next(iter(giver.engine.leases))
+    assert done.offer is not None
+    offer = EngineOffer("p", 1, giver.entry.request_endpoint, lease, done.offer.expires_at_ns, "vllm-nixl/1", {"remote_port": 1}, 39)
+    request_id = peer.submit("w", list(range(1, 40)), max_tokens=3, offer=offer)
+    assert (await peer.last(request_id)).finish_reason is FinishReason.LENGTH
+    assert peer.tokens(request_id) == expected_tokens(list(range(1, 40)), 3)
+    await eventually(lambda: not giver.engine.leases)

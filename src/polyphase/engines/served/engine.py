@@ -13,21 +13,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import httpx
+import msgspec
 
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.engines.served.dialect import Dialect, Gauges, Observer
+from polyphase.engines.served.dialect import Dialect, Gauges, Observer, PrefillDialect
 from polyphase.engines.served.flight import Flight, flight_of
+from polyphase.engines.served.offers import OpenOffers
 from polyphase.engines.served.process import ServerProcess
 from polyphase.engines.served.sse import event_data
 from polyphase.engines.served.tally import Tally
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import EngineOffer, Offer
 from polyphase.wire.requests import FinishReason, Submit
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ _SAID_ENOUGH_BYTES = 4096  # of an error's body
 
 
 class ServedEngine:
-    """Implements `engines.interface.Engine`. Owner of `server`, if there is one: it ends with `close`."""
+    """Implements `engines.interface.Engine`, and `KvSender` with a `prefill` dialect. Owner of `server`, if any: it ends with `close`."""
 
     def __init__(
         self,
@@ -50,8 +53,9 @@ class ServedEngine:
         dialect: Dialect,
         observers: Sequence[Observer] = (),
         server: ServerProcess | None = None,
+        prefill: PrefillDialect | None = None,
     ) -> None:
-        """`url`: of the server, without a slash at its end."""
+        """`url`: of the server, without a slash at its end. `prefill`: for servers that bring KV to others; the card says so too."""
         self._card = card
         self._url = url
         self._dialect = dialect
@@ -61,7 +65,9 @@ class ServedEngine:
         self._flights: dict[str, Flight] = {}
         self._changed: dict[str, Flight] = {}  # with something to report
         self._events: list[KvEvent] = []
-        self._released: list[KvOffer] = []
+        self._released: list[Offer] = []
+        self._prefill = prefill
+        self._offers = OpenOffers(card.offer_kind, prefill.lease_s if prefill is not None else 0.0, card.block_size)
         self._tally = Tally(card.block_count)
         self._news = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None  # while `run` is active
@@ -77,8 +83,9 @@ class ServedEngine:
                 f"the request has {len(request.token_ids)} tokens; with one of output at least, it takes {self._card.context_length}",
                 request_id=request.request_id,
             )
-        if request.offer is not None:
-            self._released.append(request.offer)  # a stock engine computes the prompt itself
+        if request.offer is not None and not self._takes(request.offer):
+            self._released.append(request.offer)  # and computes the prompt itself
+            request = msgspec.structs.replace(request, offer=None)
         flight = flight_of(request, self._limits)
         self._flights[request.request_id] = flight
         self._tally.note_accepted()
@@ -86,8 +93,12 @@ class ServedEngine:
             self._start(flight, self._tasks)
         self._news.set()
 
+    def _takes(self, offer: Offer) -> bool:
+        return isinstance(offer, EngineOffer) and self._prefill is not None and offer.kind == self._card.offer_kind
+
     def abort(self, request_id: str) -> None:
         self._leave(request_id, FinishReason.CANCELLED)
+        self._offers.release_request(request_id)
 
     def hand_over(self, request_id: str) -> None:
         flight = self._flights.get(request_id)
@@ -95,7 +106,15 @@ class ServedEngine:
             self._leave(request_id, FinishReason.HANDED_OVER)
 
     def load(self) -> Load:
-        return self._tally.load(self._flights.values())
+        return self._tally.load(self._flights.values(), self._offers.block_count())
+
+    # Implements `KvSender`
+
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str) -> None:
+        self._offers.bind(worker_id, epoch, endpoint)
+
+    def release_lease(self, lease_id: str) -> None:
+        self._offers.release(lease_id)
 
     async def run(self, on_step: Callable[[StepReport], None]) -> None:
         """Raises: EngineFailed if the server has ended.
@@ -122,6 +141,7 @@ class ServedEngine:
             self._tasks = self._client = None
             self._flights.clear()
             self._changed.clear()
+            self._offers.clear()
 
     async def _report_all(self, on_step: Callable[[StepReport], None]) -> None:
         while True:
@@ -134,7 +154,7 @@ class ServedEngine:
         changed, events, released = self._changed, self._events, self._released
         self._changed, self._events, self._released = {}, [], []
         outputs = [flight.take_output() for flight in changed.values()]
-        if any(output.token_ids for output in outputs):
+        if any(output.token_ids or output.offer for output in outputs):
             self._tally.note_step()
         return StepReport(self._tally.step, outputs, events, released)
 
@@ -159,8 +179,13 @@ class ServedEngine:
     async def _fly(self, flight: Flight) -> None:
         """However it ends, the flight has its terminal output. Cancel: whoever cancels says how it ends."""
         try:
-            await self._exchange(flight)
+            if flight.request.hand_over and self._prefill is not None:
+                await self._compute_for_others(flight, self._prefill)
+            else:
+                await self._exchange(flight)
         except PolyphaseError as error:
+            if flight.is_whole:  # handed over already: the other leg fails of it, and is answered for
+                log.warning("the prompt of %s was not computed for the other worker: %s", flight.request_id, error.message)
             flight.fail(error)
         except httpx.HTTPError as error:
             flight.fail(EngineFailed(await self._why_broken(error)))
@@ -169,13 +194,40 @@ class ServedEngine:
             flight.fail(EngineFailed(f"the answer of {self._card.engine} could not be handled"))
         self._note_changed(flight)
 
+    async def _compute_for_others(self, flight: Flight, dialect: PrefillDialect) -> None:
+        """A prefill leg, at whose end this server keeps the KV for another one."""
+        assert self._client is not None
+        early_params = dialect.early_params(flight.request)
+        if early_params is not None:
+            self._hand_over(flight, early_params)
+        body = dialect.prefill_body(flight.request, early_params)
+        response = await self._client.post(self._dialect.path, content=body, headers=_headers(flight))
+        if response.status_code != 200:
+            raise error_of_status(response.status_code, _message_in(response.content), self._card.engine)
+        chunk = dialect.read_prefill(response.content)
+        if chunk.error is not None:
+            raise chunk.error
+        if early_params is not None:
+            return
+        self._tally.note_tokens(flight, flight.take(chunk))
+        if chunk.offer_params is not None:
+            self._hand_over(flight, chunk.offer_params)
+        self._settle(flight, chunk.finish)
+
+    def _hand_over(self, flight: Flight, params: dict[str, Any]) -> None:
+        if not flight.is_whole or flight.finish is FinishReason.HANDED_OVER:
+            flight.made_offer = self._offers.make(flight.request, params, flight.task)
+            flight.end(FinishReason.HANDED_OVER)
+            if not flight.token_count:
+                self._tally.note_prefill(flight)
+            self._note_changed(flight)
+
     async def _exchange(self, flight: Flight) -> None:
         assert self._client is not None
         body = self._dialect.body(flight.request, flight.max_tokens)
-        headers = {"content-type": "application/json", "x-request-id": flight.request_id}
-        async with self._client.stream("POST", self._dialect.path, content=body, headers=headers) as response:
+        async with self._client.stream("POST", self._dialect.path, content=body, headers=_headers(flight)) as response:
             if response.status_code != 200:
-                raise error_of_status(response.status_code, await _body_start(response), self._card.engine)
+                raise error_of_status(response.status_code, _message_in(await response.aread()), self._card.engine)
             finish: str | None = None
             async for data in event_data(response.aiter_bytes()):
                 chunk = self._dialect.read(data)
@@ -214,6 +266,9 @@ class ServedEngine:
                 raise EngineFailed(f"{self._card.engine} broke the request off after {flight.token_count} tokens: {finish}")
 
     def _note_changed(self, flight: Flight) -> None:
+        if flight.taken_offer is not None and (flight.token_count or flight.is_whole):
+            self._released.append(flight.taken_offer)
+            flight.taken_offer = None
         if flight.is_whole:
             if self._flights.pop(flight.request_id, None) is None:
                 return
@@ -248,9 +303,13 @@ def error_of_status(status: int, said: str, engine: str) -> PolyphaseError:
     return EngineFailed(f"{engine} failed with status {status}: {said or 'no reason given'}")
 
 
-async def _body_start(response: httpx.Response) -> str:
+def _headers(flight: Flight) -> dict[str, str]:
+    return {"content-type": "application/json", "x-request-id": flight.request_id}
+
+
+def _message_in(body: bytes) -> str:
     """The message in an error's body, or the body's beginning."""
-    body = (await response.aread())[:_SAID_ENOUGH_BYTES]
+    body = body[:_SAID_ENOUGH_BYTES]
     try:
         found = httpx.Response(200, content=body).json()
         error = found.get("error", found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from polyphase.core.errors import PolyphaseError
 from polyphase.engines.batching.stopping import StopLimits, StopRule
 from polyphase.engines.served.dialect import Chunk, Usage
+from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, Submit, TokenLogprob, WireFailure
 
 
@@ -24,6 +25,8 @@ class Flight:
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
     failure: WireFailure | None = None
+    made_offer: EngineOffer | None = None  # of a prefill leg
+    taken_offer: EngineOffer | None = None  # of a decode leg, until it is released
     _tokens: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -56,6 +59,11 @@ class Flight:
         self.usage = chunk.usage or self.usage
         return self.token_count - before
 
+    @property
+    def has_computed(self) -> bool:
+        """The prompt."""
+        return self.token_count > 0 or self.made_offer is not None
+
     def end(self, finish: FinishReason) -> None:
         if self.finish is None:
             self.finish = finish
@@ -70,6 +78,7 @@ class Flight:
         tokens, logprobs = self._tokens, self._logprobs
         self._tokens, self._logprobs = [], []
         cached = self.usage.cached_tokens if self.usage is not None and self.finish is not None else None
+        is_leaving = self.finish is FinishReason.HANDED_OVER
         return SequenceOutput(
             request_id=self.request_id,
             token_ids=tokens,
@@ -77,6 +86,7 @@ class Flight:
             finish_reason=self.finish,
             stop_reason=self.stop_reason,
             failure=self.failure,
+            offer=self.made_offer if is_leaving else None,
             stats=None if cached is None else PhaseStats(cached_token_count=cached),
         )
 
@@ -84,4 +94,5 @@ class Flight:
 def flight_of(request: Submit, limits: StopLimits) -> Flight:
     already = len(request.token_ids) - request.prompt_token_count
     room = min(request.stop.max_tokens - already, limits.context_length - len(request.token_ids))
-    return Flight(request, 1 if request.hand_over else room, StopRule(request, limits))
+    taken = request.offer if isinstance(request.offer, EngineOffer) else None
+    return Flight(request, 1 if request.hand_over else room, StopRule(request, limits), taken_offer=taken)

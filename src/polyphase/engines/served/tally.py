@@ -41,9 +41,13 @@ class Tally:
         if count and flight.token_count == count:
             self.computed_tokens += len(flight.request.token_ids)
 
+    def note_prefill(self, flight: Flight) -> None:
+        """A prompt is computed for another server, and no token of it is ours to tell."""
+        self.computed_tokens += len(flight.request.token_ids)
+
     def note_end(self, flight: Flight) -> None:
         self.finished += 1
-        if flight.token_count:
+        if flight.has_computed:
             self.prompt_tokens += len(flight.request.token_ids)
         if flight.usage is not None:
             self.cached_tokens += flight.usage.cached_tokens or 0
@@ -56,7 +60,7 @@ class Tally:
         self.gauges = gauges
         self.accepted_since_gauges = 0
 
-    def load(self, flights: Iterable[Flight]) -> Load:
+    def load(self, flights: Iterable[Flight], leased_block_count: int = 0) -> Load:
         live = list(flights)
         unanswered = [flight for flight in live if not flight.token_count]
         own_waiting = min(len(unanswered), self.gauges.waiting_count + self.accepted_since_gauges)
@@ -68,6 +72,7 @@ class Tally:
             waiting_prefill_tokens=sum(len(flight.request.token_ids) for flight in unanswered),
             block_count=self.block_count,
             used_block_count=min(used, self.block_count),
+            leased_block_count=leased_block_count,
             prompt_tokens_total=self.prompt_tokens,
             cached_prompt_tokens_total=self.cached_tokens,
             generated_tokens_total=self.generated_tokens,
