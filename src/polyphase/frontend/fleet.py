@@ -249,5 +249,6 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         is_draining=entry.is_draining,
         labels=entry.labels,
         offer_kind=card.offer_kind,
+        serves_whole=card.serves_whole,
         offer_facts=card.offer_facts,
     )

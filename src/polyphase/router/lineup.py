@@ -37,6 +37,7 @@ class Standings:
         "_label_columns",
         "block_size",
         "full_rows",
+        "has_whole_servers",
         "last_turns",
         "lasting_rows",
         "least_room_tokens",
@@ -69,6 +70,7 @@ class Standings:
         # Turns count up from 0, so that any of these is longer ago; a router that begins elsewhere has another order.
         self.last_turns = array("q", (-1 - xxhash.xxh3_64_intdigest(name.encode(), seed) % (1 << 62) for name in self.worker_ids))
         self.offer_kinds = {view.facts.offer_kind for view in self.views}
+        self.has_whole_servers = any(view.facts.serves_whole for view in self.views)
         self.lasting_rows: dict[Leg, Sequence[int]] = {}  # what lasting filters leave for an ordinary request; the router's
         self._label_columns: dict[tuple[tuple[str, str], ...], Column] = {}
 

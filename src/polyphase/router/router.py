@@ -220,6 +220,8 @@ class Router:
         overlaps = self.index.match(hashes)
         found = _Found(hashes, overlaps, self._expected.beyond(hashes, overlaps))
 
+        if not standings.has_whole_servers:
+            return self._route_in_halves(request, standings, found)
         servers = self._lineup(request, BOTH, standings, found)
         self._filter(request, BOTH, servers, is_required=True)
         whole = self._choose(request, BOTH, servers)
@@ -253,20 +255,37 @@ class Router:
         self._book(request, found, decode, prefill)
         return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
 
+    def _route_in_halves(self, request: RouteRequest, standings: Standings, found: _Found) -> Route:
+        """Of engines that do one half each: whatever the prompt, it takes two of them. Raises: NoWorkers, Overloaded."""
+        helpers = self._lineup(request, PREFILL, standings, found)
+        self._filter(request, PREFILL, helpers, is_required=True)
+        prefill = self._choose(request, PREFILL, helpers)
+        takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
+        self._filter(request, DECODE, takers, is_required=True)
+        decode = self._choose(request, DECODE, takers)
+        self._book(request, found, decode, prefill)
+        reason = "split: these engines compute prompts or generate, and never do both"
+        return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
+
     def has_headroom(self, request: RouteRequest) -> bool:
         """Whether a worker would begin with it soon; if not, it had better wait where it can still be sent elsewhere. Books nothing.
 
         Raises: NoWorkers. Cost: O(workers whose bookings or load changed).
         """
         standings = self._standings_of(request)
-        if not standings.has_headroom(self._able(request, BOTH, standings, is_required=True)):
+        serving = BOTH if standings.has_whole_servers else DECODE
+        if not standings.has_headroom(self._able(request, serving, standings, is_required=True)):
             return False
+        if serving is DECODE:
+            return standings.has_headroom(self._able(request, PREFILL, standings, is_required=True))
         helpers = self._able(request, PREFILL, standings, is_required=False)
         return standings.has_headroom(helpers) or not self._needs_one_of(helpers, request)
 
     def waits_for_prefill(self, request: RouteRequest) -> bool:
         """Whether it needs a prefill worker besides: those that do and those that do not wait for different workers. Raises: NoWorkers."""
-        return self._needs_one_of(self._able(request, PREFILL, self._standings_of(request), is_required=False), request)
+        standings = self._standings_of(request)
+        helpers = self._able(request, PREFILL, standings, is_required=False)
+        return not standings.has_whole_servers or self._needs_one_of(helpers, request)
 
     def _needs_one_of(self, helpers: Sequence[int], request: RouteRequest) -> bool:
         return bool(helpers) and request.prompt_token_count >= self._settings.split.min_uncached_tokens

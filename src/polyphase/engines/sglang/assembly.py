@@ -7,6 +7,7 @@ import os
 import time
 from urllib.parse import urlsplit
 
+from polyphase.core.errors import ModelLoadError
 from polyphase.engines.served.dialect import Observer
 from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.kv_events import KvEventObserver, connectable
@@ -17,9 +18,10 @@ from polyphase.engines.served.process import ServerProcess
 from polyphase.engines.served.secrets import headers_of
 from polyphase.engines.served.settings import ServerSettings
 from polyphase.engines.sglang import flags, load
+from polyphase.engines.sglang.bootstrap import BootstrapPrefill, kind_of
 from polyphase.engines.sglang.dialect import GenerateDialect, Manners
 from polyphase.engines.sglang.probe import ServerFacts, is_up, probe
-from polyphase.wire.cards import ModelCard
+from polyphase.wire.cards import ModelCard, Role
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +78,50 @@ def _kv_tokens(settings: ServerSettings, model: ModelFacts) -> int | None:
 def _engine(
     settings: ServerSettings, model: ModelFacts, facts: ServerFacts, url: str, server: ServerProcess | None, api_key: str | None
 ) -> ServedEngine:
+    _check_half(settings, facts)
     observers: list[Observer] = [_load_poll(facts)]
     events = _event_observer(facts, url)
     if events is not None:
         observers.append(events)
-    manners = Manners(facts.takes_priority, facts.is_incremental, facts.is_deterministic, facts.takes_grammars, model.vocab_size)
-    card = _card(settings, model, facts, publishes_events=events is not None)
+    card = _card(settings, model, facts, publishes_events=events is not None or not facts.keeps_prefixes)
     log.info("SGLang %s at %s: %d blocks of %d tokens", facts.version, url, card.block_count, card.block_size)
-    return ServedEngine(card, model.tokenizer, url, GenerateDialect(manners), observers, server, headers=headers_of(api_key))
+    dialect = GenerateDialect(_manners(model, facts))
+    prefill = None
+    if facts.mode != "null":
+        host = urlsplit(url).hostname or "127.0.0.1"
+        prefill = BootstrapPrefill(dialect, host, facts.bootstrap_port or 0, facts.context_length)
+    return ServedEngine(card, model.tokenizer, url, dialect, observers, server, prefill=prefill, headers=headers_of(api_key))
+
+
+def _check_half(settings: ServerSettings, facts: ServerFacts) -> None:
+    """Raises: ModelLoadError if the server was started for another role."""
+    if (settings.role is Role.BOTH) == (facts.mode == "null") and facts.mode in ("null", settings.role):
+        return
+    was = "for whole requests" if facts.mode == "null" else f"with --disaggregation-mode {facts.mode}"
+    is_to_be = "serve whole requests" if settings.role is Role.BOTH else f"be a {settings.role} worker"
+    raise ModelLoadError(f"this SGLang was started {was}, and its worker is to {is_to_be}; start the server or the worker otherwise")
+
+
+def _manners(model: ModelFacts, facts: ServerFacts) -> Manners:
+    return Manners(
+        takes_priority=facts.takes_priority,
+        is_incremental=facts.is_incremental,
+        is_deterministic=facts.is_deterministic,
+        takes_grammars=facts.takes_grammars,
+        vocab_size=model.vocab_size,
+        mode=facts.mode,
+    )
+
+
+def _offer_facts(facts: ServerFacts) -> dict[str, str]:
+    """What has to be equal at two servers. Tensor-parallel sizes may differ."""
+    return {
+        "SGLang's version": facts.version,
+        "the model": facts.model,
+        "the KV cache's dtype": facts.kv_dtype,
+        "page size": str(facts.block_size),
+        "the transfer backend": facts.transfer_backend,
+    }
 
 
 def _load_poll(facts: ServerFacts) -> LoadPoll:
@@ -98,6 +136,8 @@ def _event_observer(facts: ServerFacts, url: str) -> KvEventObserver | None:
         log.warning(
             "SGLang has %d data-parallel ranks behind one port: which of them holds what is of no use for routing", facts.rank_count
         )
+    elif not facts.keeps_prefixes:
+        log.info("this SGLang keeps no prefixes: there is nothing to tell of")
     elif source is None:
         log.warning("this SGLang publishes no KV events (--kv-events-config): the router goes by what it sent there")
     elif not source.is_bound:
@@ -114,6 +154,7 @@ def _event_observer(facts: ServerFacts, url: str) -> KvEventObserver | None:
 
 def _card(settings: ServerSettings, model: ModelFacts, facts: ServerFacts, *, publishes_events: bool) -> ModelCard:
     generation = model.generation
+    offer_facts = _offer_facts(facts) if facts.mode != "null" else {}
     return ModelCard(
         name=settings.name or facts.model,
         tokenizer_json=model.text.tokenizer_json,
@@ -128,7 +169,10 @@ def _card(settings: ServerSettings, model: ModelFacts, facts: ServerFacts, *, pu
         block_count=facts.kv_tokens // facts.block_size,
         max_batch_tokens=facts.max_batch_tokens or settings.max_batch_tokens or _UNTOLD_BATCH_TOKENS,
         max_running=facts.max_running or settings.max_running or _UNTOLD_RUNNING,
-        can_hand_over=False,
+        can_hand_over=facts.mode == "prefill",
+        offer_kind=kind_of(offer_facts),
+        offer_facts=offer_facts,
+        serves_whole=facts.mode == "null",
         publishes_events=publishes_events,
         keeps_priorities=facts.takes_priority,
         resumes_sampling=facts.is_deterministic,

@@ -12,11 +12,13 @@ from typing import Any
 
 import msgspec
 
-from polyphase.core.errors import EngineFailed, InvalidRequest, Overloaded, PolyphaseError, WireError
+from polyphase.core.errors import EngineFailed, InvalidRequest, Overloaded, PeerLost, PolyphaseError, WireError
 from polyphase.engines.served.dialect import Chunk, Usage
 from polyphase.engines.sglang.grammars import grammar_fields
+from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import Submit, TokenLogprob
 
+_KV_LOST = "KVTransferError"  # Source: what a decode leg says of a prefill leg that failed
 _Logprob = tuple[float | None, int, str | None]  # with the token's id and, if asked for, its text
 
 
@@ -53,6 +55,7 @@ class Manners:
     is_incremental: bool = False  # pieces of a stream hold what is new
     is_deterministic: bool = False  # random numbers follow from seed and position
     takes_grammars: bool = False
+    mode: str = "null"  # of disaggregation; `prefill` and `decode` servers do this half only
     vocab_size: int = 1 << 32  # a token id beyond it would end the server
 
 
@@ -67,8 +70,16 @@ class GenerateDialect:
         self._decoder = msgspec.json.Decoder(_Answer)
 
     def body(self, request: Submit, max_tokens: int) -> bytes:
-        """Raises: RequestError for what SGLang must not see; EngineFailed for what it cannot go on with."""
-        return msgspec.json.encode({**self.fields(request, max_tokens), "stream": True})
+        """Raises: RequestError for what SGLang must not see; EngineFailed for what this server cannot do."""
+        return msgspec.json.encode({**self.fields(request, max_tokens), **self._partner(request), "stream": True})
+
+    def _partner(self, request: Submit) -> dict[str, Any]:
+        """Of a decode leg: where its prompt is computed."""
+        if self._manners.mode == "decode" and isinstance(request.offer, EngineOffer):
+            return request.offer.params
+        if self._manners.mode != "null":
+            raise EngineFailed(f"this SGLang does the {self._manners.mode} half only, and cannot serve a request whole")
+        return {}
 
     def abort_body(self, request: Submit) -> bytes:
         return msgspec.json.encode({"rid": request.request_id})
@@ -165,6 +176,8 @@ def _error(error: _Error | str) -> PolyphaseError:
 def error_of(code: int | None, message: str) -> PolyphaseError:
     """What SGLang means when it breaks a request off. Without a code somebody has aborted it there."""
     said = message or "no reason given"
+    if _KV_LOST in said:
+        return PeerLost(f"the KV of the prompt did not come to this sglang: {said}")
     if code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return Overloaded(f"sglang takes no more requests now: {said}")
     if code is not None and 400 <= code < 500:

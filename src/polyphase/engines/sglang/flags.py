@@ -14,8 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from polyphase.core.errors import ConfigurationError
+from polyphase.engines.served.launching import free_port
 from polyphase.engines.served.secrets import api_key_of
 from polyphase.engines.served.settings import ServerSettings
+from polyphase.wire.cards import Role
 
 EVENT_TOPIC = "kv-events"
 DEFAULT_BLOCK_SIZE = 16  # SGLang's own is 1 on most accelerators, of which no router could keep an index
@@ -66,10 +68,15 @@ def serve_command(settings: ServerSettings, name: str, port: int, without: Colle
         "--max-running-requests": settings.max_running,
         "--dtype": None if settings.dtype == "auto" else settings.dtype,
         "--device": settings.device.partition(":")[0] if settings.device != "auto" else None,
+        "--disaggregation-mode": settings.role if settings.role is not Role.BOTH else None,
+        "--disaggregation-bootstrap-port": free_port() if settings.role is Role.PREFILL else None,
         "--kv-events-config": json.dumps(event_config(settings.folder)) if rank_count(further) == 1 else None,
     }
     flags = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
     flags += [part for flag, values in OPTIONAL.items() if flag not in without for part in (flag, *values)]
+    if settings.device == "cpu" and settings.role is not Role.BOTH:
+        flags += ["--disaggregation-transfer-backend", "mooncake_tcp"]
+        flags += ["--disaggregation-decode-retraction-backup", "cpu_tensor"] if settings.role is Role.DECODE else []
     return [*base_command(settings), *flags, *further]
 
 
@@ -117,10 +124,11 @@ def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[
     """What it needs beyond ours; what the user has set stays."""
     wanted = {"SGLANG_HOST_IP": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
     if settings.device == "cpu":
-        wanted |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        wanted |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "MC_FORCE_TCP": "1"}
     return {name: value for name, value in wanted.items() if name not in inherited}
 
 
+_SAYS_IT_ENDS = ("SIGQUIT received", "Received sigquit from a child", "kill_process_tree called")
 _CRASHED = re.compile(r"Subprocess (\w+) \(pid=\d+\) crashed with exit code (-?\d+)")
 
 
@@ -133,7 +141,7 @@ def last_words(line: str) -> str | None:
         except ValueError:
             how = f"signal {-int(crashed[2])}"
         return f"its process {crashed[1]} was killed by {how}"
-    return "" if crashed is not None or "SIGQUIT received" in line else None
+    return "" if crashed is not None or any(mark in line for mark in _SAYS_IT_ENDS) else None
 
 
 def progress_of(lines: Sequence[str]) -> str:

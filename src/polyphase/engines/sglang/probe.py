@@ -43,8 +43,11 @@ class ServerFacts:
     is_deterministic: bool
     takes_grammars: bool
     has_loads: bool  # /v1/loads
+    keeps_prefixes: bool  # a cache of them; a decode server has none if not told
+    kv_dtype: str
     mode: str  # of disaggregation: null, prefill, decode
     bootstrap_port: int | None
+    transfer_backend: str
 
 
 def is_up(url: str) -> bool:
@@ -102,8 +105,11 @@ def facts_of(info: dict[str, Any], models: list[dict[str, Any]], loads: bytes | 
         is_deterministic=bool(info.get("enable_deterministic_inference")),
         takes_grammars=info.get("grammar_backend") not in (None, "none") and not info.get("skip_tokenizer_init"),
         has_loads=loads is not None,
+        keeps_prefixes=not info.get("disable_radix_cache"),
+        kv_dtype=str(info.get("dtype") if info.get("kv_cache_dtype") in (None, "auto") else info.get("kv_cache_dtype")),
         mode=str(info.get("disaggregation_mode") or "null"),
         bootstrap_port=_positive(info.get("disaggregation_bootstrap_port")),
+        transfer_backend=str(info.get("disaggregation_transfer_backend")),
     )
 
 
