@@ -154,14 +154,12 @@ class ServeSettings(BaseModel):
                 f"attach, engine_python, engine_command and engine_args are for engines that are servers of their own, "
                 f"and {self.engine} is none; write for example --engine vllm"
             )
-        if self.engine == "vllm" and self.prefill:
-            raise ValueError(
-                "vllm workers cannot hand over from prefill to decode yet; write --workers 2 in place of --prefill and --decode"
-            )
         if self.attach and (self.engine_python or self.engine_command or self.engine_args):
             raise ValueError("a server that is attached to runs already: engine_python, engine_command and engine_args start one")
-        if self.attach and (self.workers or self.decode):
-            raise ValueError("attach makes a worker for each address; leave --workers and --decode away")
+        if self.attach and (self.workers or (self.decode and (self.prefill or 0) + self.decode != len(self.attach))):
+            raise ValueError(
+                "attach makes a worker for each address: leave --workers away, and let --prefill and --decode together be as many"
+            )
         return self
 
     @model_validator(mode="after")

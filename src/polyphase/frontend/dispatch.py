@@ -183,8 +183,10 @@ class Dispatcher:
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
         if output.part is not None:
             self._sending.pass_on(flight, output.part)
+        if not flight.answered_ns and (output.token_ids or output.stats is not None or output.finish_reason is not None):
+            flight.answered_ns = now_ns
         if output.stats is not None:
-            self._note_pace(flight, output.stats, now_ns)
+            self._note_pace(flight, output.stats)
             flight.note_stats(output.stats, now_ns)
             prediction = flight.predictions.pop(flight.worker_id, None)
             if prediction is not None:
@@ -217,9 +219,9 @@ class Dispatcher:
             else:
                 self._move(flight, output.offer, now_ns)
 
-    def _note_pace(self, flight: Flight, stats: PhaseStats, now_ns: int) -> None:
-        """What the first token at this worker says of its pace, and of the way of its blocks."""
-        took_ms = (now_ns - flight.sent_ns) / 1e6 - stats.queue_ms
+    def _note_pace(self, flight: Flight, stats: PhaseStats) -> None:
+        """What the first token at this worker says of its pace, and of the way of its blocks; also if the stats came with the last."""
+        took_ms = (flight.answered_ns - flight.sent_ns) / 1e6 - stats.queue_ms
         moved = stats.transferred_token_count
         if not moved:
             known = len(flight.job.prompt_ids) + len(flight.emitted)

@@ -81,6 +81,7 @@ class Flight:
     party: Party | None = None  # while it waits in the queue
     predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
     sent_ns: int = 0  # to the worker that has it now
+    answered_ns: int = 0  # its first tokens there, or its end; 0: none yet
     failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
     cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
 

@@ -61,7 +61,7 @@ class Pages:
             "models": models,
             "index": asdict(self._router.index_fill()),
         }
-        return _json(page, 200 if can_serve and not is_draining else 503)
+        return _json(page, 200 if serves and not is_draining else 503)
 
     async def live(self, request: Request) -> Response:
         return _json({"status": "alive"})

@@ -98,7 +98,7 @@ class Sending:
                 flight.note_break(now_ns, error.message)
                 flight.tried.add((place.worker_id, place.epoch))
                 continue
-            flight.sent_ns = now_ns
+            flight.sent_ns, flight.answered_ns = now_ns, 0
             if flight.record.queued_ns and not flight.record.admitted_ns:
                 flight.record.admitted_ns = now_ns
                 waited_s = (now_ns - flight.record.queued_ns) / 1e9
@@ -114,7 +114,7 @@ class Sending:
         place = flight.route.decode
         flight.worker_id, flight.epoch, flight.stage, flight.is_leaving = place.worker_id, place.epoch, Stage.SERVING, False
         self._send(place.worker_id, flight.submit(now_ns, offer=offer))
-        flight.sent_ns = now_ns
+        flight.sent_ns, flight.answered_ns = now_ns, 0
         flight.record.history.note(now_ns, "handed over", place.worker_id)
 
     def pass_on(self, flight: Flight, part: KvPart) -> None:

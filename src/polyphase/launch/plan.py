@@ -72,13 +72,15 @@ def plan_deployment(settings: ServeSettings, cores: int | None = None, gpus: Seq
 
 
 def _workers(settings: ServeSettings, gpus: Sequence[Gpu]) -> tuple[WorkerPlan, ...]:
-    if settings.attach:
+    if settings.attach and not settings.decode:
         return tuple(WorkerPlan(f"worker-{number}", Role.BOTH, attach=url) for number, url in enumerate(settings.attach))
     if settings.decode:
         counts = {Role.PREFILL: settings.prefill or 0, Role.DECODE: settings.decode}
         named = [(f"{role}-{number}", role) for role, count in counts.items() for number in range(count)]
     else:
         named = [(f"worker-{number}", Role.BOTH) for number in range(settings.workers or 1)]
+    if settings.attach:  # prefill workers first
+        return tuple(WorkerPlan(worker_id, role, attach=url) for (worker_id, role), url in zip(named, settings.attach, strict=True))
     shares = share_gpus(gpus, len(named))
     return tuple(WorkerPlan(worker_id, role, share) for (worker_id, role), share in zip(named, shares, strict=True))
 

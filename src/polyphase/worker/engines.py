@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from typing import cast
@@ -16,25 +17,25 @@ BLOCK_SIZE = 16  # tokens, of engines of our own
 MAX_RUNNING = 64
 
 
-def load_engine(name: str, options: EngineOptions) -> Engine:
-    """Load the model and allocate what the engine needs.
+def load_engines(name: str, options: EngineOptions) -> list[Engine]:
+    """Load the model and allocate what the engine needs. Several, where one server has data-parallel ranks: each is a worker of its own.
 
     Args:
         name: `torch`, `vllm`, `sglang`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
-    Owner: the caller closes the engine.
+    Owner: the caller closes the engines.
     """
     if name == "torch":
-        return _load_torch(options)
+        return [_load_torch(options)]
     if name == "mock":
-        return _load_mock(options)
+        return [_load_mock(options)]
     if name == "vllm":
         return _load_vllm(options)
     if name == "sglang":
         return _load_sglang(options)
     if ":" in name:
-        return _foreign_loader(name)(options)
+        return [_foreign_loader(name)(options)]
     raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, sglang, mock, or module:function of an engine's loader")
 
 
@@ -74,53 +75,56 @@ def _load_mock(options: EngineOptions) -> Engine:
     )
 
 
-def _load_vllm(options: EngineOptions) -> Engine:
+def _load_vllm(options: EngineOptions) -> list[Engine]:
+    from polyphase.engines.served.secrets import api_key_of
     from polyphase.engines.vllm import VllmSettings
-    from polyphase.engines.vllm.assembly import load_vllm_engine
+    from polyphase.engines.vllm.assembly import load_vllm_engines
 
-    return load_vllm_engine(
-        VllmSettings(
-            model=options.model,
-            name=options.name,
-            folder=options.run_folder / "engines" / options.worker_id,
-            attach=options.attach,
-            python=options.engine_python,
-            command=options.engine_command,
-            arguments=options.engine_args,
-            device=options.device,
-            dtype=options.dtype,
-            block_size=options.block_size,
-            kv_bytes=options.kv_bytes,
-            context_length=options.context_length,
-            max_batch_tokens=options.max_batch_tokens,
-            max_running=options.max_running,
-        )
+    settings = VllmSettings(
+        model=options.model,
+        name=options.name,
+        folder=options.run_folder / "engines" / options.worker_id,
+        attach=options.attach,
+        python=options.engine_python,
+        command=options.engine_command,
+        arguments=options.engine_args,
+        device=options.device,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        kv_bytes=options.kv_bytes,
+        context_length=options.context_length,
+        max_batch_tokens=options.max_batch_tokens,
+        max_running=options.max_running,
+        hands_over=options.role is not Role.BOTH,
+        api_key=api_key_of(os.environ),
     )
+    return list(load_vllm_engines(settings))
 
 
-def _load_sglang(options: EngineOptions) -> Engine:
+def _load_sglang(options: EngineOptions) -> list[Engine]:
+    from polyphase.engines.served.secrets import api_key_of
     from polyphase.engines.served.settings import ServerSettings
-    from polyphase.engines.sglang.assembly import load_sglang_engine
+    from polyphase.engines.sglang.assembly import load_sglang_engines
 
-    return load_sglang_engine(
-        ServerSettings(
-            model=options.model,
-            name=options.name,
-            folder=options.run_folder / "engines" / options.worker_id,
-            attach=options.attach,
-            python=options.engine_python,
-            command=options.engine_command,
-            arguments=options.engine_args,
-            role=Role(options.role),
-            device=options.device,
-            dtype=options.dtype,
-            block_size=options.block_size,
-            kv_bytes=options.kv_bytes,
-            context_length=options.context_length,
-            max_batch_tokens=options.max_batch_tokens,
-            max_running=options.max_running,
-        )
+    settings = ServerSettings(
+        model=options.model,
+        name=options.name,
+        folder=options.run_folder / "engines" / options.worker_id,
+        attach=options.attach,
+        python=options.engine_python,
+        command=options.engine_command,
+        arguments=options.engine_args,
+        role=options.role,
+        device=options.device,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        kv_bytes=options.kv_bytes,
+        context_length=options.context_length,
+        max_batch_tokens=options.max_batch_tokens,
+        max_running=options.max_running,
+        api_key=api_key_of(os.environ),
     )
+    return list(load_sglang_engines(settings))
 
 
 def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:

@@ -32,11 +32,11 @@ class EngineOptions:
     mock_speedup: float = 1.0
     run_folder: Path = Path()  # of the deployment; private
     worker_id: str = ""
-    role: str = "both"  # as which the worker starts
     attach: str | None = None  # the remaining ones are for engines that are servers of their own
     engine_python: str | None = None
     engine_command: str | None = None
     engine_args: str = ""
+    role: Role = Role.BOTH  # at its start: engines that move KV themselves have to know whether they will
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,12 @@ class WorkerOptions:
 def parse_options(arguments: Sequence[str]) -> WorkerOptions:
     """Raises: SystemExit with code 2 and a line on standard error if a flag is wrong; with code 0 after `--help`."""
     given = _parser().parse_args(arguments)
+    given.role = Role(given.role)
     return WorkerOptions(
         run_folder=given.run_folder,
         worker_id=given.worker_id,
         beside=given.beside,
-        role=Role(given.role),
+        role=given.role,
         engine=given.engine,
         engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
         max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,

@@ -133,6 +133,10 @@ async def test_an_offer_goes_from_one_to_another(toy: Toy) -> None:
         await run.end("b")
         assert toy.bodies[-1]["offered"] == {"room": 5}
         assert run.tokens("b") == [7, 8]
+        told = [output.stats for output in run.outputs("b") if output.stats is not None]
+        assert [stats.transferred_token_count for stats in told] == [100]
+        load = engine.load()
+        assert (load.transferred_tokens_total, load.cached_prompt_tokens_total) == (100, 32), "not what the other leg found cached"
         assert [one for report in run.reports for one in report.released_offers] == [offer], "once"
         engine.release_lease(offer.lease_id)
         engine.release_lease("unknown")

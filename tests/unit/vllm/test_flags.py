@@ -12,8 +12,8 @@ from polyphase.config import ServeSettings
 from polyphase.core.errors import ConfigurationError, ModelLoadError
 from polyphase.engines.served.model_files import read_model_facts
 from polyphase.engines.vllm import VllmSettings
-from polyphase.engines.vllm.assembly import load_vllm_engine
-from polyphase.engines.vllm.flags import environment, progress_of, serve_command, unknown_optional_flags
+from polyphase.engines.vllm.assembly import load_vllm_engines
+from polyphase.engines.vllm.flags import environment, progress_of, serve_command, unusable_flags
 from polyphase.engines.vllm.metrics import cache_of, gauges_of
 from polyphase.launch.model_source import resolve_model
 from polyphase.launch.plan import plan_deployment, process_specs
@@ -43,7 +43,7 @@ def test_what_is_said_becomes_flags() -> None:
 
 def test_flags_that_a_version_does_not_know_are_left_away() -> None:
     said = ["usage: vllm serve …", "vllm: error: unrecognized arguments: --enable-scale-out --their-own=1"]
-    unknown = unknown_optional_flags(said)
+    unknown = unusable_flags(said)
     assert unknown == {"--enable-scale-out"}
     assert "--enable-scale-out" not in serve_command(settings(), "m", 1, unknown)
 
@@ -78,12 +78,12 @@ def test_metrics_of_the_real_one() -> None:
 def test_a_start_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
     broken = f"{sys.executable} -c 'raise OSError(28)'"
     with pytest.raises(ModelLoadError, match=r"vllm ended \(exit code 1\): OSError: 28"):
-        load_vllm_engine(settings(model=DEMO, command=broken, folder=tmp_path / "w"))
+        load_vllm_engines(settings(model=DEMO, command=broken, folder=tmp_path / "w"))
 
 
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is no address of a server"):
-        load_vllm_engine(settings(model=DEMO, attach="localhost", folder=tmp_path))
+        load_vllm_engines(settings(model=DEMO, attach="localhost", folder=tmp_path))
 
 
 def test_the_card_is_read_without_torch() -> None:
@@ -112,7 +112,7 @@ def test_flags_with_dashes_arrive_in_one_piece() -> None:
     ("changes", "said"),
     [
         ({"engine": "torch", "attach": "http://x:1"}, "servers of their own"),
-        ({"engine": "vllm", "prefill": 1, "decode": 1}, "cannot hand over"),
+        ({"engine": "vllm", "attach": "http://x:1,http://x:2", "prefill": 1, "decode": 2}, "together be as many"),
         ({"engine": "vllm", "attach": "http://x:1", "workers": 2}, "a worker for each address"),
         ({"engine": "vllm", "attach": "http://x:1", "engine_python": "python"}, "runs already"),
     ],

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from polyphase.core.clock import MonotonicClock
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
@@ -64,9 +65,10 @@ class ServedEngine:
             prefill: for servers that bring KV to others; the card says so too.
             headers: sent with everything, such as an API key.
         """
-        self._headers = dict(headers or {})
         self._card = card
         self._url = url
+        self._headers = dict(headers or {})
+        self._clock = MonotonicClock()
         self._dialect = dialect
         self._observers = observers
         self._server = server
@@ -95,7 +97,7 @@ class ServedEngine:
         if request.offer is not None and not self._takes(request.offer):
             self._released.append(request.offer)  # and computes the prompt itself
             request = msgspec.structs.replace(request, offer=None)
-        flight = flight_of(request, self._limits)
+        flight = flight_of(request, self._limits, self._clock.now_ns())
         self._flights[request.request_id] = flight
         self._tally.note_accepted()
         if self._tasks is not None:
@@ -305,6 +307,9 @@ class ServedEngine:
     def _note_changed(self, flight: Flight) -> None:
         if flight.taken_offer is not None and (flight.token_count or flight.is_whole):
             self._released.append(flight.taken_offer)
+            if flight.token_count:
+                self._tally.note_transfer(flight.taken_offer.token_count)
+                flight.note_taken(flight.taken_offer, (self._clock.now_ns() - flight.began_ns) / 1e6)
             flight.taken_offer = None
         if flight.is_whole:
             if self._flights.pop(flight.request_id, None) is None:

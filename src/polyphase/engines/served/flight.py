@@ -19,6 +19,7 @@ class Flight:
     request: Submit
     max_tokens: int
     rule: StopRule
+    began_ns: int  # by the engine's clock
     task: asyncio.Task[None] | None = None
     token_count: int = 0  # from this engine
     usage: Usage | None = None
@@ -27,6 +28,7 @@ class Flight:
     failure: WireFailure | None = None
     made_offer: EngineOffer | None = None  # of a prefill leg
     taken_offer: EngineOffer | None = None  # of a decode leg, until it is released
+    transfer: PhaseStats | None = None  # of a decode leg, to be told with its first token
     _tokens: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -77,7 +79,6 @@ class Flight:
         """What is new since the last call."""
         tokens, logprobs = self._tokens, self._logprobs
         self._tokens, self._logprobs = [], []
-        cached = self.usage.cached_tokens if self.usage is not None and self.finish is not None else None
         is_leaving = self.finish is FinishReason.HANDED_OVER
         return SequenceOutput(
             request_id=self.request_id,
@@ -87,12 +88,24 @@ class Flight:
             stop_reason=self.stop_reason,
             failure=self.failure,
             offer=self.made_offer if is_leaving else None,
-            stats=None if cached is None else PhaseStats(cached_token_count=cached),
+            stats=self._take_stats(),
         )
 
+    def note_taken(self, offer: EngineOffer, waited_ms: float) -> None:
+        """The first token is there: if not computed anew, the KV was fetched while it was waited for."""
+        self.transfer = PhaseStats(transferred_token_count=offer.token_count, transfer_ms=waited_ms)
 
-def flight_of(request: Submit, limits: StopLimits) -> Flight:
+    def _take_stats(self) -> PhaseStats | None:
+        """Of a decode leg, engines count what the prefill leg found cached, or nothing of use."""
+        if isinstance(self.request.offer, EngineOffer):
+            stats, self.transfer = self.transfer, None
+            return stats
+        cached = self.usage.cached_tokens if self.usage is not None and self.finish is not None else None
+        return None if cached is None else PhaseStats(cached_token_count=cached)
+
+
+def flight_of(request: Submit, limits: StopLimits, now_ns: int) -> Flight:
     already = len(request.token_ids) - request.prompt_token_count
     room = min(request.stop.max_tokens - already, limits.context_length - len(request.token_ids))
     taken = request.offer if isinstance(request.offer, EngineOffer) else None
-    return Flight(request, 1 if request.hand_over else room, StopRule(request, limits), taken_offer=taken)
+    return Flight(request, 1 if request.hand_over else room, StopRule(request, limits), now_ns, taken_offer=taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shlex
@@ -94,7 +95,19 @@ def checked_url(text: str) -> str:
 
 def free_port() -> int:
     """A loopback TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        port: int = probe_socket.getsockname()[1]
-        return port
+    return free_ports(1)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many, one after the other."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = 0
+            try:
+                for place in range(count):
+                    probe_socket = stack.enter_context(socket.socket())
+                    probe_socket.bind(("127.0.0.1", first + place if first else 0))
+                    first = first or int(probe_socket.getsockname()[1])
+            except (OSError, OverflowError):
+                continue
+            return first

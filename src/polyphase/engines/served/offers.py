@@ -7,12 +7,21 @@ that drains waits for its readers, and a leg that is still computed when nobody 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import xxhash
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import Submit
+
+
+def kind_of(engine: str, facts: Mapping[str, str]) -> str:
+    """Equal at two servers where these facts are."""
+    digest = xxhash.xxh3_64_hexdigest("\0".join(f"{name}={value}" for name, value in sorted(facts.items())).encode())
+    return f"{engine}/{digest}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from polyphase.wire.cards import Role
@@ -27,4 +27,5 @@ class ServerSettings:
     context_length: int | None = None
     max_batch_tokens: int | None = None
     max_running: int | None = None
+    api_key: str | None = field(default=None, repr=False)  # that the server wants
     start_timeout_s: float = 1800.0  # a first download of the weights counts

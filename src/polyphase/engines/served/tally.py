@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from polyphase.engines.served.dialect import Gauges
 from polyphase.engines.served.flight import Flight
 from polyphase.wire.events import Load
+from polyphase.wire.kv import EngineOffer
 
 
 @dataclass(slots=True)
@@ -22,6 +23,7 @@ class Tally:
     accepted_since_gauges: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    transferred_tokens: int = 0
     generated_tokens: int = 0
     computed_tokens: int = 0
     finished: int = 0
@@ -45,11 +47,16 @@ class Tally:
         """A prompt is computed for another server, and no token of it is ours to tell."""
         self.computed_tokens += len(flight.request.token_ids)
 
+    def note_transfer(self, token_count: int) -> None:
+        """Of a prompt that was computed elsewhere."""
+        self.transferred_tokens += token_count
+        self.computed_tokens -= token_count - 1  # the last one is computed in any case
+
     def note_end(self, flight: Flight) -> None:
         self.finished += 1
         if flight.has_computed:
             self.prompt_tokens += len(flight.request.token_ids)
-        if flight.usage is not None:
+        if flight.usage is not None and not isinstance(flight.request.offer, EngineOffer):
             self.cached_tokens += flight.usage.cached_tokens or 0
 
     def note_gauges(self, gauges: Gauges) -> None:
@@ -75,6 +82,7 @@ class Tally:
             leased_block_count=leased_block_count,
             prompt_tokens_total=self.prompt_tokens,
             cached_prompt_tokens_total=self.cached_tokens,
+            transferred_tokens_total=self.transferred_tokens,
             generated_tokens_total=self.generated_tokens,
             finished_total=self.finished,
             preemptions_total=self.gauges.preemptions,

@@ -13,12 +13,13 @@ from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.kv_events import KvEventObserver, connectable
 from polyphase.engines.served.launching import Launcher, await_attached, checked_url
 from polyphase.engines.served.model_files import ModelFacts, read_model_facts
+from polyphase.engines.served.offers import kind_of
 from polyphase.engines.served.polling import LoadPoll
 from polyphase.engines.served.process import ServerProcess
 from polyphase.engines.served.secrets import headers_of
 from polyphase.engines.served.settings import ServerSettings
 from polyphase.engines.sglang import flags, load
-from polyphase.engines.sglang.bootstrap import BootstrapPrefill, kind_of
+from polyphase.engines.sglang.bootstrap import BootstrapPrefill
 from polyphase.engines.sglang.dialect import GenerateDialect, Manners
 from polyphase.engines.sglang.probe import ServerFacts, is_up, probe
 from polyphase.wire.cards import ModelCard, Role
@@ -31,22 +32,22 @@ _UNTOLD_BATCH_TOKENS = (
 _UNTOLD_RUNNING = 256
 
 
-def load_sglang_engine(settings: ServerSettings) -> ServedEngine:
-    """Returns once it has computed a token.
+def load_sglang_engines(settings: ServerSettings) -> list[ServedEngine]:
+    """One for each data-parallel rank of the server. Returns once it has computed a token.
 
     Raises: ModelLoadError, ConfigurationError; then nothing is left running.
-    Owner: the caller closes the engine.
+    Owner: the caller closes the engines; the first one is the server's owner.
     """
     model = read_model_facts(settings.model)  # what is wrong with it is better said before minutes have passed
-    api_key = flags.api_key(settings, os.environ)
+    api_key = flags.api_key(settings)
     if settings.attach is not None:
         url = checked_url(settings.attach)
         await_attached("SGLang", url, is_up)
-        return _engine(settings, model, probe(url, api_key), url, None, api_key)
+        return _engines(settings, model, probe(url, api_key), url, None, api_key)
     settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     launched = _launcher(settings, model, api_key).launch(settings.start_timeout_s)
     try:
-        return _engine(settings, model, probe(launched.url, api_key), launched.url, launched.server, api_key)
+        return _engines(settings, model, probe(launched.url, api_key), launched.url, launched.server, api_key)
     except BaseException:
         launched.server.stop()
         raise
@@ -75,22 +76,26 @@ def _kv_tokens(settings: ServerSettings, model: ModelFacts) -> int | None:
     return max(1, settings.kv_bytes // (model.kv_bytes_per_token * widening))
 
 
-def _engine(
+def _engines(
     settings: ServerSettings, model: ModelFacts, facts: ServerFacts, url: str, server: ServerProcess | None, api_key: str | None
-) -> ServedEngine:
+) -> list[ServedEngine]:
     _check_half(settings, facts)
-    observers: list[Observer] = [_load_poll(facts)]
-    events = _event_observer(facts, url)
-    if events is not None:
-        observers.append(events)
-    card = _card(settings, model, facts, publishes_events=events is not None or not facts.keeps_prefixes)
-    log.info("SGLang %s at %s: %d blocks of %d tokens", facts.version, url, card.block_count, card.block_size)
-    dialect = GenerateDialect(_manners(model, facts))
-    prefill = None
-    if facts.mode != "null":
-        host = urlsplit(url).hostname or "127.0.0.1"
-        prefill = BootstrapPrefill(dialect, host, facts.bootstrap_port or 0, facts.context_length)
-    return ServedEngine(card, model.tokenizer, url, dialect, observers, server, prefill=prefill, headers=headers_of(api_key))
+    host = urlsplit(url).hostname or "127.0.0.1"
+    log.info("SGLang %s at %s: %d blocks of %d tokens", facts.version, url, facts.kv_tokens // facts.block_size, facts.block_size)
+    engines = []
+    for rank in range(facts.rank_count):
+        events = _event_observer(facts, host, rank)
+        card = _card(settings, model, facts, publishes_events=events is not None or not facts.keeps_prefixes)
+        dialect = GenerateDialect(_manners(model, facts, rank if facts.rank_count > 1 else None))
+        prefill = None
+        if facts.mode != "null":
+            prefill = BootstrapPrefill(dialect, host, facts.bootstrap_port or 0, facts.context_length)
+        observers: list[Observer] = [_load_poll(facts, rank)]
+        if events is not None:
+            observers.append(events)
+        owned = server if rank == 0 else None
+        engines.append(ServedEngine(card, model.tokenizer, url, dialect, observers, owned, prefill=prefill, headers=headers_of(api_key)))
+    return engines
 
 
 def _check_half(settings: ServerSettings, facts: ServerFacts) -> None:
@@ -102,7 +107,7 @@ def _check_half(settings: ServerSettings, facts: ServerFacts) -> None:
     raise ModelLoadError(f"this SGLang was started {was}, and its worker is to {is_to_be}; start the server or the worker otherwise")
 
 
-def _manners(model: ModelFacts, facts: ServerFacts) -> Manners:
+def _manners(model: ModelFacts, facts: ServerFacts, rank: int | None) -> Manners:
     return Manners(
         takes_priority=facts.takes_priority,
         is_incremental=facts.is_incremental,
@@ -110,6 +115,7 @@ def _manners(model: ModelFacts, facts: ServerFacts) -> Manners:
         takes_grammars=facts.takes_grammars,
         vocab_size=model.vocab_size,
         mode=facts.mode,
+        rank=rank,
     )
 
 
@@ -124,19 +130,15 @@ def _offer_facts(facts: ServerFacts) -> dict[str, str]:
     }
 
 
-def _load_poll(facts: ServerFacts) -> LoadPoll:
+def _load_poll(facts: ServerFacts, rank: int) -> LoadPoll:
     if facts.has_loads:
-        return LoadPoll("SGLang", load.PATH, load.gauges_of)
+        return LoadPoll("SGLang", f"{load.PATH}?dp_rank={rank}", load.gauges_of)
     return LoadPoll("SGLang", load.OLD_PATH, lambda page: load.gauges_of_old(page, facts.kv_tokens))
 
 
-def _event_observer(facts: ServerFacts, url: str) -> KvEventObserver | None:
+def _event_observer(facts: ServerFacts, host: str, rank: int) -> KvEventObserver | None:
     source = facts.events
-    if facts.rank_count > 1:
-        log.warning(
-            "SGLang has %d data-parallel ranks behind one port: which of them holds what is of no use for routing", facts.rank_count
-        )
-    elif not facts.keeps_prefixes:
+    if not facts.keeps_prefixes:
         log.info("this SGLang keeps no prefixes: there is nothing to tell of")
     elif source is None:
         log.warning("this SGLang publishes no KV events (--kv-events-config): the router goes by what it sent there")
@@ -146,9 +148,9 @@ def _event_observer(facts: ServerFacts, url: str) -> KvEventObserver | None:
             source.endpoint,
         )
     else:
-        host = urlsplit(url).hostname or "127.0.0.1"
-        replay = connectable(source.replay_endpoint, host) if source.replay_endpoint else None
-        return KvEventObserver(connectable(source.endpoint, host), replay, source.topic, facts.block_size)
+        of_rank = source.of_rank(rank)
+        replay = connectable(of_rank.replay_endpoint, host) if of_rank.replay_endpoint else None
+        return KvEventObserver(connectable(of_rank.endpoint, host), replay, of_rank.topic, facts.block_size)
     return None
 
 
@@ -170,7 +172,7 @@ def _card(settings: ServerSettings, model: ModelFacts, facts: ServerFacts, *, pu
         max_batch_tokens=facts.max_batch_tokens or settings.max_batch_tokens or _UNTOLD_BATCH_TOKENS,
         max_running=facts.max_running or settings.max_running or _UNTOLD_RUNNING,
         can_hand_over=facts.mode == "prefill",
-        offer_kind=kind_of(offer_facts),
+        offer_kind=kind_of("sglang", offer_facts) if offer_facts else "",
         offer_facts=offer_facts,
         serves_whole=facts.mode == "null",
         publishes_events=publishes_events,

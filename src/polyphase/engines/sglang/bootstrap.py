@@ -12,27 +12,16 @@ servers do one half each; neither serves a whole request. Source: SGLang 0.5.23;
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
-import blake3
 import msgspec
 
 from polyphase.engines.served.dialect import Chunk
 from polyphase.engines.sglang.dialect import GenerateDialect
 from polyphase.wire.requests import Submit
 
-KIND = "sglang"
 LEASE_S = 300.0  # Source: SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT: how long a prefill waits for its decode leg
 _ROOM_BITS = 62  # Source: below 2**63
-
-
-def kind_of(offer_facts: Mapping[str, str]) -> str:
-    """Equal where the facts are; empty for servers that do not take part."""
-    if not offer_facts:
-        return ""
-    digest = blake3.blake3(msgspec.json.encode(offer_facts, order="deterministic")).hexdigest(8)
-    return f"{KIND}/{digest}"
 
 
 class BootstrapPrefill:

@@ -56,6 +56,7 @@ class Manners:
     is_deterministic: bool = False  # random numbers follow from seed and position
     takes_grammars: bool = False
     mode: str = "null"  # of disaggregation; `prefill` and `decode` servers do this half only
+    rank: int | None = None  # data parallel, of several
     vocab_size: int = 1 << 32  # a token id beyond it would end the server
 
 
@@ -94,6 +95,8 @@ class GenerateDialect:
         }
         if request.sampling.top_logprobs is not None:
             fields |= {"return_logprob": True, "top_logprobs_num": request.sampling.top_logprobs}
+        if self._manners.rank is not None:
+            fields["routed_dp_rank"] = self._manners.rank
         if request.cache_salt:
             fields["cache_salt"] = request.cache_salt
         if request.lora:

@@ -14,8 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from polyphase.core.errors import ConfigurationError
-from polyphase.engines.served.launching import free_port
-from polyphase.engines.served.secrets import api_key_of
+from polyphase.engines.served.launching import free_port, free_ports
 from polyphase.engines.served.settings import ServerSettings
 from polyphase.wire.cards import Role
 
@@ -70,7 +69,7 @@ def serve_command(settings: ServerSettings, name: str, port: int, without: Colle
         "--device": settings.device.partition(":")[0] if settings.device != "auto" else None,
         "--disaggregation-mode": settings.role if settings.role is not Role.BOTH else None,
         "--disaggregation-bootstrap-port": free_port() if settings.role is Role.PREFILL else None,
-        "--kv-events-config": json.dumps(event_config(settings.folder)) if rank_count(further) == 1 else None,
+        "--kv-events-config": json.dumps(event_config(settings.folder, rank_count(further))),
     }
     flags = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
     flags += [part for flag, values in OPTIONAL.items() if flag not in without for part in (flag, *values)]
@@ -99,24 +98,28 @@ def value_of(arguments: Sequence[str], *flags: str) -> str | None:
     return None
 
 
-def api_key(settings: ServerSettings, inherited: Mapping[str, str]) -> str | None:
-    """That a launched server is told among its flags, or else the environment's."""
-    return value_of(further_arguments(settings), "--api-key") or api_key_of(inherited)
+def api_key(settings: ServerSettings) -> str | None:
+    """That a launched server is told among its flags, or else the given one."""
+    return value_of(further_arguments(settings), "--api-key") or settings.api_key
 
 
 def rank_count(arguments: Sequence[str]) -> int:
-    """Data parallel; of several, events cannot go over sockets in a folder."""
+    """Data parallel."""
     told = value_of(arguments, "--dp-size", "--data-parallel-size", "--dp")
     return int(told) if told is not None and told.isdigit() else 1
 
 
-def event_config(folder: Path) -> dict[str, object]:
-    """Sockets in a private folder: what is cached is nobody else's business."""
+def event_config(folder: Path, ranks: int) -> dict[str, object]:
+    """Sockets in a private folder: what is cached is nobody else's business. Of several ranks, ports: SGLang wants to count them up."""
+    config: dict[str, object] = {"publisher": "zmq", "topic": EVENT_TOPIC}
+    if ranks == 1:
+        return {**config, "endpoint": f"ipc://{folder}/events", "replay_endpoint": f"ipc://{folder}/replay"}
+    first = free_ports(2 * ranks)
     return {
-        "publisher": "zmq",
-        "endpoint": f"ipc://{folder}/events",
-        "replay_endpoint": f"ipc://{folder}/replay",
-        "topic": EVENT_TOPIC,
+        **config,
+        "bind": True,
+        "endpoint": f"tcp://127.0.0.1:{first}",
+        "replay_endpoint": f"tcp://127.0.0.1:{first + ranks}",
     }
 
 

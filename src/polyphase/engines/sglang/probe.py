@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -24,6 +24,11 @@ class EventSource:
     replay_endpoint: str | None
     topic: str
     is_bound: bool  # else it connects, and nobody can listen
+
+    def of_rank(self, rank: int) -> EventSource:
+        """Each data-parallel rank has ports of its own, one after the other."""
+        replay = _port_moved(self.replay_endpoint, rank) if self.replay_endpoint else None
+        return replace(self, endpoint=_port_moved(self.endpoint, rank), replay_endpoint=replay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,13 @@ def _source(info: dict[str, Any]) -> EventSource | None:
     if is_bound is None:
         is_bound = "*" in endpoint or "::" in endpoint or "0.0.0.0" in endpoint or endpoint.startswith("ipc://")  # Source: its rule
     return EventSource(endpoint, config.get("replay_endpoint") or None, str(config.get("topic") or ""), bool(is_bound))
+
+
+def _port_moved(endpoint: str, by: int) -> str:
+    if not endpoint.startswith("tcp://"):
+        return endpoint
+    address, _, port = endpoint.rpartition(":")
+    return f"{address}:{int(port) + by}" if port.isdigit() else endpoint
 
 
 def _max_running(loads: bytes | None) -> int | None:

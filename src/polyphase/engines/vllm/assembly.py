@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from urllib.parse import urlsplit
 
@@ -14,8 +13,10 @@ from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.kv_events import KvEventObserver, connectable
 from polyphase.engines.served.model_files import ModelFacts, read_model_facts
 from polyphase.engines.served.process import ServerProcess
+from polyphase.engines.served.secrets import headers_of
 from polyphase.engines.vllm import flags
 from polyphase.engines.vllm.dialects import dialect_of
+from polyphase.engines.vllm.hand_over import NixlPrefill, free_port, kind_of
 from polyphase.engines.vllm.metrics import MetricsObserver
 from polyphase.engines.vllm.probe import EventSource, ServerFacts, is_up, probe
 from polyphase.engines.vllm.settings import VllmSettings
@@ -24,26 +25,28 @@ from polyphase.wire.cards import ModelCard
 log = logging.getLogger(__name__)
 
 ATTACH_TIMEOUT_S = 60.0
+RANK_HEADER = "x-data-parallel-rank"
 _UNTOLD_BATCH_TOKENS = 2048  # Source: vLLM's least default; the card's figure bounds what may wait, and how long a step is expected to take
 
 
-def load_vllm_engine(settings: VllmSettings) -> ServedEngine:
-    """Returns once it has computed a token.
+def load_vllm_engines(settings: VllmSettings) -> list[ServedEngine]:
+    """One for each data-parallel rank of the server. Returns once it has computed a token.
 
     Raises: ModelLoadError, ConfigurationError; then nothing is left running.
-    Owner: the caller closes the engine.
+    Owner: the caller closes the engines; the first one is the server's owner.
     """
     model = read_model_facts(settings.model)  # what is wrong with it is better said before minutes have passed
+    headers = headers_of(settings.api_key)
     if settings.attach is not None:
         url = _checked_url(settings.attach)
         _wait_for(url)
-        facts = probe(url, None)
-        return _engine(settings, model, facts, url, None, takes_priority=False)
+        facts = probe(url, None, headers)
+        return _engines(settings, model, facts, url, None, takes_priority=False)
     name = settings.name or settings.model
     server, url, without = _launch(settings, name)
     try:
-        facts = probe(url, name)
-        return _engine(settings, model, facts, url, server, takes_priority="--scheduling-policy" not in without)
+        facts = probe(url, name, headers)
+        return _engines(settings, model, facts, url, server, takes_priority="--scheduling-policy" not in without)
     except BaseException:
         server.stop()
         raise
@@ -54,7 +57,7 @@ def _launch(settings: VllmSettings, name: str) -> tuple[ServerProcess, str, set[
     settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     without: set[str] = set()
     while True:
-        port = _free_port()
+        port = free_port()
         url = f"http://127.0.0.1:{port}"
         command = flags.serve_command(settings, name, port, without)
         log.info("starting vLLM: %s", " ".join(command))
@@ -64,34 +67,53 @@ def _launch(settings: VllmSettings, name: str) -> tuple[ServerProcess, str, set[
             return server, url, without
         except ModelLoadError:
             server.stop()
-            unknown = flags.unknown_optional_flags(server.lines) - without
+            unknown = flags.unusable_flags(server.lines) - without
             if not unknown:
                 raise
-            log.warning("this vLLM does not know %s: starting it without", ", ".join(sorted(unknown)))
+            log.warning("this vLLM does not know %s, or what it needs: starting it without", ", ".join(sorted(unknown)))
             without |= unknown
         except BaseException:
             server.stop()
             raise
 
 
-def _engine(
+def _engines(
     settings: VllmSettings, model: ModelFacts, facts: ServerFacts, url: str, server: ServerProcess | None, *, takes_priority: bool
-) -> ServedEngine:
-    observers: list[Observer] = [MetricsObserver()]
-    source = facts.events or (_own_source(settings) if server is not None and facts.rank_count == 1 else None)
-    if source is not None:
-        host = urlsplit(url).hostname or "127.0.0.1"
-        replay = connectable(source.replay_endpoint, host) if source.replay_endpoint else None
-        observers.append(KvEventObserver(connectable(source.endpoint, host), replay, source.topic, facts.block_size))
-    elif facts.rank_count > 1:
-        log.warning("vLLM has %d data-parallel ranks behind one port: which of them holds what is of no use for routing", facts.rank_count)
-    else:
-        log.warning("this vLLM publishes no KV events (--kv-events-config): the router goes by what it sent there")
-    card = _card(settings, model, facts, publishes_events=source is not None, takes_priority=takes_priority)
+) -> list[ServedEngine]:
     way = "token-in/token-out" if facts.has_generate else "completions with token ids"
     log.info("vLLM %s at %s: %s, %d blocks of %d tokens", facts.version, url, way, facts.block_count, facts.block_size)
     dialect = dialect_of(facts.model, has_generate=facts.has_generate, takes_priority=takes_priority)
-    return ServedEngine(card, model.tokenizer, url, dialect, observers, server)
+    prefill = NixlPrefill(dialect) if facts.hands_over else None
+    if settings.hands_over and prefill is None:
+        log.warning("this vLLM cannot hand over from prefill to decode: its answers do not say where blocks are")
+    engines = []
+    for rank in range(facts.rank_count):
+        source = facts.events[rank] or (_own_source(settings) if server is not None and facts.rank_count == 1 else None)
+        observers: list[Observer] = [MetricsObserver(rank=rank)]
+        if source is not None:
+            host = urlsplit(url).hostname or "127.0.0.1"
+            replay = connectable(source.replay_endpoint, host) if source.replay_endpoint else None
+            observers.append(KvEventObserver(connectable(source.endpoint, host), replay, source.topic, facts.block_size))
+        else:
+            log.warning("this vLLM publishes no KV events (--kv-events-config): the router goes by what it sent there")
+        card = _card(settings, model, facts, publishes_events=source is not None, takes_priority=takes_priority)
+        headers = headers_of(settings.api_key)
+        if facts.rank_count > 1:
+            headers[RANK_HEADER] = str(rank)
+        owned = server if rank == 0 else None
+        engines.append(ServedEngine(card, model.tokenizer, url, dialect, observers, owned, prefill=prefill, headers=headers))
+    return engines
+
+
+def _offer_facts(settings: VllmSettings, model: ModelFacts, facts: ServerFacts) -> dict[str, str]:
+    """What has to be equal at two servers. Tensor-parallel sizes may differ."""
+    return {
+        "vLLM's version": facts.version,
+        "the model's path": facts.root,
+        "dtype": model.dtype if settings.dtype == "auto" else settings.dtype,
+        "the KV cache's dtype": facts.cache_dtype,
+        "block size": str(facts.block_size),
+    }
 
 
 def _own_source(settings: VllmSettings) -> EventSource:
@@ -102,6 +124,7 @@ def _own_source(settings: VllmSettings) -> EventSource:
 
 def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publishes_events: bool, takes_priority: bool) -> ModelCard:
     generation = model.generation
+    offer_facts = _offer_facts(settings, model, facts) if facts.hands_over else {}
     return ModelCard(
         name=settings.name or facts.model,
         tokenizer_json=model.text.tokenizer_json,
@@ -116,7 +139,10 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         block_count=facts.block_count,
         max_batch_tokens=settings.max_batch_tokens or _UNTOLD_BATCH_TOKENS,
         max_running=settings.max_running or flags.DEFAULT_MAX_RUNNING,
-        can_hand_over=False,
+        can_hand_over=facts.hands_over,
+        offer_kind=kind_of(offer_facts) if facts.hands_over else "",
+        offer_facts=offer_facts,
+        adapters=list(facts.adapters),
         publishes_events=publishes_events,
         keeps_priorities=takes_priority,
         resumes_sampling=False,
@@ -146,10 +172,3 @@ def _checked_url(text: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ConfigurationError(f"--attach {text} is no address of a server; write for example http://127.0.0.1:8000")
     return text.rstrip("/")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        port: int = probe_socket.getsockname()[1]
-        return port

@@ -13,9 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from polyphase.core.errors import ConfigurationError
+from polyphase.engines.vllm.hand_over import connector_config, connector_environment, has_accelerator, is_for_want_of_nixl
 from polyphase.engines.vllm.settings import VllmSettings
 
 EVENT_TOPIC = "kv-events"
+ANY_PORT = "tcp://*:0"
+CONNECTOR = "--kv-transfer-config"
 DEFAULT_MAX_RUNNING = 256  # Source: vLLM's for servers on most accelerators; given, so that the card is true
 
 # What we would like and can do without.
@@ -49,13 +52,19 @@ def base_command(settings: VllmSettings) -> list[str]:
 
 
 def serve_command(settings: VllmSettings, name: str, port: int, without: Collection[str] = ()) -> list[str]:
-    """All of it. `without` are optional flags that this vLLM does not know. Raises: ConfigurationError."""
+    """All of it. `without`: optional flags, those that this vLLM does not know or cannot use. Raises: ConfigurationError."""
+    try:
+        further = shlex.split(settings.arguments)
+    except ValueError as error:
+        raise ConfigurationError(f"--engine-args cannot be read as a shell would: {error}") from error
+    has_connector = settings.hands_over and CONNECTOR not in without and not _names(further, CONNECTOR)
     given: dict[str, object] = {
         "--served-model-name": name,
         "--host": "127.0.0.1",
         "--port": port,
         "--max-num-seqs": settings.max_running or DEFAULT_MAX_RUNNING,
-        "--kv-events-config": json.dumps(event_config(settings.folder)),
+        "--kv-events-config": json.dumps(event_config(settings.folder, has_ranks=rank_count(further) > 1)),
+        CONNECTOR: json.dumps(connector_config(is_on_cpu=is_on_cpu(settings))) if has_connector else None,
         "--block-size": settings.block_size,
         "--kv-cache-memory-bytes": settings.kv_bytes,
         "--max-model-len": settings.context_length,
@@ -64,22 +73,39 @@ def serve_command(settings: VllmSettings, name: str, port: int, without: Collect
     }
     flags = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
     flags += [part for flag, values in OPTIONAL.items() if flag not in without for part in (flag, *values)]
-    try:
-        further = shlex.split(settings.arguments)
-    except ValueError as error:
-        raise ConfigurationError(f"--engine-args cannot be read as a shell would: {error}") from error
     return [*base_command(settings), settings.model, *flags, *further]
 
 
-def event_config(folder: Path) -> dict[str, object]:
-    """Sockets in a private folder: of TCP endpoints, vLLM binds only those that listen on all interfaces."""
+def event_config(folder: Path, *, has_ranks: bool = False) -> dict[str, object]:
+    """Sockets in a private folder: of TCP endpoints, vLLM binds only those that listen on all interfaces.
+
+    Of several ranks each needs its own, which vLLM makes of TCP endpoints only: any port, on the node's address, which is loopback here.
+    """
     return {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
-        "endpoint": f"ipc://{folder}/events",
-        "replay_endpoint": f"ipc://{folder}/replay",
+        "endpoint": ANY_PORT if has_ranks else f"ipc://{folder}/events",
+        "replay_endpoint": ANY_PORT if has_ranks else f"ipc://{folder}/replay",
         "topic": EVENT_TOPIC,
     }
+
+
+def rank_count(arguments: Sequence[str]) -> int:
+    """Data-parallel ranks that the server's own flags ask for."""
+    for place, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag in ("--data-parallel-size", "-dp"):
+            value = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
+            return int(value) if value.isdigit() else 1
+    return 1
+
+
+def is_on_cpu(settings: VllmSettings) -> bool:
+    return settings.device == "cpu" or (settings.device == "auto" and not has_accelerator())
+
+
+def _names(arguments: Sequence[str], flag: str) -> bool:
+    return any(argument.partition("=")[0] == flag for argument in arguments)
 
 
 def environment(settings: VllmSettings, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -87,13 +113,17 @@ def environment(settings: VllmSettings, inherited: Mapping[str, str]) -> dict[st
     wanted = {"VLLM_HOST_IP": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
     if settings.device in ("cpu", "auto"):
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else each worker takes the same cores; without meaning on accelerators
+    if settings.hands_over:
+        wanted |= connector_environment(is_on_cpu=is_on_cpu(settings))
+    if settings.api_key is not None:
+        wanted["VLLM_API_KEY"] = settings.api_key  # not on the command line, which everybody can read
     return {name: value for name, value in wanted.items() if name not in inherited}
 
 
-def unknown_optional_flags(lines: Sequence[str]) -> set[str]:
-    """Flags of ours that a server which ended had complained of."""
+def unusable_flags(lines: Sequence[str]) -> set[str]:
+    """Flags of ours that a server which ended had complained of, and that it can do without."""
     said = {word for line in lines if (found := _UNKNOWN.search(line)) for word in found[1].split()}
-    return said & OPTIONAL.keys()
+    return (said & {*OPTIONAL, CONNECTOR}) | ({CONNECTOR} if is_for_want_of_nixl(lines) else set())
 
 
 def progress_of(lines: Sequence[str]) -> str:

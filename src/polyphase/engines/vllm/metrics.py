@@ -24,8 +24,10 @@ _PREFIX = "vllm:"
 class MetricsObserver:
     """Implements `Observer`."""
 
-    def __init__(self, interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, interval_s: float = INTERVAL_S, rank: int | None = None) -> None:
+        """`rank`: look at this data-parallel rank only."""
         self._interval_s = interval_s
+        self._rank = rank
 
     async def watch(self, client: httpx.AsyncClient, sink: Sink) -> None:
         unreachable = 0
@@ -33,7 +35,7 @@ class MetricsObserver:
             try:
                 response = await client.get("/metrics", timeout=TIMEOUT_S)
                 if response.status_code == 200:
-                    sink.note_gauges(gauges_of(response.text))
+                    sink.note_gauges(gauges_of(response.text, self._rank))
                 unreachable = 0
             except httpx.ConnectError as error:
                 unreachable += 1
@@ -44,10 +46,12 @@ class MetricsObserver:
             await asyncio.sleep(self._interval_s)
 
 
-def gauges_of(text: str) -> Gauges:
-    """Over all data-parallel ranks: counts add up, and the fullest cache counts."""
+def gauges_of(text: str, rank: int | None = None) -> Gauges:
+    """Of one data-parallel rank, or of all: then counts add up, and the fullest cache counts."""
     gauges = Gauges()
-    for name, value, _ in _samples(text):
+    for name, value, labels in _samples(text):
+        if rank is not None and labels.get("engine") != str(rank):
+            continue
         match name:
             case "num_requests_running":
                 gauges.running_count += int(value)
@@ -68,6 +72,15 @@ def cache_of(text: str) -> tuple[int, int]:
         if name == "cache_config_info":
             return _whole(labels.get("block_size")), _whole(labels.get("num_gpu_blocks"))
     return 0, 0
+
+
+def cache_dtype_of(text: str) -> str:
+    return next((labels.get("cache_dtype", "auto") for name, _, labels in _samples(text) if name == "cache_config_info"), "auto")
+
+
+def ranks_of(text: str) -> int:
+    """Data-parallel ranks, at least 1."""
+    return max(1, len({labels.get("engine") for name, _, labels in _samples(text) if name == "num_requests_running"}))
 
 
 def _samples(text: str) -> Iterator[tuple[str, float, dict[str, str]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -24,4 +24,6 @@ class VllmSettings:
     context_length: int | None = None
     max_batch_tokens: int | None = None
     max_running: int | None = None
+    hands_over: bool = False  # with vLLM's NIXL connector, between prefill and decode
+    api_key: str | None = field(default=None, repr=False)  # that the server wants
     start_timeout_s: float = 1800.0  # a first download of the weights counts
