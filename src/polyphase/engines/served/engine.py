@@ -117,7 +117,7 @@ class ServedEngine:
             self._leave(request_id, FinishReason.HANDED_OVER)
 
     def load(self) -> Load:
-        return self._tally.load(self._flights.values(), self._offers.block_count())
+        return self._tally.load(self._flights.values(), self._offers.block_count(), self._offers.computing_token_count())
 
     # Implements `KvSender`
 
@@ -245,6 +245,7 @@ class ServedEngine:
         if chunk.error is not None:
             raise chunk.error
         if early_params is not None:
+            self._tally.note_usage(chunk.usage)
             return
         self._tally.note_tokens(flight, flight.take(chunk))
         if chunk.offer_params is not None:

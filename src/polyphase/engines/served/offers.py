@@ -24,6 +24,9 @@ def kind_of(engine: str, facts: Mapping[str, str]) -> str:
     return f"{engine}/{digest}"
 
 
+LINGER_S = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class _Lease:
     offer: EngineOffer
@@ -63,14 +66,21 @@ class OpenOffers:
         return offer
 
     def release(self, lease_id: str) -> None:
-        """Unknown ids are ignored."""
+        """Its reader has it, or nobody wants it. A leg whose reader has its first token is about to end by itself. Unknown ids are ignored."""
         lease = self._leases.pop(lease_id, None)
-        if lease is not None and lease.leg is not None:
-            lease.leg.cancel()
+        if lease is not None and lease.leg is not None and not lease.leg.done():
+            lease.leg.get_loop().call_later(LINGER_S, lease.leg.cancel)
 
     def release_request(self, request_id: str) -> None:
+        """It is called off."""
         for lease_id in [lease_id for lease_id, lease in self._leases.items() if lease.request_id == request_id]:
-            self.release(lease_id)
+            leg = self._leases.pop(lease_id).leg
+            if leg is not None:
+                leg.cancel()
+
+    def computing_token_count(self) -> int:
+        """Of prompts that are offered already and still computed."""
+        return sum(lease.offer.token_count for lease in self._leases.values() if lease.leg is not None and not lease.leg.done())
 
     def block_count(self) -> int:
         """That the open ones keep at the server. Those whose time is over go."""
