@@ -1,7 +1,9 @@
-"""Records what a real SGLang answers, for tests/unit/sglang: `python tools/record_sglang.py OUTPUT.json URL` or `OUTPUT.json PREFILL_URL DECODE_URL`.
+"""Records what a real SGLang answers, for tests/unit/sglang: `python tools/record_sglang.py OUTPUT.json URL [DECODE_URL]`.
 
-One URL is a server as Polyphase starts it, with page size 16, an empty cache and the model of tools/make_tiny_model.py, served as `tiny`. Two
-are its halves (`--disaggregation-mode`). Request bodies are those that our dialect writes. Look at the difference before committing.
+One URL is a server as Polyphase starts it, with page size 16 and the model of tools/make_tiny_model.py, served as `tiny`; without
+--incremental-streaming-output, for the cumulative recording. Two are its halves (`--disaggregation-mode`), prefill first; what a decode
+server says when the prefill server dies was added by hand. Request bodies are those that our dialect writes. Look at the difference before
+committing.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ LONG = list(range(100, 200))
 # Of the five hundred things that /server_info tells, those that we read, and what they depend on.
 KEPT = (
     "chunked_prefill_size", "context_length", "device", "disable_radix_cache", "disaggregation_bootstrap_port", "disaggregation_mode",
-    "disaggregation_transfer_backend", "dp_size", "dtype", "enable_deterministic_inference", "enable_priority_scheduling", "grammar_backend",
-    "incremental_streaming_output", "kv_cache_dtype", "kv_events", "kv_events_config", "max_prefill_tokens", "max_req_input_len",
-    "max_running_requests", "max_total_num_tokens", "page_size", "schedule_low_priority_values_first", "served_model_name",
-    "skip_tokenizer_init", "version",
+    "disaggregation_transfer_backend", "dp_size", "dtype", "enable_deterministic_inference", "enable_priority_scheduling",
+    "grammar_backend", "incremental_streaming_output", "kv_cache_dtype", "kv_events", "kv_events_config", "max_prefill_tokens",
+    "max_req_input_len", "max_running_requests", "max_total_num_tokens", "page_size", "schedule_low_priority_values_first",
+    "served_model_name", "skip_tokenizer_init", "version",
 )  # fmt: skip
 
 

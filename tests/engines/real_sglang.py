@@ -1,13 +1,14 @@
 """Polyphase before real SGLang servers: `make test-engines-sglang`. Not part of `make test`, whose SGLang is played from recordings.
 
-Two servers for the first class of tests, one prefill and one decode server for the second; on a small machine they are up after one to three
-minutes. ENGINE_PYTHON names the interpreter that tools/install_sglang.py printed, and ENGINE_MODEL the folder that tools/make_tiny_model.py
-wrote. The tests of a class build on each other and run in this order.
+Two servers for the first class of tests, a prefill and a decode server for the second; on a small machine they are up after one to three
+minutes. ENGINE_PYTHON names the interpreter that tools/install_sglang.py printed, and ENGINE_MODEL the folder that
+tools/make_tiny_model.py wrote. The tests of a class build on each other and run in this order.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import signal
@@ -44,6 +45,19 @@ def complete(served: Deployment, prompt: list[int], count: int = 8, **fields: An
     return client_of(served).completions.create(
         model="tiny", prompt=prompt, max_tokens=count, extra_body=body, **{"temperature": 0, **fields}
     )
+
+
+def begin(served: Deployment, count: int) -> tuple[str, Iterator[list[int]]]:
+    """A streamed answer: the worker that serves it, and its tokens as they come."""
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    stream = client_of(served).completions.with_raw_response.create(
+        model="tiny", prompt=PROMPT, max_tokens=count, temperature=0, stream=True, extra_body=extra
+    )
+    chunks: Any = stream.parse()
+    tokens = (list(chunk.choices[0].token_ids or []) for chunk in chunks)
+    first = next(tokens)
+    worker_id: str = served.record(stream.headers["x-request-id"])["decode_worker"]
+    return worker_id, itertools.chain([first], tokens)
 
 
 def engine_url(served: Deployment, worker_id: str) -> str:
@@ -178,23 +192,14 @@ class TestTwoWorkers:
     def test_a_stopped_engine_is_noticed_and_taken_back(self, served: Deployment) -> None:
         """SIGSTOP of its scheduler: its web server goes on as if nothing were. The stream goes on at the other worker."""
         expected = complete(served, PROMPT, 60).choices[0].token_ids
-        stream = client_of(served).completions.with_raw_response.create(
-            model="tiny",
-            prompt=PROMPT,
-            max_tokens=60,
-            temperature=0,
-            stream=True,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )
-        chunks = iter(stream.parse())
-        tokens: list[int] = [*next(chunks).choices[0].token_ids]  # type: ignore[attr-defined]
-        worker_id = served.record(stream.headers["x-request-id"])["decode_worker"]
+        worker_id, chunks = begin(served, 60)
+        tokens = next(chunks)
         schedulers = engine_pids(served, worker_id, "sglang::schedul")  # of a name, the system keeps 15 characters
         assert schedulers
         for pid in schedulers:
             os.kill(pid, signal.SIGSTOP)
         try:
-            tokens += [token for chunk in chunks for token in chunk.choices[0].token_ids or []]  # type: ignore[attr-defined]
+            tokens += [token for chunk in chunks for token in chunk]
             served.wait_for(lambda: stalled(served) == [worker_id], "the quarantine", timeout_s=90)
         finally:
             for pid in schedulers:
@@ -204,20 +209,11 @@ class TestTwoWorkers:
 
     def test_kill_9_in_mid_stream_is_not_seen_by_the_client(self, served: Deployment) -> None:
         expected = complete(served, PROMPT, 60).choices[0].token_ids
-        stream = client_of(served).completions.with_raw_response.create(
-            model="tiny",
-            prompt=PROMPT,
-            max_tokens=60,
-            temperature=0,
-            stream=True,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )
-        chunks = iter(stream.parse())
-        tokens: list[int] = [*next(chunks).choices[0].token_ids]  # type: ignore[attr-defined]
-        worker_id = served.record(stream.headers["x-request-id"])["decode_worker"]
+        worker_id, chunks = begin(served, 60)
+        tokens = next(chunks)
         before = set(engine_pids(served, worker_id))
         os.kill(engine_pids(served, worker_id, "sglang::schedul")[0], signal.SIGKILL)
-        tokens += [token for chunk in chunks for token in chunk.choices[0].token_ids or []]  # type: ignore[attr-defined]
+        tokens += [token for chunk in chunks for token in chunk]
         assert tokens == expected
         said = "sglang ended: its process scheduler_0 was killed by SIGKILL"
         served.wait_for(lambda: said in served.output(), "the explanation")

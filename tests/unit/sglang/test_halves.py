@@ -1,13 +1,12 @@
-"""Prefill and decode on two SGLang servers, as recorded: the offer comes before the prompt is computed, and both legs run at the same time."""
+"""Prefill and decode on two SGLang servers, as recorded: the offer comes before the prompt is computed, and both legs run at once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
-import msgspec
 import pytest
 
 from polyphase.engines.served.engine import ServedEngine
@@ -50,6 +49,13 @@ async def halves() -> AsyncIterator[Halves]:
         yield Halves(*doubles)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Of what has no event to wait for."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def offer_of(engine: ServedEngine, run: Any, request_id: str = "a") -> EngineOffer:
     engine.submit(request(request_id, hand_over=True))
     end = await run.end(request_id)
@@ -65,8 +71,7 @@ async def test_both_legs_run_at_the_same_time_and_the_decode_leg_tells_all_token
         assert halves.prefill.load().waiting_prefill_tokens == 100, "it is offered, and not computed yet"
         halves.decode.submit(request("a", offer=offer))
         assert (await decode.end("a")).finish_reason is FinishReason.LENGTH
-        while halves.prefill.load().waiting_prefill_tokens:
-            await asyncio.sleep(0.01)
+        await until(lambda: not halves.prefill.load().waiting_prefill_tokens)
     assert decode.tokens("a") == [1353, 289, 1429, 279, 2831, 1827]
     assert [report.released_offers for report in decode.reports if report.released_offers] == [[offer]]
     asked = [halves.doubles[half].bodies[0] for half in ("prefill", "decode")]
@@ -87,13 +92,10 @@ async def test_a_leg_that_nobody_wants_any_more_is_ended_by_name(halves: Halves)
         released = await offer_of(halves.prefill, prefill, "a")
         await offer_of(halves.prefill, prefill, "b")
         double = halves.doubles["prefill"]
-        while len(double.bodies) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(double.bodies) == 2)
         halves.prefill.release_lease(released.lease_id)
         halves.prefill.abort("b")
-        async with asyncio.timeout(30):
-            while len(double.aborted) < 2:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(double.aborted) == 2)
     assert sorted(double.aborted) == ["a", "b"]
 
 

@@ -66,7 +66,7 @@ class OpenOffers:
         return offer
 
     def release(self, lease_id: str) -> None:
-        """Its reader has it, or nobody wants it. A leg whose reader has its first token is about to end by itself. Unknown ids are ignored."""
+        """Its reader has it, in which case a leg that still runs is about to end by itself, or nobody wants it. Unknown ids are ignored."""
         lease = self._leases.pop(lease_id, None)
         if lease is not None and lease.leg is not None and not lease.leg.done():
             lease.leg.get_loop().call_later(LINGER_S, lease.leg.cancel)
