@@ -26,6 +26,7 @@ def facts(
     labels: dict[str, str] | None = None,
     offer_kind: str = BLOCKS,
     offer_facts: dict[str, str] | None = None,
+    serves_whole: bool = True,
 ) -> WorkerFacts:
     return WorkerFacts(
         worker_id=WorkerId(worker_id),
@@ -41,6 +42,7 @@ def facts(
         labels=labels or {},
         offer_kind=offer_kind,
         offer_facts=offer_facts or {},
+        serves_whole=serves_whole,
     )
 
 

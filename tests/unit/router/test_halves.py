@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 
 from polyphase.core.errors import NoWorkers, Overloaded
-from polyphase.router import Router, can_serve
+from polyphase.router import Router, WorkerFacts, can_serve
 from polyphase.wire.cards import Role
 from tests.unit.router.builders import facts, prefix, request, router_with
 
 KIND = "sglang/1"
 
 
-def half(worker_id: str, role: Role, **changes: object) -> object:
-    return facts(worker_id, role, offer_kind=KIND, can_hand_over=role is Role.PREFILL, serves_whole=False, **changes)
+def half(worker_id: str, role: Role, max_running: int = 64) -> WorkerFacts:
+    can_hand_over = role is Role.PREFILL
+    return facts(worker_id, role, offer_kind=KIND, can_hand_over=can_hand_over, serves_whole=False, max_running=max_running)
 
 
-def pair(**options: object) -> Router:
-    return router_with(half("p", Role.PREFILL), half("d", Role.DECODE), **options)  # type: ignore[arg-type]
+def pair() -> Router:
+    return router_with(half("p", Role.PREFILL), half("d", Role.DECODE))
 
 
 def legs(router: Router, request_id: str = "a", block_count: int = 1) -> tuple[str | None, str]:
@@ -35,14 +36,14 @@ def test_even_the_shortest_prompt_is_split() -> None:
 
 @pytest.mark.parametrize("missing", ["p", "d"])
 def test_one_half_serves_nobody(missing: str) -> None:
-    router = router_with(*(half(name, role) for name, role in (("p", Role.PREFILL), ("d", Role.DECODE)) if name != missing))  # type: ignore[arg-type]
+    router = router_with(*(half(name, role) for name, role in (("p", Role.PREFILL), ("d", Role.DECODE)) if name != missing))
     for ask in (router.route, router.has_headroom):
         with pytest.raises(NoWorkers):
             ask(request())
 
 
 def test_a_pair_that_is_full_refuses() -> None:
-    router = router_with(half("p", Role.PREFILL), half("d", Role.DECODE, max_running=1), max_waiting_requests=0)  # type: ignore[arg-type]
+    router = router_with(half("p", Role.PREFILL), half("d", Role.DECODE, max_running=1), max_waiting_requests=0)
     legs(router)
     with pytest.raises(Overloaded):
         router.route(request("b"))
@@ -55,15 +56,15 @@ def test_it_has_room_where_both_have() -> None:
 
 
 def test_halves_beside_whole_ones_are_no_place_for_whole_requests() -> None:
-    router = router_with(half("p", Role.PREFILL), half("d", Role.DECODE), facts("w"))  # type: ignore[arg-type]
+    router = router_with(half("p", Role.PREFILL), half("d", Role.DECODE), facts("w"))
     found = {legs(router, str(number)) for number in range(6)}
     assert found == {(None, "w")}, "short prompts are not split where somebody serves them whole"
 
 
 def test_what_can_serve() -> None:
     prefill, decode = half("p", Role.PREFILL), half("d", Role.DECODE)
-    assert can_serve([prefill, decode])  # type: ignore[list-item]
-    assert not can_serve([prefill])  # type: ignore[list-item]
-    assert not can_serve([decode])  # type: ignore[list-item]
+    assert can_serve([prefill, decode])
+    assert not can_serve([prefill])
+    assert not can_serve([decode])
     assert can_serve([facts("p", Role.PREFILL)])
     assert not can_serve([])
