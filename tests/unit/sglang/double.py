@@ -149,7 +149,7 @@ class SglangDouble:
             self.unrecorded.append(json.dumps(asked))
             _write(writer, 400, UNRECORDED)
             return
-        if asked["rid"].startswith("lost-"):
+        if asked.get("rid", "").startswith("lost-"):
             found = self.recording.exchange("lost")
         elif self.rooms is not None:
             await self.rooms.meet(asked["bootstrap_room"], self.half)
@@ -157,7 +157,7 @@ class SglangDouble:
             _write(writer, found["status"], found["answer"])
             return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-        manner = asked["rid"].partition("-")[0]
+        manner = asked.get("rid", "").partition("-")[0]
         text: str = found["answer"]
         if manner in ("hang", "cut", "mute", "die"):
             text = "".join(f"{event}\n\n" for event in text.split("\n\n")[:3]) + (DIED if manner == "die" else "")
