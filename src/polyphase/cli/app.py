@@ -271,6 +271,22 @@ def role(
 
 
 @app.command()
+def sleep(worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as status shows it.")], name: Name = None) -> None:
+    """Put a worker to sleep: its requests go elsewhere or end, and its engine gives the accelerator's memory free."""
+    from polyphase.cli.sleep import change_sleep
+
+    change_sleep(worker, name, is_asleep=True)
+
+
+@app.command()
+def wake(worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as status shows it.")], name: Name = None) -> None:
+    """Wake a worker that sleeps."""
+    from polyphase.cli.sleep import change_sleep
+
+    change_sleep(worker, name, is_asleep=False)
+
+
+@app.command()
 def explain(
     request_id: Annotated[
         str | None, typer.Argument(metavar="ID", help="Header x-request-id, or the answer's id. [default: the latest request]")

@@ -167,7 +167,8 @@ def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width:
     up_s = time.time() - record.started_unix_s
     head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
-    notes = shortcomings(answer.entry.role for answer in answers.values() if answer is not None and not answer.entry.is_draining)
+    there = [answer.entry for answer in answers.values() if answer is not None]
+    notes = shortcomings(entry.role for entry in there if not (entry.is_draining or entry.is_asleep))
     engines = [Text(line, "dim") for line in engine_lines(answers)]
     return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *engines, *(Text(line, "yellow") for line in notes + remarks))
 
@@ -202,7 +203,7 @@ def _cells(status: WorkerStatus) -> list[str | Text]:
     load = status.load
     return [
         status.entry.role.value,
-        Text("draining", "yellow") if status.entry.is_draining else Text("ready", "green"),
+        _state(status),
         str(load.running_count),
         str(load.waiting_count),
         f"{load.used_block_count}/{load.block_count}",
@@ -210,6 +211,12 @@ def _cells(status: WorkerStatus) -> list[str | Text]:
         format_count(load.prompt_tokens_total),
         format_count(load.generated_tokens_total),
     ]
+
+
+def _state(status: WorkerStatus) -> Text:
+    if status.entry.is_draining:
+        return Text("draining", "yellow")
+    return Text("asleep", "yellow") if status.entry.is_asleep else Text("ready", "green")
 
 
 def _wide_cells(status: WorkerStatus) -> list[str]:

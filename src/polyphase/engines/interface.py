@@ -155,12 +155,24 @@ class KvSender(Protocol):
         """The reader has what was offered, or nobody wants it: what is still computed for it ends. Unknown ids are ignored."""
 
 
+@runtime_checkable
+class Sleeper(Protocol):
+    """Optional ability: the engine gives the accelerator's memory free, and takes it back, without being started anew."""
+
+    async def sleep(self) -> None:
+        """Called when nothing runs. What was cached is gone. Raises: EngineFailed if it will not."""
+
+    async def wake(self) -> None:
+        """Raises: EngineFailed if it will not."""
+
+
 class Ability(enum.StrEnum):
     """What not every engine can; `polyphase status` shows which a worker has."""
 
     KV_EVENTS = "kv-events"  # it tells which blocks it holds
     HAND_OVER = "hand-over"  # `KvExporter` or `KvSender`: its KV goes to other workers
     PRIORITY = "priority"
+    SLEEP = "sleep"  # `Sleeper`
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
 
@@ -170,6 +182,7 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.KV_EVENTS: card.publishes_events,
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
+        Ability.SLEEP: card.can_sleep,
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }
     return [ability for ability, is_there in has.items() if is_there]

@@ -279,6 +279,8 @@ class Dispatcher:
         facts = self._router.facts_of(flight.worker_id)
         if facts is not None and facts.role is not flight.roles.get(flight.worker_id):
             return f"worker {flight.worker_id} is a {facts.role} worker now"
+        if facts is not None and facts.is_asleep:
+            return f"worker {flight.worker_id} falls asleep"
         return f"worker {flight.worker_id} drains" if facts is None or facts.is_draining else f"worker {flight.worker_id} handed it back"
 
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:

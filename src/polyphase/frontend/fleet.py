@@ -247,6 +247,7 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         can_hand_over=card.can_hand_over,
         publishes_events=card.publishes_events,
         is_draining=entry.is_draining,
+        is_asleep=entry.is_asleep,
         labels=entry.labels,
         offer_kind=card.offer_kind,
         serves_whole=card.serves_whole,

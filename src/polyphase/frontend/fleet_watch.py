@@ -51,6 +51,8 @@ class FleetWatch:
         if after.role is not before.role:
             log.info("worker %s: role %s, was %s", after.worker_id, after.role, before.role)
             self._dispatcher.metrics.role_changes.labels(after.worker_id, after.role.value).inc()
+        if after.is_asleep is not before.is_asleep:
+            log.info("worker %s %s", after.worker_id, "falls asleep" if after.is_asleep else "is awake")
         if after.is_draining and not before.is_draining:
             log.info("worker %s drains", after.worker_id)
         if after.role is not before.role:

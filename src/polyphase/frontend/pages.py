@@ -102,6 +102,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         "epoch": facts.epoch,
         "is_draining": facts.is_draining,
         "is_stalled": facts.is_stalled,
+        "is_asleep": facts.is_asleep,
         "running": load.running_count if load else 0,
         "waiting": load.waiting_count if load else 0,
         "block_count": facts.block_count,
@@ -117,7 +118,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
 
 
 def _takes_requests(view: WorkerView) -> bool:
-    return not (view.facts.is_draining or view.facts.is_stalled)
+    return view.facts.is_available
 
 
 def _lane(lane: LaneView) -> dict[str, Any]:

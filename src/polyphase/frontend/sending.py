@@ -160,7 +160,7 @@ class Sending:
     def is_as_chosen(self, flight: Flight, worker_id: WorkerId) -> bool:
         """Whether the worker still is what it was when the route was chosen."""
         facts = self._router.facts_of(worker_id)
-        return facts is not None and not (facts.is_draining or facts.is_stalled) and facts.role is flight.roles.get(worker_id)
+        return facts is not None and facts.is_available and facts.role is flight.roles.get(worker_id)
 
     def _roles_in(self, route: Route) -> dict[WorkerId, Role]:
         places = [place.worker_id for place in (route.prefill, route.decode) if place is not None]

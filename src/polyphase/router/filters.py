@@ -1,6 +1,7 @@
 """Which workers may take which leg of a request, each reason one `contracts.Filter`, in this order:
 
 draining   leaves, and takes nothing new
+asleep     gave its accelerator's memory free
 stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
@@ -35,6 +36,23 @@ class Draining:
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(
             f"{every(worker_count)} of the model {request.model!r} is draining; retry when another has joined",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
+class Asleep:
+    """are asleep"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        views = workers.standings.views
+        return [row for row in rows if not views[row].facts.is_asleep]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} is asleep; somebody has to wake one (polyphase wake)",
             retry_after_s=5,
             request_id=request.request_id,
         )

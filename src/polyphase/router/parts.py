@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
-from polyphase.router.filters import Draining, Excluded, FitsRole, Full, RequiredLabels, Stalled, Taker
+from polyphase.router.filters import Asleep, Draining, Excluded, FitsRole, Full, RequiredLabels, Stalled, Taker
 from polyphase.router.pickers import best
 from polyphase.router.scorers import Decode, Distance, InTier, Labels, Moved, Overflow, Queued, Requests, Session, Uncached
 from polyphase.wire.events import Tier
@@ -75,6 +75,7 @@ BUILT_IN = Parts(
     },
     filters={
         "draining": Draining(),
+        "asleep": Asleep(),
         "stalled": Stalled(),
         "excluded": Excluded(),
         "required-labels": RequiredLabels(),

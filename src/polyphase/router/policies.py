@@ -42,7 +42,7 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
     "least-loaded": _LOAD,
     "round-robin": {},  # all workers are equal, and equals take turns
 }
-FILTERS = ("draining", "stalled", "excluded", "required-labels", "role", "taker", "full")  # of every policy
+FILTERS = ("draining", "asleep", "stalled", "excluded", "required-labels", "role", "taker", "full")  # of every policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,16 @@ class WorkerFacts:
     can_hand_over: bool  # it makes offers
     is_draining: bool = False
     is_stalled: bool = False
+    is_asleep: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     offer_kind: str = BLOCKS  # which offers it makes, if it does, and takes; "": none
     serves_whole: bool = True  # else only the leg that its role says
     offer_facts: Labels = field(default_factory=lambda: NO_LABELS, hash=False)  # what must be equal, for people to be told what differs
+
+    @property
+    def is_available(self) -> bool:
+        return not (self.is_draining or self.is_stalled or self.is_asleep)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from polyphase.core.errors import ConfigurationError, ConnectionLost, WorkerLost
 from polyphase.runtime.pump import SocketPump
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
 from polyphase.wire.events import MissedBatches, SnapshotPage
-from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, StepOutputs, SwitchRole, ToWorker
+from polyphase.wire.requests import Answer, Denied, FromWorker, Query, Question, StepOutputs, SwitchRole, SwitchSleep, ToWorker
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,19 @@ class WorkerClient:
             return body
         raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
 
-    async def _ask(self, worker_id: str, message: Query | SwitchRole, what: str, timeout_s: float) -> AnswerBody:
+    async def switch_sleep(self, worker_id: str, timeout_s: float, *, is_asleep: bool) -> WorkerStatus:
+        """Put a worker to sleep, or wake it; when this returns, it is.
+
+        Raises: ConfigurationError with the worker's reason if it will not; WorkerLost as `ask`.
+        Cancel: the worker goes on with it.
+        """
+        message = SwitchSleep(next(self._query_ids), is_asleep)
+        body = await self._ask(worker_id, message, "the request to sleep" if is_asleep else "the request to wake", timeout_s)
+        if isinstance(body, WorkerStatus):
+            return body
+        raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
+
+    async def _ask(self, worker_id: str, message: Query | SwitchRole | SwitchSleep, what: str, timeout_s: float) -> AnswerBody:
         query_id = message.query_id
         self.send(worker_id, message)
         questions = self._connections[worker_id].questions

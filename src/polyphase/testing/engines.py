@@ -22,7 +22,7 @@ import pytest
 
 from polyphase.core.errors import RequestError
 from polyphase.core.hashing import sequence_hashes
-from polyphase.engines.interface import Ability, Engine, KvExporter, KvSender, StepReport, abilities_of
+from polyphase.engines.interface import Ability, Engine, KvExporter, KvSender, Sleeper, StepReport, abilities_of
 from polyphase.wire.cards import BLOCKS
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored
 from polyphase.wire.requests import FinishReason, SamplingParams, SequenceOutput, StopConditions, Submit
@@ -211,4 +211,5 @@ class EngineConformance:
         if card.can_hand_over:
             assert card.offer_kind, "who makes offers takes them"
             assert isinstance(engine, KvExporter if card.offer_kind == BLOCKS else KvSender)
+        assert not card.can_sleep or isinstance(engine, Sleeper)
         assert (Ability.HAND_OVER in abilities_of(engine)) == engine.card.can_hand_over

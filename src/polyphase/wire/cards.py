@@ -29,6 +29,7 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     request_endpoint: str  # ZeroMQ ROUTER
     event_endpoint: str  # ZeroMQ PUB
     is_draining: bool = False
+    is_asleep: bool = False  # or falling asleep: it takes no requests
     labels: dict[str, str] = {}  # where it stands or what it is, for example zone → eu-1; msgspec copies the default
 
 
@@ -55,6 +56,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
     keeps_priorities: bool = True  # among the requests that wait there
     resumes_sampling: bool = True  # a sampled request that moved here goes on with the tokens that it would have had
+    can_sleep: bool = False  # it gives the accelerator's memory free while nobody needs it
     takes_grammars: bool = False  # structured output
     adapters: list[str] = []  # LoRA adapters that it can run, by the names that clients call them; msgspec copies the default
     block_bytes: int

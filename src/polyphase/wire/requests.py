@@ -1,8 +1,8 @@
 """The request channel between a frontend (or a peer worker, or the command line) and a worker.
 
-To the worker go `Submit`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole` and `Query`; back come `StepOutputs` (one message
-per engine step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id. Every submitted request
-ends in exactly one `SequenceOutput` whose `finish_reason` is not None.
+To the worker go `Submit`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole`, `SwitchSleep` and `Query`; back come
+`StepOutputs` (one message per engine step and peer, with the new tokens of all that peer's requests) and `Answer`s to what has a query id.
+Every submitted request ends in exactly one `SequenceOutput` whose `finish_reason` is not None.
 """
 
 from __future__ import annotations
@@ -155,7 +155,17 @@ class SwitchRole(msgspec.Struct, frozen=True, tag="switch_role"):
     role: Role
 
 
-ToWorker = Submit | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | Query | Drain
+class SwitchSleep(msgspec.Struct, frozen=True, tag="switch_sleep"):
+    """Fall asleep: accept nothing, let what runs move or end, then give the accelerator's memory free. Or wake.
+
+    Answered by `WorkerStatus` once it is asleep or awake, or `Denied`.
+    """
+
+    query_id: int
+    is_asleep: bool
+
+
+ToWorker = Submit | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | SwitchSleep | Query | Drain
 
 
 class FinishReason(enum.StrEnum):

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import cast
 
 from polyphase.core.errors import ConfigurationError
-from polyphase.engines.interface import Engine, KvExporter, KvImporter, KvSender
+from polyphase.engines.interface import Engine, KvExporter, KvImporter, KvSender, Sleeper
 from polyphase.wire.cards import BLOCKS, Role
 from polyphase.worker.options import EngineOptions
 
@@ -146,6 +146,10 @@ def kv_sender(engine: Engine) -> KvSender | None:
     """The engine's ability to bring KV to others of its kind, if its card says that it has it."""
     card = engine.card
     return cast("KvSender", engine) if card.can_hand_over and card.offer_kind != BLOCKS else None
+
+
+def sleeper(engine: Engine) -> Sleeper | None:
+    return cast("Sleeper", engine) if engine.card.can_sleep else None
 
 
 def kv_importer(engine: Engine) -> KvImporter | None:

@@ -52,15 +52,17 @@ from polyphase.wire.requests import (
     StepOutputs,
     Submit,
     SwitchRole,
+    SwitchSleep,
     ToWorker,
     WireFailure,
 )
-from polyphase.worker.engines import kv_exporter, kv_importer, kv_sender
+from polyphase.worker.engines import kv_exporter, kv_importer, kv_sender, sleeper
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
 from polyphase.worker.pulls_ahead import PullsAhead
 from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
+from polyphase.worker.sleep import Sleep
 from polyphase.worker.sources import OfferSources
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ class WorkerHost:
         """Binds the sockets. Raises: ConfigurationError if one cannot be bound."""
         self._engine = engine
         self._exporter = kv_exporter(engine)
+        able = sleeper(engine)
+        self._sleep = Sleep(able, self._is_busy, self._tell_asleep) if able is not None else None
         self._lender = self._exporter or kv_sender(engine)
         self._lease = lease
         self._settings = settings
@@ -165,7 +169,7 @@ class WorkerHost:
         await self._draining.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_timeout_s):
-                while self._live or self._engine.load().leased_block_count:  # noqa: ASYNC110  leases end by time, without an event
+                while self._is_busy():  # noqa: ASYNC110  leases end by time, without an event
                     await asyncio.sleep(DRAIN_CHECK_INTERVAL_S)
 
     # From peers
@@ -187,6 +191,8 @@ class WorkerHost:
                 if self._lender is not None:
                     self._lender.release_lease(message.lease_id)
                     self._publish(None)  # no step may follow to tell of it
+            case SwitchSleep():
+                self._tasks.create_task(self._switch_sleep(peer, message), name="sleep")
             case Query():
                 self._answer(peer, message)
             case Drain():
@@ -196,6 +202,9 @@ class WorkerHost:
         request_id = request.request_id
         if self._draining.is_set():
             self._refuse(peer, request, Draining(f"worker {self._entry.worker_id} is going away"))
+            return
+        if self._entry.is_asleep:
+            self._refuse(peer, request, Draining(f"worker {self._entry.worker_id} is asleep"))
             return
         if self._live.get(request_id) is not None:
             self._refuse(peer, request, InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}"))
@@ -304,6 +313,27 @@ class WorkerHost:
         if reason is None and message.role is not self._entry.role:
             reason = self._take_role(message.role)
         self._server.send(peer, Answer(message.query_id, self._status() if reason is None else Denied(reason)))
+
+    async def _switch_sleep(self, peer: PeerId, message: SwitchSleep) -> None:
+        reason: str | None
+        if self._sleep is None:
+            reason = f"its engine cannot ({self._engine.card.engine}); --enable-sleep-mode is vLLM's flag for it"
+        elif self._draining.is_set():
+            reason = "it is draining"
+        else:
+            reason = await (self._sleep.fall_asleep() if message.is_asleep else self._sleep.wake())
+        body = self._status() if reason is None else Denied(f"worker {self._entry.worker_id}: {reason}")
+        self._server.send(peer, Answer(message.query_id, body))
+
+    def _tell_asleep(self, is_asleep: bool) -> None:
+        if self._entry.is_asleep is not is_asleep:
+            entry = msgspec.structs.replace(self._entry, is_asleep=is_asleep)
+            self._lease.update(entry)
+            self._entry = entry
+            log.info("asleep: takes no requests" if is_asleep else "awake")
+
+    def _is_busy(self) -> bool:
+        return bool(self._live) or self._engine.load().leased_block_count > 0
 
     def _take_role(self, role: Role) -> str | None:
         """Returns: why not. A role that the registry does not show would only make frontends send what is then refused."""

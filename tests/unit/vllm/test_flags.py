@@ -120,3 +120,13 @@ def test_flags_with_dashes_arrive_in_one_piece() -> None:
 def test_settings_that_contradict_each_other(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ServeSettings(model="demo", **changes)
+
+
+def test_servers_that_run_already_can_have_a_phase_each() -> None:
+    given = ServeSettings(model="demo", engine="vllm", attach="http://x:1,http://x:2,http://x:3", prefill=1, decode=2)
+    workers = plan_deployment(given, cores=2, gpus=()).workers
+    assert [(worker.worker_id, worker.attach) for worker in workers] == [
+        ("prefill-0", "http://x:1"),
+        ("decode-0", "http://x:2"),
+        ("decode-1", "http://x:3"),
+    ]

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from polyphase.core.errors import ContextLengthExceeded, ModelLoadError, TransferError
+from polyphase.core.errors import ContextLengthExceeded, EngineFailed, ModelLoadError, TransferError
 from polyphase.core.hashing import sequence_hashes
 from polyphase.engines.interface import BlockSource, StepReport
 from polyphase.transfer import HostMemory, SharedPool, Verdict
@@ -70,6 +70,7 @@ class FakeEngine:
         self.free_blocks = list(range(BLOCK_COUNT))
         self.hashes: list[int] = []
         self.is_closed = False
+        self.is_asleep = self.will_not_sleep = False
         self._events: list[KvEvent] = []
         self._released: list[KvOffer] = []
         self._lease_ids = itertools.count(1)
@@ -95,6 +96,7 @@ class FakeEngine:
             max_batch_tokens=64,
             max_running=8,
             can_hand_over=True,
+            can_sleep=True,
             block_bytes=BLOCK_BYTES,
             engine="fake",
         )
@@ -121,6 +123,15 @@ class FakeEngine:
         assert set(verdicts) == {Verdict.DONE}
         assert array("I", bytes(data)).tolist() == request.token_ids[: len(offer.block_ids) * BLOCK_SIZE]
         return PhaseStats(transferred_token_count=offer.token_count, transferred_bytes=len(data))
+
+    async def sleep(self) -> None:
+        assert not self.running
+        if self.will_not_sleep:
+            raise EngineFailed("no")
+        self.is_asleep = True
+
+    async def wake(self) -> None:
+        self.is_asleep = False
 
     def hand_over(self, request_id: str) -> None:
         self.leaving.append(request_id)

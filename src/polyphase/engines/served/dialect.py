@@ -91,6 +91,14 @@ class PrefillDialect(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class SleepPaths:
+    """Where a server is told to sleep and to wake, by POST."""
+
+    sleep: str
+    wake: str
+
+
 class Sink(Protocol):
     """Where an observer brings what it saw; on the event loop."""
 

@@ -23,7 +23,7 @@ from polyphase.core.clock import MonotonicClock
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.engines.served.dialect import AbortDialect, Dialect, Gauges, Observer, PrefillDialect
+from polyphase.engines.served.dialect import AbortDialect, Dialect, Gauges, Observer, PrefillDialect, SleepPaths
 from polyphase.engines.served.flight import Flight, flight_of
 from polyphase.engines.served.offers import OpenOffers
 from polyphase.engines.served.process import ServerProcess
@@ -31,7 +31,7 @@ from polyphase.engines.served.sse import event_data
 from polyphase.engines.served.tally import Tally
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
-from polyphase.wire.events import KvEvent, Load
+from polyphase.wire.events import AllCleared, KvEvent, Load
 from polyphase.wire.kv import EngineOffer, Offer
 from polyphase.wire.requests import FinishReason, Submit
 
@@ -41,6 +41,8 @@ CONNECT_TIMEOUT_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 _ABORT_TIMEOUT_S = 5.0
 _CHECK_INTERVAL_S = 0.1
+_FETCHING_INTERVAL_S = 0.5
+_SLEEP_TIMEOUT_S = 300.0  # weights go to host memory and back
 _LAST_WORDS_S = 0.5  # after a connection broke, until the server has ended too
 _SAID_ENOUGH_BYTES = 4096  # of an error's body
 
@@ -58,6 +60,7 @@ class ServedEngine:
         server: ServerProcess | None = None,
         prefill: PrefillDialect | None = None,
         headers: Mapping[str, str] | None = None,
+        sleep_paths: SleepPaths | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +71,7 @@ class ServedEngine:
         self._card = card
         self._url = url
         self._headers = dict(headers or {})
+        self._sleep_paths = sleep_paths
         self._clock = MonotonicClock()
         self._dialect = dialect
         self._observers = observers
@@ -119,6 +123,27 @@ class ServedEngine:
     def load(self) -> Load:
         return self._tally.load(self._flights.values(), self._offers.block_count(), self._offers.computing_token_count())
 
+    # Implements `Sleeper`
+
+    async def sleep(self) -> None:
+        assert self._sleep_paths is not None
+        await self._tell(self._sleep_paths.sleep)
+        self.note_events([AllCleared()])  # the server says so too, but only with its next step
+
+    async def wake(self) -> None:
+        assert self._sleep_paths is not None
+        await self._tell(self._sleep_paths.wake)
+
+    async def _tell(self, path: str) -> None:
+        if self._client is None:
+            raise EngineFailed(f"{self._card.engine} is not running")
+        try:
+            response = await self._client.post(path, timeout=_SLEEP_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            raise EngineFailed(f"{self._card.engine} does not answer {path}: {_said(error)}") from error
+        if response.status_code != 200:
+            raise error_of_status(response.status_code, _message_in(response.content), self._card.engine)
+
     # Implements `KvSender`
 
     def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str) -> None:
@@ -139,6 +164,8 @@ class ServedEngine:
             ):
                 for observer in self._observers:
                     self._tasks.create_task(observer.watch(self._client, self), name=type(observer).__name__)
+                if self._prefill is not None:
+                    self._tasks.create_task(self._count_fetching(), name="fetching")
                 if self._server is not None:
                     self._tasks.create_task(self._watch_server(self._server), name="server")
                 for flight in self._flights.values():
@@ -330,6 +357,20 @@ class ServedEngine:
         self._tally.note_gauges(gauges)
         if self._tally.step != step:
             self._news.set()
+
+    async def _count_fetching(self) -> None:
+        """KV on its way here is work of the server's, in which it makes no steps, and which comes to an end with the offer's lease."""
+        while True:
+            await asyncio.sleep(_FETCHING_INTERVAL_S)
+            if self._is_fetching():
+                self._tally.note_step()
+                self._news.set()
+
+    def _is_fetching(self) -> bool:
+        """Whether nothing else runs there."""
+        offers = [flight.taken_offer for flight in self._flights.values()]
+        now_ns = self._clock.now_ns()
+        return bool(offers) and all(offer is not None and now_ns < offer.expires_at_ns for offer in offers)
 
     async def _watch_server(self, server: ServerProcess) -> None:
         while not server.has_ended():  # noqa: ASYNC110  a process that a thread listens to has no event on this loop

@@ -56,7 +56,7 @@ class KvEventObserver:
     """Implements `Observer`. The translator outlives `watch`, and so does the place in the stream."""
 
     def __init__(self, endpoint: str, replay_endpoint: str | None, topic: str, block_size: int) -> None:
-        """Endpoints to connect to; the engine binds both."""
+        """Endpoints as seen from here; the engine binds the second, and the first or not (`meet`)."""
         self._endpoint = endpoint
         self._replay_endpoint = replay_endpoint
         self._topic = topic
@@ -70,7 +70,7 @@ class KvEventObserver:
             socket.linger = 0
             socket.rcvhwm = 0  # a slow reader loses nothing that memory can hold
             socket.subscribe(self._topic)
-            socket.connect(self._endpoint)
+            meet(socket, self._endpoint)
             await self._catch_up(context, sink)
             while True:
                 frames = await socket.recv_multipart()
@@ -141,6 +141,22 @@ def parse_frames(frames: Sequence[bytes]) -> tuple[int, Batch]:
     if len(frames) not in (2, 3) or len(frames[-2]) != 8:
         raise WireError(f"a message of {len(frames)} frames is no batch of KV events")
     return int.from_bytes(frames[-2], "big"), decode_batch(frames[-1])
+
+
+def meet(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect, or bind where the engine connects: to TCP endpoints that name an address.
+
+    Whether it does cannot be seen: it may have bound any port, and then told which. If the port is free, it has not.
+    Source: vLLM's `ZmqEventPublisher._is_bind_endpoint`, and SGLang's.
+    """
+    if endpoint.startswith(("tcp://127.", "tcp://localhost:", "tcp://[::1]:")):
+        try:
+            socket.bind(endpoint.replace("tcp://localhost:", "tcp://127.0.0.1:"))
+        except zmq.ZMQError as error:
+            log.debug("KV events at %s: %s, so the engine has bound it", endpoint, error)
+        else:
+            return
+    socket.connect(endpoint)
 
 
 def connectable(endpoint: str, host: str) -> str:

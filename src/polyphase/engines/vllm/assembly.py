@@ -8,7 +8,7 @@ import time
 from urllib.parse import urlsplit
 
 from polyphase.core.errors import ConfigurationError, ModelLoadError
-from polyphase.engines.served.dialect import Observer
+from polyphase.engines.served.dialect import Observer, SleepPaths
 from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.kv_events import KvEventObserver, connectable
 from polyphase.engines.served.model_files import ModelFacts, read_model_facts
@@ -25,6 +25,7 @@ from polyphase.wire.cards import ModelCard
 log = logging.getLogger(__name__)
 
 ATTACH_TIMEOUT_S = 60.0
+SLEEP_PATHS = SleepPaths("/sleep?level=1", "/wake_up")  # Source: vLLM's API with VLLM_SERVER_DEV_MODE
 RANK_HEADER = "x-data-parallel-rank"
 _UNTOLD_BATCH_TOKENS = 2048  # Source: vLLM's least default; the card's figure bounds what may wait, and how long a step is expected to take
 
@@ -101,7 +102,19 @@ def _engines(
         if facts.rank_count > 1:
             headers[RANK_HEADER] = str(rank)
         owned = server if rank == 0 else None
-        engines.append(ServedEngine(card, model.tokenizer, url, dialect, observers, owned, prefill=prefill, headers=headers))
+        engines.append(
+            ServedEngine(
+                card,
+                model.tokenizer,
+                url,
+                dialect,
+                observers,
+                owned,
+                prefill=prefill,
+                headers=headers,
+                sleep_paths=SLEEP_PATHS if card.can_sleep else None,
+            )
+        )
     return engines
 
 
@@ -143,6 +156,7 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         offer_kind=kind_of(offer_facts) if facts.hands_over else "",
         offer_facts=offer_facts,
         adapters=list(facts.adapters),
+        can_sleep=facts.can_sleep and facts.rank_count == 1,  # all ranks sleep at once
         publishes_events=publishes_events,
         keeps_priorities=takes_priority,
         resumes_sampling=False,

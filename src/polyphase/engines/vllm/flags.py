@@ -115,6 +115,8 @@ def environment(settings: VllmSettings, inherited: Mapping[str, str]) -> dict[st
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else each worker takes the same cores; without meaning on accelerators
     if settings.hands_over:
         wanted |= connector_environment(is_on_cpu=is_on_cpu(settings))
+    if "--enable-sleep-mode" in settings.arguments:
+        wanted["VLLM_SERVER_DEV_MODE"] = "1"  # else nobody can tell it to sleep
     if settings.api_key is not None:
         wanted["VLLM_API_KEY"] = settings.api_key  # not on the command line, which everybody can read
     return {name: value for name, value in wanted.items() if name not in inherited}

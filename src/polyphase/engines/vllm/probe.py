@@ -42,6 +42,7 @@ class ServerFacts:
     root: str = ""  # the model's folder or name, as the server knows it
     cache_dtype: str = "auto"
     adapters: tuple[str, ...] = ()  # LoRA
+    can_sleep: bool = False
 
     @property
     def rank_count(self) -> int:
@@ -65,6 +66,9 @@ def probe(url: str, wanted_model: str | None, headers: Mapping[str, str] | None 
             metrics = client.get("/metrics").text
             block_size, block_count = cache_of(metrics)
             sources = _json(client, "/kv_event_sources", must=False)
+            sleeps = _json(client, "/is_sleeping", must=False).get("is_sleeping")
+            if sleeps:
+                raise ModelLoadError(f"vLLM at {url} is asleep, and hangs its callers; wake it: curl -X POST {url}/wake_up")
             has_generate = _has_generate(client, model)
             hands_over = _hands_over(client, model, has_generate=has_generate)
         except httpx.HTTPError as error:
@@ -82,6 +86,7 @@ def probe(url: str, wanted_model: str | None, headers: Mapping[str, str] | None 
         events=[_source(sources[rank]) for rank in sorted(sources, key=int)] if sources else [None] * ranks_of(metrics),
         root=str(listed[model].get("root") or model),
         cache_dtype=cache_dtype_of(metrics),
+        can_sleep=sleeps is False,
         adapters=tuple(name for name, entry in listed.items() if entry.get("parent") is not None),
     )
 
@@ -120,6 +125,10 @@ def _has_generate(client: httpx.Client, model: str) -> bool:
     return client.post("/inference/v1/generate", json=probe_body(model), timeout=FIRST_TOKEN_TIMEOUT_S).status_code == 200
 
 
+def completions_probe_body(model: str) -> dict[str, Any]:
+    return {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
+
+
 def probe_body(model: str) -> dict[str, Any]:
     return {"model": model, "token_ids": [1], "sampling_params": {"max_tokens": 1, "temperature": 0, "detokenize": False}}
 
@@ -129,7 +138,7 @@ def _hands_over(client: httpx.Client, model: str, *, has_generate: bool) -> bool
     if has_generate:
         path, body = "/inference/v1/generate", probe_body(model)
     else:
-        path, body = "/v1/completions", {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
+        path, body = "/v1/completions", completions_probe_body(model)
     response = client.post(path, json={**body, "kv_transfer_params": ASK_FOR_OFFER}, timeout=FIRST_TOKEN_TIMEOUT_S)
     try:
         params = response.json().get("kv_transfer_params") if response.status_code == 200 else None
