@@ -105,7 +105,8 @@ def prompts() -> Iterator[list[int]]:
 
 class TestTwoWorkers:
     @pytest.fixture(scope="class")
-    def served(self) -> Iterator[Deployment]:
+    @classmethod
+    def served(cls) -> Iterator[Deployment]:
         options = [*OPTIONS, "--workers", "2", "--engine-args", ON_A_CPU]
         with Deployment(MODEL, *options, start_timeout_s=START_TIMEOUT_S, environment=ENVIRONMENT) as deployment:
             yield deployment
@@ -233,7 +234,8 @@ class TestHalves:
     """The KV goes over TCP by Mooncake, with the CUDA calls around it left away: see tools/sglang_cpu_stand_ins."""
 
     @pytest.fixture(scope="class")
-    def served(self) -> Iterator[Deployment]:
+    @classmethod
+    def served(cls) -> Iterator[Deployment]:
         options = [*OPTIONS, "--prefill", "1", "--decode", "1", "--engine-args", f"{ON_A_CPU} --num-reserved-decode-tokens 64"]
         with Deployment(MODEL, *options, start_timeout_s=START_TIMEOUT_S, environment=ENVIRONMENT) as deployment:
             yield deployment

@@ -172,11 +172,12 @@ def test_what_the_real_one_tells() -> None:
     assert (decode.mode, decode.keeps_prefixes) == ("decode", False)
 
 
-def test_events_that_connect_to_an_address_are_none() -> None:
-    info = {"max_total_num_tokens": 64, "page_size": 16, "kv_events_config": '{"publisher":"zmq","endpoint":"tcp://127.0.0.1:5557"}'}
-    source = facts_of(info, [], None).events
-    assert source is not None
-    assert not source.is_bound
+def test_events_that_go_to_another_host_are_not_for_us() -> None:
+    info: dict[str, Any] = {"max_total_num_tokens": 64, "page_size": 16}
+    for endpoint, is_bound, can_be_heard in (("tcp://127.0.0.1:5557", False, True), ("tcp://10.0.0.9:5557", False, False)):
+        source = facts_of({**info, "kv_events_config": json.dumps({"publisher": "zmq", "endpoint": endpoint})}, [], None).events
+        assert source is not None
+        assert (source.is_bound, source.can_be_heard) == (is_bound, can_be_heard)
     bound = facts_of(
         {**info, "kv_events_config": '{"publisher":"zmq","endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5567"}'}, [], None
     )

@@ -142,11 +142,8 @@ def _event_observer(facts: ServerFacts, host: str, rank: int) -> KvEventObserver
         log.info("this SGLang keeps no prefixes: there is nothing to tell of")
     elif source is None:
         log.warning("this SGLang publishes no KV events (--kv-events-config): the router goes by what it sent there")
-    elif not source.is_bound:
-        log.warning(
-            'this SGLang connects to %s and binds nothing, so that no KV event can be had: add "bind":true to --kv-events-config',
-            source.endpoint,
-        )
+    elif not source.can_be_heard:
+        log.warning('this SGLang sends its KV events to %s: add "bind":true to --kv-events-config', source.endpoint)
     else:
         of_rank = source.of_rank(rank)
         replay = connectable(of_rank.replay_endpoint, host) if of_rank.replay_endpoint else None

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from polyphase.core.errors import ModelLoadError, WireError
+from polyphase.engines.served.kv_events import LOOPBACK
 from polyphase.engines.served.secrets import headers_of
 from polyphase.engines.sglang import load
 
@@ -23,7 +24,12 @@ class EventSource:
     endpoint: str
     replay_endpoint: str | None
     topic: str
-    is_bound: bool  # else it connects, and nobody can listen
+    is_bound: bool  # else it connects
+
+    @property
+    def can_be_heard(self) -> bool:
+        """Where it connects to this host, the observer binds."""
+        return self.is_bound or self.endpoint.startswith(LOOPBACK)
 
     def of_rank(self, rank: int) -> EventSource:
         """Each data-parallel rank has ports of its own, one after the other."""
