@@ -46,6 +46,12 @@ def test_what_is_said_becomes_flags() -> None:
     assert not {"--dtype", "--device", "--disaggregation-mode"} & set(command)
 
 
+def test_adapters_go_by_name() -> None:
+    command = serve_command(settings(adapters={"sql": "/a/sql", "poet": "/a/poet"}), "m", 1)
+    place = command.index("--lora-paths")
+    assert command[place - 1 : place + 3] == ["--enable-lora", "--lora-paths", "sql=/a/sql", "poet=/a/poet"]
+
+
 def test_without_a_word_pages_are_large_enough_for_an_index() -> None:
     assert value_of(serve_command(settings(), "m", 1), "--page-size") == "16"
 

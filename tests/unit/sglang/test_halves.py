@@ -16,6 +16,7 @@ from polyphase.testing.engines import stepping
 from polyphase.text import Tokenizer
 from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import FinishReason
+from polyphase.worker.warm_up import warm_up
 from tests.unit.sglang.double import HALVES, Recording, Rooms, SglangDouble, serving
 from tests.unit.sglang.test_engine import card_of, facts_in, manners_of, request
 from tests.unit.vllm.test_engine import TOKENIZER
@@ -118,4 +119,10 @@ async def test_no_half_serves_a_whole_request(halves: Halves, half: str) -> None
         engine.submit(request("b", offer=strange))
         ends = [await run.end(name) for name in "ab"]
     assert all(end.failure is not None and end.failure.is_retryable and f"does the {half} half only" in end.failure.message for end in ends)
+    assert not halves.doubles[half].bodies
+
+
+@pytest.mark.parametrize("half", ["prefill", "decode"])
+async def test_a_worker_does_not_ask_half_an_engine_for_its_first_token(halves: Halves, half: str) -> None:
+    assert await warm_up(getattr(halves, half)) == []
     assert not halves.doubles[half].bodies

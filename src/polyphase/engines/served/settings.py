@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,5 +28,6 @@ class ServerSettings:
     context_length: int | None = None
     max_batch_tokens: int | None = None
     max_running: int | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA: folder by name
     api_key: str | None = field(default=None, repr=False)  # that the server wants
     start_timeout_s: float = 1800.0  # a first download of the weights counts

@@ -72,6 +72,8 @@ def serve_command(settings: ServerSettings, name: str, port: int, without: Colle
         "--kv-events-config": json.dumps(event_config(settings.folder, rank_count(further))),
     }
     flags = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
+    if settings.adapters:
+        flags += ["--enable-lora", "--lora-paths", *(f"{name}={folder}" for name, folder in settings.adapters.items())]
     flags += [part for flag, values in OPTIONAL.items() if flag not in without for part in (flag, *values)]
     if settings.device == "cpu" and settings.role is not Role.BOTH:
         flags += ["--disaggregation-transfer-backend", "mooncake_tcp"]
