@@ -37,7 +37,7 @@ class Launcher:
     name: str
     command: Callable[[int, Collection[str]], list[str]]  # of a port, and of the optional flags that it does not know
     environment: Mapping[str, str]
-    optional: Collection[str]  # flags that we would like and can do without
+    unusable: Callable[[Sequence[str]], Collection[str]]  # of what it said: flags that we would like, can do without, and it cannot have
     is_up: Callable[[str], bool]  # of its URL
     progress: Callable[[Sequence[str]], str]
     last_words: Callable[[str], str | None] = lambda line: None  # see `ServerProcess`
@@ -57,11 +57,11 @@ class Launcher:
                 return Launched(server, url, without)
             except ModelLoadError:
                 server.stop()
-                unknown = unknown_flags(server.lines) & frozenset(self.optional) - without
-                if not unknown:
+                unusable = frozenset(self.unusable(server.lines)) - without
+                if not unusable:
                     raise
-                log.warning("this %s does not know %s: starting it without", self.name, ", ".join(sorted(unknown)))
-                without |= unknown
+                log.warning("this %s does not know %s, or what it needs: starting it without", self.name, ", ".join(sorted(unusable)))
+                without |= unusable
             except BaseException:
                 server.stop()
                 raise

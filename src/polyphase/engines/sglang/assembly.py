@@ -11,7 +11,7 @@ from polyphase.core.errors import ModelLoadError
 from polyphase.engines.served.dialect import Observer
 from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.kv_events import KvEventObserver, connectable
-from polyphase.engines.served.launching import Launcher, await_attached, checked_url
+from polyphase.engines.served.launching import Launcher, await_attached, checked_url, unknown_flags
 from polyphase.engines.served.model_files import ModelFacts, read_model_facts
 from polyphase.engines.served.offers import kind_of
 from polyphase.engines.served.polling import LoadPoll
@@ -60,7 +60,7 @@ def _launcher(settings: ServerSettings, model: ModelFacts, api_key: str | None) 
         name="sglang",
         command=lambda port, without: flags.serve_command(settings, name, port, without, kv_tokens),
         environment=flags.environment(settings, os.environ),
-        optional=flags.OPTIONAL,
+        unusable=lambda lines: unknown_flags(lines) & flags.OPTIONAL.keys(),
         is_up=is_up,
         progress=flags.progress_of,
         last_words=flags.last_words,
