@@ -27,7 +27,7 @@ START_TIMEOUT_S = 500.0
 MODEL = os.environ["ENGINE_MODEL"]
 PROMPT = list(range(100, 300))
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "SGLANG_CPU_TRANSFER": "1"}
-ON_A_CPU = "--attention-backend torch_native --sampling-backend pytorch --mem-fraction-static 0.1 --sleep-on-idle"
+ON_A_CPU = "--attention-backend torch_native --sampling-backend pytorch --mem-fraction-static 0.6 --sleep-on-idle"
 OPTIONS = [
     "--engine", "sglang", "--engine-python", os.environ["ENGINE_PYTHON"], "--served-model-name", "tiny", "--device", "cpu",
     "--dtype", "float32", "--block-size", "16", "--kv-memory", "32MiB", "--max-running", "8",
