@@ -127,7 +127,7 @@ def event_config(folder: Path, ranks: int) -> dict[str, object]:
 
 def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[str, str]:
     """What it needs beyond ours; what the user has set stays."""
-    wanted = {"SGLANG_HOST_IP": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    wanted = {"SGLANG_HOST_IP": "127.0.0.1", "PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
     if settings.device == "cpu":
         wanted |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "MC_FORCE_TCP": "1"}
     return {name: value for name, value in wanted.items() if name not in inherited}

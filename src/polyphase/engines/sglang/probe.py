@@ -62,11 +62,15 @@ class ServerFacts:
 
 
 def is_up(url: str) -> bool:
-    """503 while it warms up. When it is idle, the question costs it a token."""
-    try:
-        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False, verify=False).status_code == 200
-    except httpx.HTTPError:
-        return False
+    """503 while it warms up. `/health` costs an idle server a token, which a decode server may have to wait for; so older ones only."""
+    for path in ("/ready", "/health"):
+        try:
+            status = httpx.get(f"{url}{path}", timeout=5.0, trust_env=False, verify=False).status_code
+        except httpx.HTTPError:
+            return False
+        if status != 404:
+            return status == 200
+    return False
 
 
 def probe(url: str, api_key: str | None = None) -> ServerFacts:
