@@ -55,7 +55,7 @@ def test_a_stock_server_is_started_asked_and_ended(knows_the_flag: bool) -> None
         assert not served.pids(), pids
     assert answer["choices"][0]["token_ids"] == recorded_tokens()
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 96
-    assert ("this vLLM does not know --enable-scale-out" in logs) is not knows_the_flag
+    assert ("this vllm does not know --enable-scale-out" in logs) is not knows_the_flag
 
 
 def test_kill_9_of_an_engine_in_mid_stream_is_not_seen_by_the_client() -> None:

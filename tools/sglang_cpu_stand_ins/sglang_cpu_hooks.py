@@ -1,20 +1,25 @@
 """What SGLang's dependencies and its disaggregation take for granted of CUDA, done without. Imported by every Python of the environment.
 
 Always: the operators that torchvision, whose wheel is built for CUDA, cannot load here and fails without. With SGLANG_CPU_TRANSFER=1:
-pinned memory, streams and events, which the transfer between prefill and decode asks for and which mean nothing on a CPU.
+pinned memory, streams and events, which the transfer between prefill and decode asks for and which mean nothing on a CPU; and the library
+for RDMA, of which Mooncake uses nothing over TCP.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.abc
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+IBVERBS = Path(sys.prefix) / "ibverbs"  # where install_sglang.py puts it, if the system has none
+LIBRARIES = ("libnl-3.so.200", "libnl-route-3.so.200", "libibverbs.so.1")  # each needs those before
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
@@ -82,6 +87,13 @@ def _do_without_cuda() -> None:
         setattr(torch.cpu.Stream, name, lambda *_, **__: None)
 
 
+def _load_ibverbs() -> None:
+    for name in LIBRARIES:
+        if (IBVERBS / name).exists():
+            ctypes.CDLL(str(IBVERBS / name), ctypes.RTLD_GLOBAL)
+
+
 sys.meta_path.insert(0, _Before("torchvision", _declare_operators))
 if os.environ.get("SGLANG_CPU_TRANSFER") == "1":
     sys.meta_path.insert(0, _Before("sglang", _do_without_cuda))
+    sys.meta_path.insert(0, _Before("mooncake", _load_ibverbs))

@@ -26,7 +26,16 @@ import logging
 from collections.abc import Collection, Sequence
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import ConnectionLost, DeadlineExceeded, Draining, PolyphaseError, Refused, RoleChanged, WorkerLost
+from polyphase.core.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    Draining,
+    PolyphaseError,
+    Refused,
+    RoleChanged,
+    TransferError,
+    WorkerLost,
+)
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.failures import error_of
 from polyphase.frontend.flight import Flight, Job, Stage
@@ -319,7 +328,7 @@ class Dispatcher:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
         if flight.stage is Stage.SERVING and isinstance(flight.offer, EngineOffer):
             self._sending.release_offer(flight)  # that worker may have begun to fetch it
-        if isinstance(cause, ConnectionLost):
+        if isinstance(cause, ConnectionLost | TransferError):  # an engine whose peer was lost has done nothing wrong
             flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
         elif flight.worker_id not in flight.avoided:
             flight.tried.add((flight.worker_id, flight.epoch))

@@ -285,5 +285,6 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         is_asleep=entry.is_asleep,
         labels=entry.labels,
         offer_kind=card.offer_kind,
+        serves_whole=card.serves_whole,
         offer_facts=card.offer_facts,
     )

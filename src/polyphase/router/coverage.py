@@ -16,10 +16,16 @@ def shortcomings(roles: Iterable[Role]) -> list[str]:
     """
     present = set(roles)
     if present == {Role.PREFILL}:
-        return ["no decode worker is there: prefill workers serve requests whole"]
+        return ["no decode worker is there: prefill workers serve requests whole, if their engine can"]
     if present == {Role.DECODE}:
-        return ["no prefill worker is there: decode workers compute prompts themselves"]
+        return ["no prefill worker is there: decode workers compute prompts themselves, if their engine can"]
     return []
+
+
+def can_serve(workers: Iterable[WorkerFacts]) -> bool:
+    """Whether these, of one model and able to take requests, serve any from its beginning to its end."""
+    present = list(workers)
+    return any(facts.serves_whole for facts in present) or {Role.PREFILL, Role.DECODE} <= {facts.role for facts in present}
 
 
 def misfits(workers: Iterable[WorkerFacts]) -> list[str]:

@@ -12,6 +12,7 @@ role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
              prefill   only if alone   no           yes, if it can hand over to one that decodes
+              (who does one half only never serves a whole request)
 context    is too short for it: it joined when the request was under way already
 full       runs and queues as many requests of this router as it may
 mates      is of another group, engine, block size or kind of offers than the worker that has the other leg
@@ -190,8 +191,10 @@ class FitsRole:
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
         views = workers.standings.views
         others = [row for row in rows if views[row].facts.role is not Role.PREFILL]
-        if leg is not Leg.PREFILL:
-            return others or rows
+        if leg is Leg.BOTH:
+            return [row for row in others if views[row].facts.serves_whole] or [row for row in rows if views[row].facts.serves_whole]
+        if leg is Leg.DECODE:
+            return others or [row for row in rows if views[row].facts.serves_whole]
         kinds = {views[row].facts.offer_kind for row in others}
         return [row for row in rows if _can_hand_over_to(kinds, views[row].facts)]
 

@@ -53,6 +53,7 @@ class WorkerFacts:
     takes_grammars: bool = False
     resumes_grammars: bool = False  # also of requests of which something was emitted elsewhere
     offer_kind: str = BLOCKS  # which offers it makes, if it does, and takes; "": none
+    serves_whole: bool = True  # else only the leg that its role says
     offer_facts: Labels = field(default_factory=lambda: NO_LABELS, hash=False)  # what must be equal, for people to be told what differs
 
     @property

@@ -73,6 +73,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     can_hand_over: bool  # it makes offers of `offer_kind` of what it has computed
     offer_kind: str = BLOCKS  # which offers it takes; a name and a digest of `offer_facts` for engines that move KV themselves; "": none
     offer_facts: dict[str, str] = {}  # what must be equal at both of them, so that people can be told what differs
+    serves_whole: bool = True  # it computes prompts and generates; else only the half that its role says
     publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
     keeps_priorities: bool = True  # among the requests that wait there
     resumes_sampling: bool = True  # a sampled request that moved here goes on with the tokens that it would have had

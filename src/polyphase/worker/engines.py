@@ -21,7 +21,7 @@ def load_engines(name: str, options: EngineOptions) -> list[Engine]:
     """Load the model and allocate what the engine needs. Several, where one server has data-parallel ranks: each is a worker of its own.
 
     Args:
-        name: `torch`, `vllm`, `openai`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
+        name: `torch`, `vllm`, `sglang`, `openai`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns one.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
     Owner: the caller closes the engines.
@@ -32,11 +32,13 @@ def load_engines(name: str, options: EngineOptions) -> list[Engine]:
         return [_load_mock(options)]
     if name == "vllm":
         return _load_vllm(options)
+    if name == "sglang":
+        return _load_sglang(options)
     if name == "openai":
         return [_load_openai(options)]
     if ":" in name:
         return [_foreign_loader(name)(options)]
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, openai, mock, or module:function of an engine's loader")
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, sglang, openai, mock, or module:function of a loader")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
@@ -121,6 +123,33 @@ def _load_openai(options: EngineOptions) -> Engine:
     )
 
 
+def _load_sglang(options: EngineOptions) -> list[Engine]:
+    from polyphase.engines.served.secrets import api_key_of
+    from polyphase.engines.served.settings import ServerSettings
+    from polyphase.engines.sglang.assembly import load_sglang_engines
+
+    settings = ServerSettings(
+        model=options.model,
+        name=options.name,
+        folder=options.run_folder / "engines" / options.worker_id,
+        attach=options.attach,
+        python=options.engine_python,
+        command=options.engine_command,
+        arguments=options.engine_args,
+        role=options.role,
+        adapters=options.adapters,
+        device=options.device,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        kv_bytes=options.kv_bytes,
+        context_length=options.context_length,
+        max_batch_tokens=options.max_batch_tokens,
+        max_running=options.max_running,
+        api_key=api_key_of(os.environ),
+    )
+    return list(load_sglang_engines(settings))
+
+
 def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:
     module_name, _, function_name = name.partition(":")
     try:
@@ -135,7 +164,7 @@ def check_adapters(engine: Engine, name: str, wanted: Collection[str]) -> None:
     missing = sorted(set(wanted) - set(engine.card.adapters))
     if missing:
         raise ConfigurationError(
-            f"the engine {name} did not take the LoRA adapter {missing[0]!r}; leave --lora away, or take torch or vllm"
+            f"the engine {name} did not take the LoRA adapter {missing[0]!r}; leave --lora away, or take torch, vllm or sglang"
         )
 
 

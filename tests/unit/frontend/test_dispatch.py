@@ -375,8 +375,8 @@ class DispatchMachine(RuleBasedStateMachine):
         part = KvPart(first_block, [7, 8], [1, 1], AGENT, "pool")
         self.report(worker_id, SequenceOutput(request_id=request_id, part=part))
 
-    @rule(data=st.data(), is_retryable=st.booleans(), gives_up=st.booleans())
-    def fail(self, data: st.DataObject, is_retryable: bool, gives_up: bool) -> None:
+    @rule(data=st.data(), code=st.sampled_from(["engine_failed", "peer_lost"]), is_retryable=st.booleans(), gives_up=st.booleans())
+    def fail(self, data: st.DataObject, code: str, is_retryable: bool, gives_up: bool) -> None:
         chosen = self.some_running(data)
         if chosen is None:
             return
@@ -385,7 +385,7 @@ class DispatchMachine(RuleBasedStateMachine):
         if submit.offer is not None and submit.offer.worker_id in self.lives and not gives_up:
             self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
         reason = FinishReason.CANCELLED if gives_up else FinishReason.ERROR
-        failure = None if gives_up else WireFailure("engine_failed", "x", is_retryable)
+        failure = None if gives_up else WireFailure(code, "x", is_retryable)
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=reason, failure=failure))
 
     @precondition(lambda self: self.flights)
@@ -523,6 +523,26 @@ def test_what_a_stalled_worker_or_a_broken_connection_strands_is_watched() -> No
             assert one.dispatcher._waiting.stranded
             assert one.dispatcher._waiting.is_watched
             one.lives["prefill-0"].running.clear()  # what it ran before nobody could tell it to stop
+
+
+def test_a_worker_whose_peer_was_lost_is_taken_again_if_there_is_no_other() -> None:
+    """An engine that waited for KV in vain is well; but it is not asked for ever."""
+    for code, is_taken_again in (("peer_lost", True), ("engine_failed", False)):
+        with machine() as one:
+            one.join("both-0")
+            one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+            for _ in range(10):
+                running = one.lives["both-0"].running
+                if not running:
+                    break
+                wire_id = running.popitem()[0]
+                failure = WireFailure(code, "x", True)
+                one.report("both-0", SequenceOutput(request_id=wire_id, finish_reason=FinishReason.ERROR, failure=failure))
+                for timer in [timer for timer in one.timers.pending if timer.delay_s < 1]:  # who waits looks again
+                    timer.fire()
+            record = one.flights[0].record
+            assert (record.migrations > 1) is is_taken_again, (code, record.migrations)
+            assert one.flights[0].is_over
 
 
 def test_whoever_takes_a_prompt_over_hears_of_its_blocks_while_it_is_computed() -> None:

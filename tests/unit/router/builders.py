@@ -28,6 +28,7 @@ def facts(
     offer_facts: dict[str, str] | None = None,
     takes_grammars: bool = False,
     resumes_grammars: bool | None = None,
+    serves_whole: bool = True,
 ) -> WorkerFacts:
     return WorkerFacts(
         worker_id=WorkerId(worker_id),
@@ -45,6 +46,7 @@ def facts(
         offer_facts=offer_facts or {},
         takes_grammars=takes_grammars,
         resumes_grammars=takes_grammars if resumes_grammars is None else resumes_grammars,
+        serves_whole=serves_whole,
     )
 
 

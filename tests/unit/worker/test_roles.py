@@ -184,4 +184,7 @@ def test_an_engine_that_cannot_hand_over_is_no_prefill_worker() -> None:
     card = msgspec.structs.replace(engine.card, can_hand_over=False)
     assert "cannot be a prefill worker" in (why_not_switch(Role.PREFILL, entry_of(Role.BOTH), card) or "")
     assert why_not_switch(Role.DECODE, entry_of(Role.BOTH), card) is None
+    half = msgspec.structs.replace(card, serves_whole=False)
+    assert "was started to do this half only" in (why_not_switch(Role.BOTH, entry_of(Role.DECODE), half) or "")
+    assert why_not_switch(Role.DECODE, entry_of(Role.DECODE), half) is None
     engine.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import httpx
 
@@ -21,13 +21,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One piece of a streamed answer."""
+    """One piece of a streamed answer. `is_whole`: its tokens and logprobs are all so far, not only those since the last piece."""
 
     token_ids: Sequence[int] = ()
     logprobs: Sequence[TokenLogprob] = ()
     finish: str | None = None  # "stop", "length"; anything else is taken for a failure
     stop_reason: int | str | None = None
     usage: Usage | None = None
+    is_whole: bool = False
     error: PolyphaseError | None = None
     offer_params: dict[str, Any] | None = None  # of a prefill leg: with these another server of the kind can go on
 
@@ -54,6 +55,17 @@ class Dialect(Protocol):
 
     def read(self, data: bytes) -> Chunk:
         """The data of one server-sent event. Raises: WireError."""
+
+
+@runtime_checkable
+class AbortDialect(Protocol):
+    """How a request is ended by its name, at servers that notice only late that a connection has closed."""
+
+    @property
+    def abort_path(self) -> str: ...
+
+    def abort_body(self, request: Submit) -> bytes:
+        """JSON; the answer is not read."""
 
 
 class PrefillDialect(Protocol):

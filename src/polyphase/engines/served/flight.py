@@ -44,7 +44,8 @@ class Flight:
     def take(self, chunk: Chunk) -> int:
         """Tokens of an answer; how many were new. Behind one that ends the sequence, none counts."""
         before = self.token_count
-        for place, token_id in enumerate(chunk.token_ids):
+        known = before if chunk.is_whole else 0
+        for place, token_id in enumerate(chunk.token_ids[known:], known):
             if self.finish is not None:
                 break
             self._tokens.append(token_id)

@@ -26,6 +26,7 @@ from polyphase.wire.events import KvEvent
 log = logging.getLogger(__name__)
 
 REPLAY_TIMEOUT_S = 3.0
+LOOPBACK = ("tcp://127.", "tcp://localhost:", "tcp://[::1]:")
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -149,7 +150,7 @@ def meet(socket: zmq.asyncio.Socket, endpoint: str) -> None:
     Whether it does cannot be seen: it may have bound any port, and then told which. If the port is free, it has not.
     Source: vLLM's `ZmqEventPublisher._is_bind_endpoint`, and SGLang's.
     """
-    if endpoint.startswith(("tcp://127.", "tcp://localhost:", "tcp://[::1]:")):
+    if endpoint.startswith(LOOPBACK):
         try:
             socket.bind(endpoint.replace("tcp://localhost:", "tcp://127.0.0.1:"))
         except zmq.ZMQError as error:

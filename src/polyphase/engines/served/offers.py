@@ -7,12 +7,24 @@ that drains waits for its readers, and a leg that is still computed when nobody 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import xxhash
 
 from polyphase.core.clock import Clock, MonotonicClock
 from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import Submit
+
+
+def kind_of(engine: str, facts: Mapping[str, str]) -> str:
+    """Equal at two servers where these facts are."""
+    digest = xxhash.xxh3_64_hexdigest("\0".join(f"{name}={value}" for name, value in sorted(facts.items())).encode())
+    return f"{engine}/{digest}"
+
+
+LINGER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +66,21 @@ class OpenOffers:
         return offer
 
     def release(self, lease_id: str) -> None:
-        """Unknown ids are ignored."""
+        """Its reader has it, in which case a leg that still runs is about to end by itself, or nobody wants it. Unknown ids are ignored."""
         lease = self._leases.pop(lease_id, None)
-        if lease is not None and lease.leg is not None:
-            lease.leg.cancel()
+        if lease is not None and lease.leg is not None and not lease.leg.done():
+            lease.leg.get_loop().call_later(LINGER_S, lease.leg.cancel)
 
     def release_request(self, request_id: str) -> None:
+        """It is called off."""
         for lease_id in [lease_id for lease_id, lease in self._leases.items() if lease.request_id == request_id]:
-            self.release(lease_id)
+            leg = self._leases.pop(lease_id).leg
+            if leg is not None:
+                leg.cancel()
+
+    def computing_token_count(self) -> int:
+        """Of prompts that are offered already and still computed."""
+        return sum(lease.offer.token_count for lease in self._leases.values() if lease.leg is not None and not lease.leg.done())
 
     def block_count(self) -> int:
         """That the open ones keep at the server. Those whose time is over go."""

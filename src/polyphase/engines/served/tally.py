@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from polyphase.engines.served.dialect import Gauges
+from polyphase.engines.served.dialect import Gauges, Usage
 from polyphase.engines.served.flight import Flight
 from polyphase.wire.events import Load
 from polyphase.wire.kv import EngineOffer
@@ -57,8 +57,13 @@ class Tally:
         self.finished += 1
         if flight.has_computed:
             self.prompt_tokens += len(flight.request.token_ids)
-        if flight.usage is not None and not isinstance(flight.request.offer, EngineOffer):
-            self.cached_tokens += flight.usage.cached_tokens or 0
+        if not isinstance(flight.request.offer, EngineOffer):
+            self.note_usage(flight.usage)
+
+    def note_usage(self, usage: Usage | None) -> None:
+        """What the server says at the end of a prompt; of one that was offered before, when the flight has ended."""
+        if usage is not None:
+            self.cached_tokens += usage.cached_tokens or 0
 
     def note_passed(self, output: SequenceOutput) -> None:
         """An answer that was passed through, as far as it tells what it took."""
@@ -77,7 +82,8 @@ class Tally:
         self.gauges = gauges
         self.accepted_since_gauges = 0
 
-    def load(self, flights: Iterable[Flight], leased_block_count: int = 0) -> Load:
+    def load(self, flights: Iterable[Flight], leased_block_count: int = 0, offered_token_count: int = 0) -> Load:
+        """`offered_token_count`: of prompts that are offered already and still computed."""
         live = list(flights)
         unanswered = [flight for flight in live if not flight.token_count]
         own_waiting = min(len(unanswered), self.gauges.waiting_count + self.accepted_since_gauges)
@@ -86,7 +92,7 @@ class Tally:
             step=self.step,
             running_count=max(len(live) - own_waiting, self.gauges.running_count),
             waiting_count=max(own_waiting, self.gauges.waiting_count),
-            waiting_prefill_tokens=sum(len(flight.request.token_ids) for flight in unanswered),
+            waiting_prefill_tokens=sum(len(flight.request.token_ids) for flight in unanswered) + offered_token_count,
             block_count=self.block_count,
             used_block_count=min(used, self.block_count),
             leased_block_count=leased_block_count,

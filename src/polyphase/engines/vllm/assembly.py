@@ -7,17 +7,17 @@ import os
 import time
 from urllib.parse import urlsplit
 
-from polyphase.core.errors import ConfigurationError, ModelLoadError
 from polyphase.engines.served.access import Passes
 from polyphase.engines.served.dialect import Observer, SleepPaths
 from polyphase.engines.served.engine import ServedEngine
 from polyphase.engines.served.kv_events import KvEventObserver, connectable
+from polyphase.engines.served.launching import Launcher, await_attached, checked_url
 from polyphase.engines.served.model_files import ModelFacts, read_model_facts
 from polyphase.engines.served.process import ServerProcess
 from polyphase.engines.served.secrets import headers_of
 from polyphase.engines.vllm import flags
 from polyphase.engines.vllm.dialects import dialect_of
-from polyphase.engines.vllm.hand_over import NixlPrefill, free_port, kind_of
+from polyphase.engines.vllm.hand_over import NixlPrefill, kind_of
 from polyphase.engines.vllm.metrics import MetricsObserver
 from polyphase.engines.vllm.probe import EventSource, ServerFacts, is_up, probe
 from polyphase.engines.vllm.settings import VllmSettings
@@ -25,7 +25,6 @@ from polyphase.wire.cards import ModelCard
 
 log = logging.getLogger(__name__)
 
-ATTACH_TIMEOUT_S = 60.0
 SLEEP_PATHS = SleepPaths("/sleep?level=1", "/wake_up")  # Source: vLLM's API with VLLM_SERVER_DEV_MODE
 RANK_HEADER = "x-data-parallel-rank"
 _UNTOLD_BATCH_TOKENS = 2048  # Source: vLLM's least default; the card's figure bounds what may wait, and how long a step is expected to take
@@ -40,43 +39,32 @@ def load_vllm_engines(settings: VllmSettings) -> list[ServedEngine]:
     model = read_model_facts(settings.model)  # what is wrong with it is better said before minutes have passed
     headers = headers_of(settings.api_key)
     if settings.attach is not None:
-        url = _checked_url(settings.attach)
-        _wait_for(url)
+        url = checked_url(settings.attach)
+        await_attached("vLLM", url, is_up)
         facts = probe(url, None, headers)
         return _engines(settings, model, facts, url, None, takes_priority=False)
     name = settings.name or settings.model
-    server, url, without = _launch(settings, name)
+    settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    launched = _launcher(settings, name).launch(settings.start_timeout_s)
     try:
-        facts = probe(url, name, headers)
-        return _engines(settings, model, facts, url, server, takes_priority="--scheduling-policy" not in without)
+        facts = probe(launched.url, name, headers)
+        takes_priority = "--scheduling-policy" not in launched.without
+        return _engines(settings, model, facts, launched.url, launched.server, takes_priority=takes_priority)
     except BaseException:
-        server.stop()
+        launched.server.stop()
         raise
 
 
-def _launch(settings: VllmSettings, name: str) -> tuple[ServerProcess, str, set[str]]:
-    """The server, ready; its URL; and the optional flags that it did not know."""
-    settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    without: set[str] = set()
-    while True:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        command = flags.serve_command(settings, name, port, without)
-        log.info("starting vLLM: %s", " ".join(command))
-        server = ServerProcess("vllm", command, flags.environment(settings, os.environ))
-        try:
-            server.wait_until(lambda url=url: is_up(url), flags.progress_of, settings.start_timeout_s)  # type: ignore[misc]
-            return server, url, without
-        except ModelLoadError:
-            server.stop()
-            unknown = flags.unusable_flags(server.lines) - without
-            if not unknown:
-                raise
-            log.warning("this vLLM does not know %s, or what it needs: starting it without", ", ".join(sorted(unknown)))
-            without |= unknown
-        except BaseException:
-            server.stop()
-            raise
+def _launcher(settings: VllmSettings, name: str) -> Launcher:
+    return Launcher(
+        name="vllm",
+        command=lambda port, without: flags.serve_command(settings, name, port, without),
+        environment=flags.environment(settings, os.environ),
+        unusable=flags.unusable_flags,
+        is_up=is_up,
+        progress=flags.progress_of,
+        secrets=(settings.api_key,) if settings.api_key else (),
+    )
 
 
 def _engines(
@@ -172,22 +160,3 @@ def _card(settings: VllmSettings, model: ModelFacts, facts: ServerFacts, *, publ
         created_unix_s=int(time.time()),
         engine="vllm",
     )
-
-
-def _wait_for(url: str) -> None:
-    began_s = told_s = time.monotonic()
-    while not is_up(url):
-        now_s = time.monotonic()
-        if now_s - began_s > ATTACH_TIMEOUT_S:
-            raise ModelLoadError(f"no vLLM answers at {url} (GET /health) after {ATTACH_TIMEOUT_S:.0f} s; start it, or correct --attach")
-        if now_s - told_s >= 5.0:
-            told_s = now_s
-            log.info("waiting for vLLM at %s: it does not answer yet (%.0f s)", url, now_s - began_s)
-        time.sleep(0.2)
-
-
-def _checked_url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
-        raise ConfigurationError(f"--attach {text} is no address of a server; write for example http://127.0.0.1:8000")
-    return text.rstrip("/")

@@ -11,14 +11,13 @@ Source: vLLM 0.32.0, `nixl/pull_scheduler.py` and `nixl/metadata.py` (what its o
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from polyphase.engines.served import offers
 from polyphase.engines.served.dialect import Chunk
+from polyphase.engines.served.launching import free_port
 from polyphase.engines.vllm.dialects import VllmDialect
 from polyphase.wire.requests import Submit
 
@@ -65,17 +64,8 @@ def has_accelerator() -> bool:
     return any(Path(device).exists() for device in _ACCELERATORS)
 
 
-def free_port() -> int:
-    """Free at the moment."""
-    with socket.socket() as probe_socket:
-        probe_socket.bind((LOOPBACK, 0))
-        port: int = probe_socket.getsockname()[1]
-        return port
-
-
 def kind_of(facts: dict[str, str]) -> str:
-    digest = xxhash.xxh3_64_hexdigest("\0".join(f"{name}={value}" for name, value in sorted(facts.items())).encode())
-    return f"vllm-nixl/{digest}"
+    return offers.kind_of("vllm-nixl", facts)
 
 
 def is_for_want_of_nixl(lines: Sequence[str]) -> bool:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
 from collections.abc import Iterator
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from polyphase.core.errors import EngineFailed
 from polyphase.engines.served.dialect import Gauges, Sink
+from polyphase.engines.served.polling import INTERVAL_S, LoadPoll
 
-log = logging.getLogger(__name__)
-
-INTERVAL_S = 0.5
-TIMEOUT_S = 2.0
-MAX_UNREACHABLE = 6  # in a row: it has gone. One that only does not answer may be busy, or hang, which is seen by its steps
 _PREFIX = "vllm:"
 
 
@@ -26,24 +19,10 @@ class MetricsObserver:
 
     def __init__(self, interval_s: float = INTERVAL_S, rank: int | None = None) -> None:
         """`rank`: look at this data-parallel rank only."""
-        self._interval_s = interval_s
-        self._rank = rank
+        self._poll = LoadPoll("vLLM", "/metrics", lambda page: gauges_of(page.decode(), rank), interval_s)
 
     async def watch(self, client: httpx.AsyncClient, sink: Sink) -> None:
-        unreachable = 0
-        while True:
-            try:
-                response = await client.get("/metrics", timeout=TIMEOUT_S)
-                if response.status_code == 200:
-                    sink.note_gauges(gauges_of(response.text, self._rank))
-                unreachable = 0
-            except httpx.ConnectError as error:
-                unreachable += 1
-                if unreachable >= MAX_UNREACHABLE:
-                    raise EngineFailed(f"vLLM at {client.base_url} cannot be reached any more: {error}") from None
-            except httpx.HTTPError as error:
-                log.debug("no metrics: %s", error)
-            await asyncio.sleep(self._interval_s)
+        await self._poll.watch(client, sink)
 
 
 def gauges_of(text: str, rank: int | None = None) -> Gauges:
