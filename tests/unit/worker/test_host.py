@@ -447,3 +447,12 @@ async def test_a_question_for_blocks_is_for_one_life_of_a_worker(start_host: Hos
     assert (part.first_block, part.block_ids) == (3, [])
     with pytest.raises(WorkerLost, match="another life"):
         await peer.client.find_blocks("w", hosted.entry.epoch + 1, 0, [b"a" * 32], 5)
+
+
+async def test_a_draining_worker_still_says_where_its_blocks_are(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host()
+    connected(peer, hosted)
+    peer.submit("w", [NEVER_ANSWER])
+    await eventually(lambda: hosted.engine.running)
+    hosted.host.drain()
+    assert (await peer.client.find_blocks("w", hosted.entry.epoch, 1, [], 30)).first_block == 1
