@@ -19,6 +19,10 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 
 
+def engine_url(vllm: Deployment) -> str:
+    return engine_urls(vllm)["worker-0"]
+
+
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[Deployment]:
     with Deployment(MODEL, *options(), start_timeout_s=START_TIMEOUT_S, environment=KEYLESS) as deployment:
@@ -28,7 +32,7 @@ def vllm() -> Iterator[Deployment]:
 @pytest.fixture(scope="module", params=["text", "tokens"])
 def served(request: pytest.FixtureRequest, vllm: Deployment) -> Iterator[Deployment]:
     model = "tiny" if request.param == "text" else MODEL
-    options = ("--served-model-name", "x", "--engine", "openai", "--attach", engine_urls(vllm)["worker-0"])
+    options = ("--served-model-name", "x", "--engine", "openai", "--attach", engine_url(vllm))
     with Deployment(model, *options, start_timeout_s=120) as deployment:
         way = "tokens in, tokens out" if request.param == "tokens" else "text"
         assert f": {way}; takes chat, completions" in deployment.logs(), deployment.logs()
