@@ -24,6 +24,7 @@ from polyphase.testing.deployment import DeploymentFailed
 from tests.engines.vllm_setting import (
     API_KEY,
     ENVIRONMENT,
+    KEYLESS,
     MODEL,
     START_TIMEOUT_S,
     ask_engine,
@@ -154,9 +155,8 @@ def test_a_running_server_is_attached_to(served: Deployment) -> None:
 
 def test_without_the_key_it_is_said_how_to_give_it(served: Deployment) -> None:
     attach = ("--engine", "vllm", "--attach", engine_url(served), "--served-model-name", "tiny")
-    keyless = {**ENVIRONMENT, "POLYPHASE_ENGINE_API_KEY": ""}
     with pytest.raises(DeploymentFailed, match="wants an API key, or another one: set POLYPHASE_ENGINE_API_KEY"):
-        Deployment(MODEL, *attach, start_timeout_s=90, environment=keyless).start()
+        Deployment(MODEL, *attach, start_timeout_s=90, environment=KEYLESS).start()
 
 
 def test_a_stopped_engine_is_noticed_and_taken_back(served: Deployment, client: OpenAI) -> None:

@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "POLYPHASE_ENGINE_API_KEY": API_KEY,
 }
+KEYLESS = {**ENVIRONMENT, "POLYPHASE_ENGINE_API_KEY": ""}
 
 
 def options(*further: str, engine_args: str = "", max_running: int = 16) -> list[str]:
