@@ -14,14 +14,13 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0+cpu"
 LOCK = Path(__file__).with_name("sglang-cpu-lock.txt")
+_ALL_THERE = f"import importlib.metadata as m; [m.version(line.partition('==')[0]) for line in open({str(LOCK)!r})]"
 STAND_INS = Path(__file__).with_name("sglang_cpu_stand_ins")
 
 
 def install(folder: Path, pip_arguments: list[str]) -> Path:
     if sys.version_info[:2] != (3, 11):
-        sys.exit(
-            f"the pins for SGLang are of Python 3.11, and this is {sys.version.split()[0]}: make test-engines-sglang PYTHON=python3.11"
-        )
+        sys.exit(f"SGLang's pins are of Python 3.11, and this is {sys.version.split()[0]}: make test-engines-sglang PYTHON=python3.11")
     python = folder / "bin" / "python"
     if not python.exists():
         say(f"making an environment in {folder}")

@@ -26,8 +26,8 @@ def _check_name(name: str) -> str:
 
 
 def _check_engine(engine: str) -> str:
-    if engine not in ("torch", "vllm", "mock") and ":" not in engine:
-        raise ValueError(f"there is no engine {engine!r}; write torch, vllm, mock, or module:function of an engine of your own")
+    if engine not in ("torch", "vllm", "sglang", "mock") and ":" not in engine:
+        raise ValueError(f"there is no engine {engine!r}; write torch, vllm, sglang, mock, or module:function of an engine of your own")
     return engine
 
 

@@ -9,7 +9,7 @@ from typing import cast
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.engines.interface import Engine, KvExporter, KvImporter, KvSender
-from polyphase.wire.cards import BLOCKS
+from polyphase.wire.cards import BLOCKS, Role
 from polyphase.worker.options import EngineOptions
 
 BLOCK_SIZE = 16  # tokens, of engines of our own
@@ -20,7 +20,7 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
     """Load the model and allocate what the engine needs.
 
     Args:
-        name: `torch`, `vllm`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
+        name: `torch`, `vllm`, `sglang`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
     Owner: the caller closes the engine.
@@ -31,9 +31,11 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
         return _load_mock(options)
     if name == "vllm":
         return _load_vllm(options)
+    if name == "sglang":
+        return _load_sglang(options)
     if ":" in name:
         return _foreign_loader(name)(options)
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, mock, or module:function of an engine's loader")
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, sglang, mock, or module:function of an engine's loader")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
@@ -85,6 +87,31 @@ def _load_vllm(options: EngineOptions) -> Engine:
             python=options.engine_python,
             command=options.engine_command,
             arguments=options.engine_args,
+            device=options.device,
+            dtype=options.dtype,
+            block_size=options.block_size,
+            kv_bytes=options.kv_bytes,
+            context_length=options.context_length,
+            max_batch_tokens=options.max_batch_tokens,
+            max_running=options.max_running,
+        )
+    )
+
+
+def _load_sglang(options: EngineOptions) -> Engine:
+    from polyphase.engines.served.settings import ServerSettings
+    from polyphase.engines.sglang.assembly import load_sglang_engine
+
+    return load_sglang_engine(
+        ServerSettings(
+            model=options.model,
+            name=options.name,
+            folder=options.run_folder / "engines" / options.worker_id,
+            attach=options.attach,
+            python=options.engine_python,
+            command=options.engine_command,
+            arguments=options.engine_args,
+            role=Role(options.role),
             device=options.device,
             dtype=options.dtype,
             block_size=options.block_size,

@@ -32,6 +32,7 @@ class EngineOptions:
     mock_speedup: float = 1.0
     run_folder: Path = Path()  # of the deployment; private
     worker_id: str = ""
+    role: str = "both"  # as which the worker starts
     attach: str | None = None  # the remaining ones are for engines that are servers of their own
     engine_python: str | None = None
     engine_command: str | None = None
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="names of further workers like it, divided by commas, that live in the same process; for engines that compute nothing",
     )
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
-    parser.add_argument("--engine", default="torch", help="torch, vllm, mock, or module:function that loads another (default: torch)")
+    parser.add_argument("--engine", default="torch", help="torch, vllm, sglang, mock or module:function of another (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
     parser.add_argument(
         "--max-waiting-prefill-tokens",
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     served = parser.add_argument_group("engines that are servers of their own")
     served.add_argument("--attach", metavar="URL", help="a server that runs already, such as http://127.0.0.1:8000; else one is started")
     served.add_argument("--engine-python", metavar="PROGRAM", help="interpreter of the environment in which the engine is installed")
-    served.add_argument("--engine-command", metavar="COMMAND", help="in place of 'vllm serve', to which the flags are added")
+    served.add_argument("--engine-command", metavar="COMMAND", help="in place of the engine's own, to which the flags are added")
     served.add_argument("--engine-args", default="", metavar="FLAGS", help="further flags of the engine's server, as in a shell")
     mock = parser.add_argument_group("mock engine")
     mock.add_argument("--mock-model", default="llama-3.1-8b", help="the imagined model, a name or its figures (default: llama-3.1-8b)")

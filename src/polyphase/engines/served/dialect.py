@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import httpx
 
@@ -55,6 +55,17 @@ class Dialect(Protocol):
 
     def read(self, data: bytes) -> Chunk:
         """The data of one server-sent event. Raises: WireError."""
+
+
+@runtime_checkable
+class AbortDialect(Protocol):
+    """How a request is ended by its name, at servers that notice only late that a connection has closed."""
+
+    @property
+    def abort_path(self) -> str: ...
+
+    def abort_body(self, request: Submit) -> bytes:
+        """JSON; the answer is not read."""
 
 
 class PrefillDialect(Protocol):

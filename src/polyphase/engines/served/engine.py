@@ -4,15 +4,16 @@
     abort  ──► task cancelled, connection closed             ├──► run: one StepReport for all that came since the last
     observers (KV events, metrics) ──────────────────────────┘
 
-The server frees a request when its connection closes, so an abort needs no message of its own. A server that hangs is seen by its steps:
-they count only what it did, and a worker whose steps stand still while requests run is quarantined by its frontends.
+The server frees a request when its connection closes, so an abort needs no message of its own, but for servers that notice it late
+(`AbortDialect`). A server that hangs is seen by its steps: they count only what it did, and a worker whose steps stand still while requests
+run is quarantined by its frontends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ import msgspec
 from polyphase.core.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, Overloaded, PolyphaseError
 from polyphase.engines.batching.stopping import StopLimits
 from polyphase.engines.interface import BlockSource, StepReport
-from polyphase.engines.served.dialect import Dialect, Gauges, Observer, PrefillDialect
+from polyphase.engines.served.dialect import AbortDialect, Dialect, Gauges, Observer, PrefillDialect
 from polyphase.engines.served.flight import Flight, flight_of
 from polyphase.engines.served.offers import OpenOffers
 from polyphase.engines.served.process import ServerProcess
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 WRITE_TIMEOUT_S = 30.0
+_ABORT_TIMEOUT_S = 5.0
 _CHECK_INTERVAL_S = 0.1
 _LAST_WORDS_S = 0.5  # after a connection broke, until the server has ended too
 _SAID_ENOUGH_BYTES = 4096  # of an error's body
@@ -54,8 +56,15 @@ class ServedEngine:
         observers: Sequence[Observer] = (),
         server: ServerProcess | None = None,
         prefill: PrefillDialect | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`url`: of the server, without a slash at its end. `prefill`: for servers that bring KV to others; the card says so too."""
+        """
+        Args:
+            url: of the server, without a slash at its end.
+            prefill: for servers that bring KV to others; the card says so too.
+            headers: sent with everything, such as an API key.
+        """
+        self._headers = dict(headers or {})
         self._card = card
         self._url = url
         self._dialect = dialect
@@ -121,11 +130,9 @@ class ServedEngine:
 
         Cancel: connections are closed, and what ran is forgotten: the caller answers for it.
         """
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         try:
             async with (
-                httpx.AsyncClient(base_url=self._url, timeout=timeout, limits=limits, trust_env=False) as self._client,
+                self._new_client() as self._client,
                 asyncio.TaskGroup() as self._tasks,
             ):
                 for observer in self._observers:
@@ -142,6 +149,11 @@ class ServedEngine:
             self._flights.clear()
             self._changed.clear()
             self._offers.clear()
+
+    def _new_client(self) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        return httpx.AsyncClient(base_url=self._url, headers=self._headers, timeout=timeout, limits=limits, trust_env=False)
 
     async def _report_all(self, on_step: Callable[[StepReport], None]) -> None:
         while True:
@@ -178,11 +190,13 @@ class ServedEngine:
 
     async def _fly(self, flight: Flight) -> None:
         """However it ends, the flight has its terminal output. Cancel: whoever cancels says how it ends."""
+        has_answered = False
         try:
             if flight.request.hand_over and self._prefill is not None:
                 await self._compute_for_others(flight, self._prefill)
+                has_answered = True
             else:
-                await self._exchange(flight)
+                has_answered = await self._exchange(flight)
         except PolyphaseError as error:
             if flight.is_whole:  # handed over already: the other leg fails of it, and is answered for
                 log.warning("the prompt of %s was not computed for the other worker: %s", flight.request_id, error.message)
@@ -192,7 +206,28 @@ class ServedEngine:
         except Exception:  # the root of this request's work: it gets its answer, and the others go on
             log.exception("the answer of %s to %s cannot be handled", self._card.engine, flight.request_id)
             flight.fail(EngineFailed(f"the answer of {self._card.engine} could not be handled"))
+        finally:
+            if not has_answered:
+                self._end_there(flight)
         self._note_changed(flight)
+
+    def _end_there(self, flight: Flight) -> None:
+        """The server may still compute what nobody awaits."""
+        if not isinstance(self._dialect, AbortDialect) or self._tasks is None:
+            return
+        saying = self._say_abort(self._dialect, flight)
+        try:
+            self._tasks.create_task(saying, name=f"abort-{flight.request_id}")
+        except RuntimeError:  # we are ending: the server ends as well, or finds out by itself
+            saying.close()
+
+    async def _say_abort(self, dialect: AbortDialect, flight: Flight) -> None:
+        assert self._client is not None
+        body = dialect.abort_body(flight.request)
+        try:
+            await self._client.post(dialect.abort_path, content=body, headers=_headers(flight), timeout=_ABORT_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            log.debug("%s cannot be told that %s is over: %s", self._card.engine, flight.request_id, _said(error))
 
     async def _compute_for_others(self, flight: Flight, dialect: PrefillDialect) -> None:
         """A prefill leg, at whose end this server keeps the KV for another one."""
@@ -222,7 +257,8 @@ class ServedEngine:
                 self._tally.note_prefill(flight)
             self._note_changed(flight)
 
-    async def _exchange(self, flight: Flight) -> None:
+    async def _exchange(self, flight: Flight) -> bool:
+        """Returns: whether the server had done with it, too."""
         assert self._client is not None
         body = self._dialect.body(flight.request, flight.max_tokens)
         async with self._client.stream("POST", self._dialect.path, content=body, headers=_headers(flight)) as response:
@@ -236,12 +272,13 @@ class ServedEngine:
                 self._tally.note_tokens(flight, flight.take(chunk))
                 finish = chunk.finish or finish
                 if flight.is_whole and finish is None:
-                    return  # by a stop string, which is ours to see: the closed connection ends it there
+                    return False  # by a stop string, which is ours to see
                 if chunk.token_ids and not flight.is_whole:
                     self._note_changed(flight)
                 if chunk.usage is not None and finish is not None:
                     break
             self._settle(flight, finish)
+            return True
 
     async def _why_broken(self, error: httpx.HTTPError) -> str:
         """A server that has just died says more than the connection that died with it."""

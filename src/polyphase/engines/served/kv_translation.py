@@ -4,8 +4,8 @@
     removed(hash)                            ──► named[hash]                                  ──► BlocksRemoved
 
 Events come as maps or, of older versions, arrays; what makes equal tokens differ is in their `extra_keys` (vLLM) or `cache_salt` (SGLang).
-A block may lie in several KV groups or physical blocks at once: it is held until the last of them is gone. What cannot be named is left out,
-and its descendants with it: blocks whose parent is not known (history that was lost), blocks with media, and those of other than full
+A block may lie in several KV groups or physical blocks at once: it is held until the last of them is gone. What cannot be named is left
+out, and its descendants with it: blocks whose parent is not known (history that was lost), blocks with media, and those of other than full
 attention, which hold a window of the prefix and not the prefix.
 """
 

@@ -1,4 +1,4 @@
-"""Puts an SGLang worker together: a server launched or found, asked what it is like, and the observers and the card that follow from that."""
+"""Puts an SGLang worker together: a server launched or found, asked what it is like, and the observers and the card that follow from it."""
 
 from __future__ import annotations
 
