@@ -18,16 +18,18 @@ import xxhash
 
 VOCAB = 4096
 HANG, CUT, MUTE, DIE = 11, 12, 13, 14
-_COMPLETION_FIELDS = set(
-    "model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream stream_options suffix "
-    "temperature top_p user lora_request prompt_ignore_length use_beam_search top_k top_p_min min_p repetition_penalty length_penalty "
-    "early_stopping stop_token_ids include_stop_str_in_output ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens "
-    "truncate_prompt_tokens return_context_logits detokenize add_special_tokens response_format disaggregated_params priority".split()
-)
-_DISAGGREGATED_FIELDS = set(
-    "request_type first_gen_tokens first_gen_log_probs ctx_request_id encoded_opaque_state draft_tokens disagg_request_id ctx_dp_rank "
-    "ctx_info_endpoint schedule_style ctx_usage".split()
-)
+_COMPLETION_FIELDS = {
+    "model", "prompt", "best_of", "echo", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty",
+    "seed", "stop", "stream", "stream_options", "suffix", "temperature", "top_p", "user", "lora_request", "prompt_ignore_length",
+    "use_beam_search", "top_k", "top_p_min", "min_p", "repetition_penalty", "length_penalty", "early_stopping", "stop_token_ids",
+    "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens", "spaces_between_special_tokens",
+    "truncate_prompt_tokens", "return_context_logits", "detokenize", "add_special_tokens", "response_format",
+    "disaggregated_params", "priority",
+}  # fmt: skip
+_DISAGGREGATED_FIELDS = {
+    "request_type", "first_gen_tokens", "first_gen_log_probs", "ctx_request_id", "encoded_opaque_state", "draft_tokens",
+    "disagg_request_id", "ctx_dp_rank", "ctx_info_endpoint", "schedule_style", "ctx_usage",
+}  # fmt: skip
 _FORMATS = {"text", "json", "json_schema", "json_object", "regex", "ebnf", "structural_tag"}
 
 
@@ -94,7 +96,11 @@ class TrtllmDouble:
 
     def _iterate(self) -> None:
         self._step += 1
-        kv = {"maxNumBlocks": self.block_count, "usedNumBlocks": min(len(self._cached), self.block_count), "tokensPerBlock": self.block_size}
+        kv = {
+            "maxNumBlocks": self.block_count,
+            "usedNumBlocks": min(len(self._cached), self.block_count),
+            "tokensPerBlock": self.block_size,
+        }
         self._iterations.append(
             {"iter": self._step, "numActiveRequests": self._running, "numQueuedRequests": 0, "iterLatencyMS": 7.0, "kvCacheStats": kv}
         )
@@ -148,6 +154,9 @@ class TrtllmDouble:
                 _write(writer, 500, json.dumps({"object": "error", "message": "no such context", "type": "InternalError", "code": 500}))
                 return
         cached = self._compute(prompt)
+        if not asked.get("stream"):
+            _write(writer, 200, json.dumps(self._whole(asked, cached)))
+            return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         self._running += 1
         try:
@@ -155,6 +164,15 @@ class TrtllmDouble:
         finally:
             self._running -= 1
             self._iterate()
+
+    def _whole(self, asked: dict[str, Any], cached: int) -> dict[str, Any]:
+        tokens: list[int] = list(asked["prompt"])
+        for _ in range(asked["max_tokens"]):
+            tokens.append(next_token(tokens, asked.get("seed", 0)))
+            self._iterate()
+        told = tokens[len(asked["prompt"]) :]
+        choice = {"index": 0, "text": "", "token_ids": told, "finish_reason": "length", "stop_reason": None}
+        return {"object": "text_completion", "model": "tiny", "choices": [choice], "usage": _usage(asked["prompt"], len(told), cached)}
 
     def _context_only(self, asked: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
         prompt: list[int] = asked["prompt"]

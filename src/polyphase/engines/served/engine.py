@@ -165,7 +165,7 @@ class ServedEngine:
     def _take_report(self) -> StepReport:
         changed, events, released = self._changed, self._events, self._released
         self._changed, self._events, self._released = {}, [], []
-        outputs = [flight.take_output() for flight in changed.values()]
+        outputs = [flight.take_output(has_ended=self._flights.get(name) is not flight) for name, flight in changed.items()]
         if any(output.token_ids or output.offer for output in outputs):
             self._tally.note_step()
         return StepReport(self._tally.step, outputs, events, released)

@@ -5,8 +5,8 @@
     removed   block hashes
     updated   a block went to another tier, or has another priority
 
-Events have running numbers and there is no replay: after a gap, all is forgotten and learnt anew. Each attention window has pools of its own;
-only the widest holds whole prefixes. Source: `KVCacheEventSerializer` in TensorRT-LLM's `_utils.py`.
+Events have running numbers and there is no replay: after a gap, all is forgotten and learnt anew. Each attention window has pools of its
+own; only the widest holds whole prefixes. Source: `KVCacheEventSerializer` in TensorRT-LLM's `_utils.py`.
 """
 
 from __future__ import annotations
