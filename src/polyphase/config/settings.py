@@ -33,9 +33,9 @@ def _check_group(group: str | None) -> str | None:
 
 
 def _check_engine(engine: str) -> str:
-    if engine not in ("torch", "vllm", "sglang", "openai", "mock") and ":" not in engine:
+    if engine not in ("torch", "vllm", "sglang", "trtllm", "openai", "mock") and ":" not in engine:
         raise ValueError(
-            f"there is no engine {engine!r}; write torch, vllm, sglang, openai, mock, or module:function of an engine of your own"
+            f"there is no engine {engine!r}; write torch, vllm, sglang, trtllm, openai, mock, or module:function of an engine of your own"
         )
     return engine
 

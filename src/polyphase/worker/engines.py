@@ -6,12 +6,15 @@ import importlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import fields
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from polyphase.core.errors import ConfigurationError
 from polyphase.engines.interface import Engine, Forwarder, KvExporter, KvImporter, KvSender, Sleeper
 from polyphase.wire.cards import BLOCKS, Role
 from polyphase.worker.options import EngineOptions
+
+if TYPE_CHECKING:
+    from polyphase.engines.served.settings import ServerSettings
 
 BLOCK_SIZE = 16  # tokens, of engines of our own
 MAX_RUNNING = 64
@@ -21,7 +24,7 @@ def load_engines(name: str, options: EngineOptions) -> list[Engine]:
     """Load the model and allocate what the engine needs. Several, where one server has data-parallel ranks: each is a worker of its own.
 
     Args:
-        name: `torch`, `vllm`, `sglang`, `openai`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns one.
+        name: `torch`, `vllm`, `sglang`, `trtllm`, `openai`, `mock`, or `module:function` of a function that makes one of `EngineOptions`.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
     Owner: the caller closes the engines.
@@ -34,11 +37,13 @@ def load_engines(name: str, options: EngineOptions) -> list[Engine]:
         return _load_vllm(options)
     if name == "sglang":
         return _load_sglang(options)
+    if name == "trtllm":
+        return [_load_trtllm(options)]
     if name == "openai":
         return [_load_openai(options)]
     if ":" in name:
         return [_foreign_loader(name)(options)]
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, sglang, openai, mock, or module:function of a loader")
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, sglang, trtllm, openai, mock, or module:function")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
@@ -124,11 +129,22 @@ def _load_openai(options: EngineOptions) -> Engine:
 
 
 def _load_sglang(options: EngineOptions) -> list[Engine]:
-    from polyphase.engines.served.secrets import api_key_of
-    from polyphase.engines.served.settings import ServerSettings
     from polyphase.engines.sglang.assembly import load_sglang_engines
 
-    settings = ServerSettings(
+    return list(load_sglang_engines(_server_settings(options)))
+
+
+def _load_trtllm(options: EngineOptions) -> Engine:
+    from polyphase.engines.trtllm.assembly import load_trtllm_engine
+
+    return load_trtllm_engine(_server_settings(options))
+
+
+def _server_settings(options: EngineOptions) -> ServerSettings:
+    from polyphase.engines.served.secrets import api_key_of
+    from polyphase.engines.served.settings import ServerSettings
+
+    return ServerSettings(
         model=options.model,
         name=options.name,
         folder=options.run_folder / "engines" / options.worker_id,
@@ -147,7 +163,6 @@ def _load_sglang(options: EngineOptions) -> list[Engine]:
         max_running=options.max_running,
         api_key=api_key_of(os.environ),
     )
-    return list(load_sglang_engines(settings))
 
 
 def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:

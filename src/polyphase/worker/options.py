@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="names of further workers like it, divided by commas, that live in the same process; for engines that compute nothing",
     )
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
-    parser.add_argument("--engine", default="torch", help="torch, vllm, sglang, openai, mock, or module:function (default: torch)")
+    parser.add_argument("--engine", default="torch", help="torch, vllm, sglang, trtllm, openai, mock, or module:function (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
     parser.add_argument(
         "--max-waiting-prefill-tokens",

@@ -240,7 +240,8 @@ class ServedEngine:
     def _take_report(self) -> StepReport:
         changed, events, released = self._changed, self._events, self._released
         self._changed, self._events, self._released = {}, [], []
-        outputs = [flight.take_output() for flight in changed.values()] + self._passages.take_outputs()
+        outputs = [flight.take_output(has_ended=self._flights.get(name) is not flight) for name, flight in changed.items()]
+        outputs += self._passages.take_outputs()
         for output in outputs:
             self._tally.note_passed(output)
         if any(output.token_ids or output.offer or output.passed for output in outputs):

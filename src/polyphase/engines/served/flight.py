@@ -75,10 +75,17 @@ class Flight:
             self.finish = FinishReason.ERROR
             self.failure = WireFailure(error.code, error.message, error.is_retryable)
 
-    def take_output(self) -> SequenceOutput:
-        """What is new since the last call."""
+    def take_output(self, *, has_ended: bool) -> SequenceOutput:
+        """What is new since the last call. The end is told once `has_ended`: behind the last token may still come what it cost."""
         tokens, logprobs = self._tokens, self._logprobs
         self._tokens, self._logprobs = [], []
+        if not has_ended:
+            return SequenceOutput(
+                request_id=self.request_id,
+                token_ids=tokens,
+                logprobs=logprobs if self.request.sampling.top_logprobs is not None else None,
+                stats=self._take_stats() if isinstance(self.request.offer, EngineOffer) else None,
+            )
         is_leaving = self.finish is FinishReason.HANDED_OVER
         return SequenceOutput(
             request_id=self.request_id,

@@ -103,6 +103,18 @@ class Translator:
         self._names.clear()
         return [AllCleared()]
 
+    def move(self, hash_: EngineHash, source: Tier, target: Tier, group: int) -> list[KvEvent]:
+        """A block went from one tier to another; for engines that tell it in one event."""
+        if (hash_, source, group) not in self._places:
+            return []  # one that was left out
+        name = self._names[hash_]
+        is_new = self._hold(hash_, name, target, group)
+        _take_one(self._places, (hash_, source, group))
+        _take_one(self._uses, hash_)
+        is_gone = _take_one(self._held, (name.sequence_hash, source))
+        stored: list[KvEvent] = [BlocksStored([int(name.sequence_hash)], target)] if is_new else []
+        return [*stored, *([BlocksRemoved([int(name.sequence_hash)], source)] if is_gone else [])]
+
     def _stored(self, event: dict[str, Any]) -> list[KvEvent]:
         hashes: Sequence[EngineHash] = event["block_hashes"]
         token_ids = _token_ids(event["token_ids"])
