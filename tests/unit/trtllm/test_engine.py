@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from polyphase.core.errors import ModelLoadError
@@ -62,7 +63,12 @@ async def engine(double: TrtllmDouble, attach: Attach) -> ServedEngine:
 
 
 class TestContract(EngineConformance):
-    pass
+    @pytest.fixture
+    async def engine(self, double: TrtllmDouble, attach: Attach) -> ServedEngine:
+        """With a card that promises no structured output: the double's words follow no grammar."""
+        engine: ServedEngine = await attach(double)
+        engine._card = msgspec.structs.replace(engine.card, takes_grammars=False)
+        return engine
 
 
 def request(request_id: str, prompt: list[int] = PROMPT, max_tokens: int = 6, **fields: Any) -> Submit:
