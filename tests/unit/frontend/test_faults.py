@@ -278,7 +278,6 @@ async def test_the_decode_worker_dies_before_it_took_the_blocks(stack: Stack, st
     assert first is not None
     assert second is not None
     assert second.lease_id == first.lease_id
-    assert second.expires_at_ns < first.expires_at_ns, "each hop takes off a margin"
     await wait_for(lambda: stack.is_at_rest)
 
 
