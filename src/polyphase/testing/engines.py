@@ -162,6 +162,19 @@ class EngineConformance:
         assert tokens[:2] + run.tokens("rest") == tokens
 
     @pytest.mark.asyncio
+    async def test_a_sampled_request_goes_on_with_its_tokens_where_the_card_says_so(self, engine: Engine) -> None:
+        if not engine.card.resumes_sampling:
+            return
+        sampling = SamplingParams(seed=1, temperature=1.0)
+        async with stepping(engine) as run:
+            engine.submit(self.request("whole", sampling=sampling))
+            await run.end("whole")
+            tokens = run.tokens("whole")
+            engine.submit(self.request("rest", sampling=sampling, token_ids=self.prompt + tokens[:2]))
+            await run.end("rest")
+        assert tokens[:2] + run.tokens("rest") == tokens
+
+    @pytest.mark.asyncio
     async def test_a_stop_token_ends_it_and_is_part_of_it(self, engine: Engine) -> None:
         async with stepping(engine) as run:
             engine.submit(self.request("a"))
