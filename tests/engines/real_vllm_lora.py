@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from openai import NotFoundError, OpenAI
@@ -43,7 +42,8 @@ def tokens(client: OpenAI, model: str) -> tuple[list[int], int]:
     extra = {"return_token_ids": True, "ignore_eos": True}
     answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=COUNT, temperature=0, extra_body=extra)
     assert answer.model == model
-    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
     found: list[int] = answer.choices[0].token_ids  # type: ignore[attr-defined]
     return found, answer.usage.prompt_tokens_details.cached_tokens or 0
 
