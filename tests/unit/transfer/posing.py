@@ -1,10 +1,11 @@
 """Memory of the processor that poses as a device's: everything of the `cuda` backend runs but torch's own handles and streams.
 
-The handle of a tensor is the name of a file in shared memory, which torch maps in the other process, as it would open a device's handle.
+The handle of a tensor is the name of a file in memory, which the other process maps as it would open a device's handle.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ class PosingIpc(TorchIpc):
         if self.refuses is not None:
             raise TransferRefused(self.refuses)
         self.shared_count += 1
-        manager, handle, size = memory.rows.untyped_storage()._share_filename_cpu_()
-        return Shared(self.uuids[0], bytes(handle), size, 0, bytes(manager), 0, b"", False, memory.rows.storage_offset())
+        storage = memory.rows.untyped_storage()
+        path = storage.filename or ""  # memory of an engine of this process has no name: nobody else opens it
+        return Shared(self.uuids[0], path.encode(), storage.nbytes(), 0, b"", 0, b"", False, memory.rows.storage_offset())
 
     def withdraw(self, shared: Shared) -> None:
         self.withdrawn_count += 1
@@ -36,8 +38,7 @@ class PosingIpc(TorchIpc):
     def open(self, shared: Shared) -> Any:
         if self.fails is not None:
             raise TransferRefused(self.fails)
-        storage = torch.UntypedStorage._new_shared_filename_cpu(shared.ref_counter_handle, shared.handle, shared.storage_bytes)
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
+        return torch.from_file(shared.handle.decode(), shared=True, size=shared.storage_bytes, dtype=torch.uint8)
 
 
 def posing_backend(ipc: PosingIpc | None = None) -> CudaBackend:
@@ -46,5 +47,8 @@ def posing_backend(ipc: PosingIpc | None = None) -> CudaBackend:
 
 def posing_memory(block_count: int, block_bytes: int, offset_blocks: int = 0) -> CudaMemory:
     """`offset_blocks`: of the first block in its storage."""
-    tensor = torch.zeros((offset_blocks + block_count) * block_bytes, dtype=torch.uint8)
+    byte_count = (offset_blocks + block_count) * block_bytes
+    fd = os.memfd_create("posing", os.MFD_CLOEXEC)  # open for as long as the process lives: its name is how others find it
+    os.ftruncate(fd, byte_count)
+    tensor = torch.from_file(f"/proc/{os.getpid()}/fd/{fd}", shared=True, size=byte_count, dtype=torch.uint8)
     return CudaMemory(tensor[offset_blocks * block_bytes :], block_bytes)
