@@ -22,7 +22,7 @@ def launch_files(option: Option, model: str, traffic: Traffic) -> dict[str, str]
 
     `model`: what engines load, a name on the hub or a folder.
     """
-    files = {"polyphase.toml": _polyphase(option, model, traffic), "serve.sh": _script(_SERVE, _SERVE_NOTE)}
+    files = {"polyphase.toml": _polyphase(option, model, traffic), "serve.sh": _SERVE}
     for backend, make in _COMMANDS.items():
         for role, part in _parts(option):
             count = option.units * part.workers
@@ -50,11 +50,12 @@ def _parts(option: Option) -> list[tuple[str, Part]]:
     return [("", option.decode)] if option.prefill is None else [("prefill", option.prefill), ("decode", option.decode)]
 
 
-_SERVE = ["polyphase", "serve", "--config", "polyphase.toml"]
-_SERVE_NOTE = (
-    "Run it in this folder. --engine-python or engine_python in the file names the interpreter of the engine's environment;\n"
-    "# all workers start on this machine. On several, start the rest with `polyphase join` or attach to engines that run."
-)
+_SERVE = """#!/bin/sh
+# engine_python in the file names the interpreter of the engine's environment. All workers start on this machine: on several, lower the
+# counts in the file, and attach to the engines that run elsewhere, which the other scripts start.
+cd "$(dirname "$0")" || exit
+exec polyphase serve --config polyphase.toml "$@"
+"""
 
 
 def _script(command: list[str], note: str) -> str:
@@ -88,7 +89,8 @@ def _polyphase(option: Option, model: str, traffic: Traffic) -> str:
             f"model = {_toml(model)}",
             f"group = {_toml(backend)}",
             f"engine = {_toml(backend)}",
-            f"{role or 'workers'} = {option.units * part.workers}  # each on {part.mapping.gpu_count} accelerators",
+            f"{role or 'workers'} = {option.units * part.workers}",
+            f"accelerators = {part.mapping.gpu_count}  # each",
             f"max_running = {_sequences(part, role, option) * (part.mapping.dp if backend == 'sglang' else 1)}",
             *([f"engine_args = {_toml(arguments)}"] if arguments else []),
             "",
