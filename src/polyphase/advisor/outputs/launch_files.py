@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 
 from polyphase.advisor.advice import Option, Part
 from polyphase.advisor.deployment import Traffic
@@ -27,6 +28,8 @@ def launch_files(option: Option, model: str, traffic: Traffic) -> dict[str, str]
         for role, part in _parts(option):
             count = option.units * part.workers
             note = f"One of {count} {role or 'engine'} workers, each on {part.mapping.gpu_count} {part.setting.accelerator.name}."
+            if (checkpoint := _checkpoint_note(replace(part, setting=replace(part.setting, backend=backend)))) != "":
+                note += f" The model is {checkpoint}."
             if backend != option.decode.setting.backend:
                 note += f" The figures are for {option.decode.setting.backend}."
             files[f"{backend}{'-' * bool(role)}{role}.sh"] = _script(make(part, role, model, option, traffic), note)
@@ -84,9 +87,10 @@ def _polyphase(option: Option, model: str, traffic: Traffic) -> str:
     for role, part in _parts(option):
         backend = part.setting.backend
         arguments = shlex.join(_SHAPES[backend](part, role))
+        note = _checkpoint_note(part)
         lines += [
             "[[groups]]",
-            f"model = {_toml(model)}",
+            f"model = {_toml(model)}{f'  # {note}' if note else ''}",
             f"group = {_toml(backend)}",
             f"engine = {_toml(backend)}",
             f"{role or 'workers'} = {option.units * part.workers}",
@@ -96,6 +100,15 @@ def _polyphase(option: Option, model: str, traffic: Traffic) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _checkpoint_note(part: Part) -> str:
+    """Of a precision that the engine does not make of the published weights while it loads them."""
+    wanted, published = part.setting.precision.name, part.setting.shape.native_precision
+    is_made_at_loading = part.setting.precision.gemm.name == "fp8" and part.setting.backend in ("vllm", "sglang")
+    if wanted == published or is_made_at_loading:
+        return ""
+    return f"published in {published}: put the name of a checkpoint in {wanted} here"
 
 
 def _toml(text: str) -> str:
