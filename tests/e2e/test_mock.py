@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import httpx
 import pytest
@@ -23,6 +24,23 @@ def test_mock_workers_serve_and_hand_over() -> None:
     assert records[0]["transferred_tokens"] == 1000
     assert records[0]["kv_bytes_moved"] == 63 * 16 * 128 * 1024, "what the blocks of the imagined model would take"
     assert not records[1]["split"], "it is cached where it was decoded"
+
+
+def test_prompts_are_split_between_two_tables_of_one_group(tmp_path: Path) -> None:
+    """As `polyphase advise` writes them: prefill and decode workers with settings of their own."""
+    file = tmp_path / "polyphase.toml"
+    table = '[[groups]]\nmodel = "demo"\ngroup = "both"\n'
+    file.write_text(
+        f'engine = "mock"\nmock_speedup = inf\n{table}prefill = 1\nmax_running = 8\n{table}decode = 1\nmock_accelerator = "2xh100"\n'
+    )
+    with Deployment(None, "--config", str(file)) as served:
+        body = {"model": "demo", "prompt": list(range(300, 1300)), "max_tokens": 12}
+        answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+        record = httpx.get(f"{served.url}/debug/requests/{answer.headers['x-request-id']}").json()
+    assert answer.json()["usage"]["completion_tokens"] == 12
+    assert record["split"]
+    assert (record["prefill_worker"], record["decode_worker"]) == ("prefill-0", "decode-0")
+    assert record["transferred_tokens"] == 1000
 
 
 async def test_under_overload_nothing_is_lost_and_nobody_is_left_out() -> None:

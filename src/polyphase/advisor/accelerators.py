@@ -11,6 +11,7 @@ from polyphase.core.errors import ConfigurationError
 # Key in the file -> unit there per unit here. Everything else in a file is refused, so that a typing error is seen.
 _REQUIRED = ("memory_gb", "memory_tb_s", "bf16_tflops", "link_gb_s", "domain_gpus")
 _OPTIONAL = ("fp8_tflops", "fp4_tflops", "network_gb_s", "host_gb_s", "board_w", "all_in_kw", "dollars_per_hour")
+_MAY_BE_ZERO = ("fp8_tflops", "fp4_tflops", "dollars_per_hour")  # none; no price
 _TEXTS = ("name", "generation", "vendor", "source", "aliases")
 
 
@@ -78,6 +79,8 @@ def accelerator_from_table(table: Mapping[str, object], where: str) -> Accelerat
 def _figure(value: object, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ConfigurationError(f"{where}: {key} must be a number, not {value!r}")
-    if key in _REQUIRED and value == 0:
+    if value == 0 and key not in _MAY_BE_ZERO:
         raise ConfigurationError(f"{where}: {key} must be more than 0")
+    if key == "domain_gpus" and value != int(value):
+        raise ConfigurationError(f"{where}: {key} must be a whole number, not {value!r}")
     return float(value)

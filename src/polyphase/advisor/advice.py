@@ -139,9 +139,13 @@ def settings_for(inquiry: Inquiry) -> list[Setting]:
 
 def sensible_precisions(shape: ModelShape, accelerator: Accelerator) -> list[Precision]:
     """The published format, and the widest and the narrowest in which the accelerator computes and checkpoints are made."""
+    native = parse_precision(shape.native_precision)
     if "+" in shape.native_precision:
-        return [parse_precision(shape.native_precision)]
-    names = {shape.native_precision, "fp8"} if accelerator.peak(Peak.FP8) > accelerator.peak(Peak.BF16) else {"bf16"}
+        return [native]
+    if native.gemm.bytes_per_weight < 1:  # nobody widens what was rounded to 4 bits; engines expand it as they go where units are missing
+        names = {shape.native_precision}
+    else:
+        names = {shape.native_precision, "fp8"} if accelerator.peak(Peak.FP8) > accelerator.peak(Peak.BF16) else {"bf16"}
     if accelerator.peak(Peak.FP4) > accelerator.peak(Peak.FP8):
         names.add("nvfp4")
     if shape.native_precision.startswith("fp8"):
@@ -169,11 +173,11 @@ def check_lengths(inquiry: Inquiry) -> None:
     if traffic.isl < 1 or traffic.osl < 1:
         raise ConfigurationError(f"requests need at least one input and one output token, not {traffic.isl:g} and {traffic.osl:g}")
     if traffic.cached_tokens >= traffic.isl:
-        raise ConfigurationError(f"a prefix hit of {traffic.cached_tokens:g} tokens leaves nothing of prompts of {traffic.isl:g} tokens")
+        raise ConfigurationError(f"a prefix hit of {traffic.cached_tokens:,.0f} tokens leaves nothing of prompts of {traffic.isl:g} tokens")
     if traffic.whole_tokens > inquiry.shape.context_length:
         raise ConfigurationError(
-            f"requests of {traffic.whole_tokens:g} tokens are longer than what {inquiry.shape.name} was made for, "
-            f"{inquiry.shape.context_length} tokens"
+            f"requests of {traffic.whole_tokens:,.0f} tokens are longer than what {inquiry.shape.name} was made for, "
+            f"{inquiry.shape.context_length:,} tokens"
         )
 
 

@@ -12,6 +12,7 @@ from polyphase.advisor.shapes import AttentionKind, AttentionShape, ExpertShape,
 from polyphase.core.errors import ConfigurationError
 
 Config = Mapping[str, object]
+_GREATEST = 10**9  # of any count
 
 
 def shape_from_config(config: Config, name: str) -> ModelShape:
@@ -33,7 +34,7 @@ def shape_from_config(config: Config, name: str) -> ModelShape:
         attention=attention,
         full_layer_count=kinds["full"],
         windowed_layer_count=kinds["windowed"],
-        window_tokens=reader.optional("sliding_window") if kinds["windowed"] else 0,
+        window_tokens=reader.count("sliding_window", "window_size") if kinds["windowed"] else 0,
         linear=_linear_attention(reader) if kinds["linear"] else None,
         linear_layer_count=kinds["linear"],
         dense_layer_count=dense_layers,
@@ -56,20 +57,22 @@ class _Reader:
         return self.config.get(key) is not None
 
     def count(self, *keys: str) -> int:
+        """Of what there must be at least one."""
         for key in keys:
             if self.has(key):
-                return self._checked(key)
+                return self._checked(key, least=1)
         others = f" (or {', '.join(keys[1:])})" if len(keys) > 1 else ""
         raise ConfigurationError(f"the configuration of {self.name} lacks {keys[0]}{others}, so the model's size cannot be told")
 
     def optional(self, *keys: str, default: int = 0) -> int:
         return next((self._checked(key) for key in keys if self.has(key)), default)
 
-    def _checked(self, key: str) -> int:
+    def _checked(self, key: str, least: int = 0) -> int:
         value = self.config[key]
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= _GREATEST or value != int(value):
             raise ConfigurationError(f"the configuration of {self.name} has {key} = {value!r}, which is no count")
         return int(value)
 
@@ -84,13 +87,13 @@ def _text_config(config: Config) -> Config:
 
 def _grouped_attention(reader: _Reader, hidden: int) -> AttentionShape:
     heads = reader.count("num_attention_heads", "n_head")
-    if heads == 0:
-        raise ConfigurationError(f"the configuration of {reader.name} has no attention heads")
     head_dim = reader.optional("head_dim") or hidden // heads
+    if head_dim == 0:
+        raise ConfigurationError(f"the configuration of {reader.name} has more attention heads ({heads}) than hidden_size ({hidden})")
     return AttentionShape(
         kind=AttentionKind.GROUPED,
         query_head_count=heads,
-        kv_head_count=reader.optional("num_key_value_heads", "num_kv_heads", default=heads),
+        kv_head_count=reader.optional("num_key_value_heads", "num_kv_heads") or heads,
         head_dim=head_dim,
         value_dim=head_dim,
         is_gated=bool(reader.config.get("attn_output_gate", False)),

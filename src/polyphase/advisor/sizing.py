@@ -19,6 +19,7 @@ from polyphase.advisor.points import Candidates, worst_excess
 from polyphase.advisor.search import Engines, Found, candidate_chunks, engines_for
 from polyphase.core.errors import ConfigurationError
 
+MAX_RATE_PER_S = 1e9
 _SAFETY = 1.64
 
 
@@ -38,8 +39,10 @@ def size_for(calibration: Calibration, inquiry: Inquiry, rate_per_s: float, on_p
 
     Raises: ConfigurationError if the rate is not positive, nothing fits, or nothing meets the goal at any rate.
     """
-    if not 0 < rate_per_s < float("inf"):
-        raise ConfigurationError(f"a rate of {rate_per_s:g} requests a second cannot be planned for; give more than 0")
+    if not 0 < rate_per_s <= MAX_RATE_PER_S:
+        raise ConfigurationError(
+            f"a rate of {rate_per_s:g} requests a second cannot be planned for; give more than 0 and at most {MAX_RATE_PER_S:g}"
+        )
     inquiry.goal.check_against(inquiry.traffic)
     # Bounds on power and price are on the whole, which is what is being looked for.
     goal = replace(inquiry.goal, power_kw=None, dollars_per_hour=None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -84,7 +85,7 @@ def show_advice(flags: Flags) -> None:
     inquiries = inquiries_of(flags, shape, library)
     console = Console(highlight=False, stderr=flags.as_json)
     if flags.rate is not None:
-        _show_sizes(flags, calibration, inquiries, console)
+        _show_sizes(flags, calibration, inquiries, location, console)
         return
     tables = AIConfiguratorTables(location) if flags.operator_tables else None  # refused before the search, not after
     answers = _answers(calibration, inquiries, flags.top, console)
@@ -171,8 +172,9 @@ def read_model(text: str, library: Library) -> tuple[ModelShape, str]:
     if file.suffix == ".json" and (path.is_dir() or path.is_file()):
         if not file.is_file():
             raise ConfigurationError(f"the folder {text} holds no model: it has no config.json")
-        name = path.resolve().name if path.is_dir() else file.stem
-        return model_from_text(read_text(file, "model configuration"), str(file), name), str(path if path.is_dir() else path.parent)
+        folder = file.resolve().parent  # absolute: launch files start elsewhere
+        name = folder.name if path.is_dir() else file.stem
+        return model_from_text(read_text(file, "model configuration"), str(file), name), str(folder)
     shape = library.model(text)
     hub_name = next((hub for hub, name in library.hub_names.items() if name == shape.name), text)
     return shape, text if "/" in text else hub_name
@@ -253,7 +255,9 @@ def _trace(file: Path) -> Traffic:
             f"{file} is no trace ({type(error).__name__}: {error}); "
             "each line must have input_length and output_length (JSON) or ContextTokens and GeneratedTokens (CSV)"
         ) from None
-    usable = [(isl, osl) for isl, osl in lengths if isl > 0 and osl > 0]
+    usable = [(isl, osl) for isl, osl in lengths if 0 < isl < inf and 0 < osl < inf]
+    if not usable:
+        raise ConfigurationError(f"the trace {file} holds no request with tokens both in and out")
     return traffic_from_requests([isl for isl, _ in usable], [osl for _, osl in usable])
 
 
@@ -315,7 +319,7 @@ def number(text: str, flag: str) -> float:
 def _in_units(text: str, flag: str, units: dict[str, float], what: str, example: str) -> float:
     found = _AMOUNT.fullmatch(text.replace("µ", "u"))
     factor = units.get(found[2].lower()) if found else None
-    if found is None or factor is None:
+    if found is None or factor is None or float(found[1]) * factor == inf:
         raise ConfigurationError(f"{flag} {text!r} is not {what}; write for example {flag} {example}")
     return float(found[1]) * factor
 
@@ -334,15 +338,15 @@ def _print_answer(answer: Advice, console: Console) -> None:
             f"[yellow]Nothing meets the goal.[/] Nearest comes {escape(short.option.layout)} at batch {short.option.batch}: its {words} is "
             f"{short.reached:.4g} {unit} where {short.wanted:.4g} {unit} are asked, {short.factor:.2f} times off."
         )
-        console.print(_table([short.option], console.width))
+        console.print(_table([short.option], console.width, len(q.fleet.pools) > 1))
         return
-    console.print(_table(answer.best, console.width))
+    console.print(_table(answer.best, console.width, len(q.fleet.pools) > 1))
     for number_, option in enumerate(answer.best[:3], start=1):
         console.print(f"{number_}. {'; '.join(reasons(option, answer))}.", style="dim", markup=False)
 
 
-def _table(options: Sequence[Option], width: int) -> Table:
-    """Narrow terminals get no intervals; wide ones also what a megawatt and a dollar give."""
+def _table(options: Sequence[Option], width: int, is_mixed: bool) -> Table:
+    """Narrow terminals get no intervals; wide ones also what a megawatt and a dollar give. `is_mixed`: of a fleet of several kinds."""
     has_intervals, is_wide = width >= 105, width >= 140
     table = Table(box=None, padding=(0, 2 if has_intervals else 1, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("#", justify="right")
@@ -352,11 +356,10 @@ def _table(options: Sequence[Option], width: int) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for place, option in enumerate(options, start=1):
         e, setting = option.estimate, option.decode.setting
-        accelerators = {p.setting.accelerator.name for p in (option.decode, option.prefill) if p}
         wide = (_count(option.tok_s_per_mw), f"{option.dollars_per_mtok:.2f}", f"{option.joule_per_token:.2f}") if is_wide else ()
         table.add_row(
             str(place),
-            option.layout + (f" (decode on {setting.accelerator.name})" if len(accelerators) > 1 else ""),
+            option.layout + (f" ({_where(option)})" if is_mixed else ""),
             f"{setting.backend} {setting.precision.name}",
             str(option.batch),
             *(_interval(figure) if has_intervals else _ms(figure.value) for figure in (e.ttft_ms, e.itl_ms)),
@@ -365,6 +368,13 @@ def _table(options: Sequence[Option], width: int) -> Table:
             *wide,
         )
     return table
+
+
+def _where(option: Option) -> str:
+    """`on h100`, or `prefill on h100, decode on b200`."""
+    decode = option.decode.setting.accelerator.name
+    prefill = option.prefill.setting.accelerator.name if option.prefill else decode
+    return f"on {decode}" if prefill == decode else f"prefill on {prefill}, decode on {decode}"
 
 
 def _interval(figure: Figure) -> str:
@@ -402,6 +412,11 @@ def _write(folder: Path, answers: Sequence[Advice], location: str, console: Cons
     if best is not None:
         for name, text in launch_files(best.best[0], location, best.inquiry.traffic).items():
             files[f"launch/{name}"] = text
+    _write_files(folder, files, console)
+
+
+def _write_files(folder: Path, files: Mapping[str, str], console: Console) -> None:
+    """Raises: ConfigurationError."""
     try:
         for name, text in files.items():
             file = folder / name
@@ -414,15 +429,21 @@ def _write(folder: Path, answers: Sequence[Advice], location: str, console: Cons
     console.print(f"wrote {', '.join(sorted(files))} to {folder}", style="dim", markup=False)
 
 
-def _show_sizes(flags: Flags, calibration: Calibration, inquiries: Sequence[Inquiry], console: Console) -> None:
+def _show_sizes(flags: Flags, calibration: Calibration, inquiries: Sequence[Inquiry], location: str, console: Console) -> None:
+    """Raises: ConfigurationError."""
     rate = number(flags.rate or "", "--rate")
     sizes = []
     with _progress(console) as progress:
         for inquiry in inquiries:
             task = progress.add_task(str(inquiry.fleet), total=None, count="")
             sizes.append(size_for(calibration, inquiry, rate, _counting(progress, task)))
+    records = [_size_record(size, inquiry, rate) for size, inquiry in zip(sizes, inquiries, strict=True)]
+    if flags.out is not None:
+        whole = replace(sizes[0].option, units=sizes[0].units)
+        files = {f"launch/{name}": text for name, text in launch_files(whole, location, inquiries[0].traffic).items()}
+        _write_files(flags.out, {"sizes.json": json.dumps(records, indent=2) + "\n", **files}, console)
     if flags.as_json:
-        print(json.dumps([_size_record(size, inquiry, rate) for size, inquiry in zip(sizes, inquiries, strict=True)], indent=2))
+        print(json.dumps(records, indent=2))
         return
     for size, inquiry in zip(sizes, inquiries, strict=True):
         console.print(
@@ -432,7 +453,7 @@ def _show_sizes(flags: Flags, calibration: Calibration, inquiries: Sequence[Inqu
         )
         if not size.is_within_fleet:
             console.print(f"[yellow]That is {size.gpu_count - inquiry.fleet.gpu_count} more than the fleet has.[/]")
-        console.print(_table([size.option], console.width))
+        console.print(_table([size.option], console.width, len(inquiry.fleet.pools) > 1))
 
 
 def _size_record(size: Sizing, inquiry: Inquiry, rate: float) -> dict[str, object]:

@@ -212,6 +212,10 @@ def serve(
         typer.Option(help="torch, vllm, sglang, trtllm, openai, mock, or module:function. [default: torch]", rich_help_panel=_ENGINE),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: auto]", rich_help_panel=_ENGINE)] = None,
+    accelerators: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="GPUs of each worker; --engine-args tells it so. [default: 1]", rich_help_panel=_SERVED),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: auto]", rich_help_panel=_ENGINE)] = None,
     kv_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="KV cache per worker, such as 2GiB. [default: what fits]", rich_help_panel=_ENGINE)

@@ -168,6 +168,7 @@ class GroupSettings(BaseModel):
 
     engine: Annotated[str, AfterValidator(_check_engine)] = "torch"
     device: str = "auto"
+    accelerators: int = Field(1, ge=1, le=64)  # per worker; more than 1 for engines that compute in parallel, told so in engine_args
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_memory: Size | None = None  # bytes, per worker
     block_size: int | None = Field(None, ge=1, le=1024)  # tokens
@@ -186,6 +187,15 @@ class GroupSettings(BaseModel):
     mock_model: str | None = None  # what the mock engine imagines; None: its defaults
     mock_accelerator: str | None = None
     mock_speedup: float | None = Field(None, gt=0)
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether its workers only prefill or only decode."""
+        return bool(self.prefill or self.decode)
+
+    @property
+    def group_name(self) -> str:
+        return self.group or self.engine
 
     @model_validator(mode="after")
     def _check_served_engine(self) -> Self:
@@ -211,9 +221,18 @@ class GroupSettings(BaseModel):
             raise ValueError("trtllm serves no LoRA adapters here; leave lora away, or take torch, vllm or sglang")
         if self.attach and self.lora:
             raise ValueError("a server that is attached to has loaded its adapters itself, and they are found there; leave lora away")
-        if self.attach and (self.workers or (self.decode and (self.prefill or 0) + self.decode != len(self.attach))):
+        if self.attach and (self.workers or (self.has_phases and (self.prefill or 0) + (self.decode or 0) != len(self.attach))):
             raise ValueError(
                 "attach makes a worker for each address: leave --workers away, and let --prefill and --decode together be as many"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_accelerators(self) -> Self:
+        if self.accelerators > 1 and self.engine in ("torch", "mock"):
+            raise ValueError(
+                f"a worker of {self.engine} computes on one accelerator; several are for --engine vllm, sglang and trtllm, "
+                "told of them in --engine-args, or for --mock-accelerator 4xh100"
             )
         return self
 
@@ -228,9 +247,8 @@ class GroupSettings(BaseModel):
     def _check_roles(self) -> Self:
         if self.workers is not None and (self.prefill is not None or self.decode is not None):
             raise ValueError("workers cannot be combined with prefill and decode; write either --workers 2, or --prefill 1 --decode 2")
-        if self.prefill and not self.decode:
-            raise ValueError("prefill workers need decode workers to hand over to; write for example --prefill 1 --decode 2")
-        if self.decode == 0 or (self.prefill == 0 and self.decode is None):
+        # Prefill workers alone are a group's part: who decodes may stand in another table, or run already (launch.plan sees them all).
+        if not self.prefill and (self.decode == 0 or (self.prefill == 0 and self.decode is None)):
             raise ValueError("no worker is left that decodes; write for example --workers 1, or --prefill 1 --decode 2")
         return self
 

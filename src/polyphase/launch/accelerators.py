@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from polyphase.core.errors import ConfigurationError
+
 _QUERY = ("nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits")
 _QUERY_TIMEOUT_S = 10.0
 _SHARED_KV_FRACTION = 0.5  # of a GPU that several workers share; the rest is for their weights and activations
@@ -19,10 +21,15 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One worker's part of a GPU. `kv_bytes` is None for a worker that has it to itself: the engine sees what is free."""
+    """One worker's GPUs, or its part of one. `kv_bytes` is None for a worker that has them to itself: the engine sees what is free."""
 
-    gpu: Gpu
+    gpus: tuple[Gpu, ...]
     kv_bytes: int | None
+
+    @property
+    def visible(self) -> str:
+        """As CUDA_VISIBLE_DEVICES says it."""
+        return ",".join(gpu.index for gpu in self.gpus)
 
 
 def find_gpus(environment: Mapping[str, str]) -> list[Gpu]:
@@ -49,14 +56,25 @@ def parse_gpus(answer: str) -> list[Gpu]:
     return gpus
 
 
-def share_gpus(gpus: Sequence[Gpu], worker_count: int) -> list[Share | None]:
-    """Workers in turn on the GPUs; None for each if there are none."""
+def share_gpus(gpus: Sequence[Gpu], wanted: Sequence[int]) -> list[Share | None]:
+    """`wanted`: by each worker, GPUs. Workers of one GPU share it where there are not enough, in turn; one of several has its own.
+
+    None for each if there are no GPUs.
+    Raises: ConfigurationError if there are not enough for workers of several.
+    """
     if not gpus:
-        return [None] * worker_count
+        return [None] * len(wanted)
+    if sum(wanted) <= len(gpus):
+        left = iter(gpus)
+        return [Share(tuple(next(left) for _ in range(count)), None) for count in wanted]
+    if any(count > 1 for count in wanted):
+        raise ConfigurationError(
+            f"the workers want {sum(wanted)} GPUs together, and this machine has {len(gpus)}; start fewer here, or lower accelerators = …"
+        )
     shares: list[Share | None] = []
-    for number in range(worker_count):
+    for number in range(len(wanted)):
         gpu = gpus[number % len(gpus)]
-        sharer_count = sum(other % len(gpus) == number % len(gpus) for other in range(worker_count))
+        sharer_count = sum(other % len(gpus) == number % len(gpus) for other in range(len(wanted)))
         kv_bytes = None if sharer_count == 1 else int(_SHARED_KV_FRACTION * gpu.memory_bytes / sharer_count)
-        shares.append(Share(gpu, kv_bytes))
+        shares.append(Share((gpu,), kv_bytes))
     return shares

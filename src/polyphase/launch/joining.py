@@ -28,7 +28,7 @@ CHECK_INTERVAL_S = 0.5
 def plan_joining(settings: ServeSettings, record: DeploymentRecord) -> DeploymentPlan:
     """Raises: ConfigurationError."""
     logs = Path(record.run_folder) / LOGS
-    return plan_deployment(settings, is_taken=lambda worker_id: not _reserve(logs / f"{worker_id}.log"))
+    return plan_deployment(settings, is_taken=lambda worker_id: not _reserve(logs / f"{worker_id}.log"), is_whole=False)
 
 
 def _reserve(log: Path) -> bool:

@@ -25,7 +25,7 @@ MOST_MOCK_PROCESSES = 8
 class WorkerPlan:
     worker_id: str
     role: Role
-    share: Share | None = None  # of a GPU
+    share: Share | None = None  # of the GPUs
     attach: str | None = None  # to this running engine server
 
 
@@ -39,7 +39,7 @@ class GroupPlan:
 
     @property
     def name(self) -> str:
-        return self.settings.group or self.settings.engine
+        return self.settings.group_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,12 @@ def plan_deployment(
     cores: int | None = None,
     gpus: Sequence[Gpu] | None = None,
     is_taken: Callable[[str], bool] = lambda worker_id: False,
+    *,
+    is_whole: bool = True,
 ) -> DeploymentPlan:
     """`cores` and `gpus` are those of this machine unless told otherwise; `is_taken`: names that workers cannot have.
+
+    `is_whole`: False for further workers of a deployment, in which others may decode what these prefill.
 
     Raises: ConfigurationError if a model is no folder and no possible name, or groups contradict each other.
     """
@@ -109,14 +113,16 @@ def plan_deployment(
     models = [_model_of(group) for group in groups]
     _check_names(groups, models)
     _check_weights(groups, models)
+    if is_whole:
+        _check_roles(groups, models)
     names = _Names(is_taken)
     workers = [_workers(group, names) for group in groups]
     if not any(map(_wants_gpus, groups)):
         gpus = ()
     elif gpus is None:
         gpus = find_gpus(os.environ)
-    wanting = [len(found) if _wants_gpus(group) else 0 for group, found in zip(groups, workers, strict=True)]
-    shares = iter(share_gpus(gpus, sum(wanting)))
+    wanted = [group.accelerators for group, found in zip(groups, workers, strict=True) if _wants_gpus(group) for _ in found]
+    shares = iter(share_gpus(gpus, wanted))
     planned = (
         GroupPlan(group, model, tuple(replace(worker, share=next(shares)) if _wants_gpus(group) else worker for worker in found))
         for group, model, found in zip(groups, models, workers, strict=True)
@@ -163,11 +169,26 @@ def _check_weights(groups: Sequence[GroupSettings], models: Sequence[ModelSource
     for group, model in zip(groups, models, strict=True):
         if group.weight is None:
             continue
-        name = group.group or group.engine
+        name = group.group_name
         if stated.setdefault((model.served_name, name), group.weight) != group.weight:
             raise ConfigurationError(
                 f"two groups {name!r} of the model {model.served_name!r} have different weights; give one another name with group = …"
             )
+
+
+def _check_roles(groups: Sequence[GroupSettings], models: Sequence[ModelSource]) -> None:
+    """Raises: ConfigurationError if prefill workers have nobody to hand over to: of their model, group and engine, in any table."""
+    kinds = [(model.served_name, group.group_name, group.engine) for group, model in zip(groups, models, strict=True)]
+    decoding = {kind for group, kind in zip(groups, kinds, strict=True) if group.decode or not group.has_phases}
+    for group, (model, name, engine) in zip(groups, kinds, strict=True):
+        if not group.prefill or (model, name, engine) in decoding:
+            continue
+        if len(groups) == 1:
+            raise ConfigurationError("prefill workers need decode workers to hand over to; write for example --prefill 1 --decode 2")
+        raise ConfigurationError(
+            f"the prefill workers of the group {name!r} of the model {model!r} need {engine} workers of that group that decode; "
+            f'write decode = 2 beside prefill, or into another table under [[groups]] with group = "{name}"'
+        )
 
 
 class _Names:
@@ -186,8 +207,8 @@ class _Names:
 
 
 def _workers(settings: GroupSettings, names: _Names) -> list[WorkerPlan]:
-    if settings.decode:
-        counts = {Role.PREFILL: settings.prefill or 0, Role.DECODE: settings.decode}
+    if settings.has_phases:
+        counts = {Role.PREFILL: settings.prefill or 0, Role.DECODE: settings.decode or 0}
         roles = [role for role, count in counts.items() for _ in range(count)]
         urls = settings.attach or (None,) * len(roles)  # prefill workers first
         return [WorkerPlan(names.next(role), role, attach=url) for role, url in zip(roles, urls, strict=True)]
@@ -281,7 +302,7 @@ def _worker(plan: DeploymentPlan, group: GroupPlan, workers: Sequence[WorkerPlan
     }
     environment = _environment(thread_count)
     if share is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = share.gpu.index
+        environment["CUDA_VISIBLE_DEVICES"] = share.visible
     # One word, because the value begins with dashes itself.
     further = (f"--engine-args={settings.engine_args}",) if settings.engine_args else ()
     return ProcessSpec(worker.worker_id, ProcessKind.WORKER, (*_command("polyphase.worker", flags), *further), environment)

@@ -5,10 +5,12 @@ import json
 import re
 import tomllib
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from polyphase.advisor.advice import Advice, Inquiry, advise
+from polyphase.advisor.advice import Advice, Inquiry, Part, advise
 from polyphase.advisor.deployment import Serving, Speculation, Traffic
 from polyphase.advisor.fleet import parse_fleet
 from polyphase.advisor.goal import Goal
@@ -17,6 +19,9 @@ from polyphase.advisor.mapping import ParallelMapping
 from polyphase.advisor.outputs.launch_files import launch_files
 from polyphase.advisor.outputs.page import as_page
 from polyphase.advisor.outputs.records import as_csv, as_json
+from polyphase.config import load_serve_settings
+from polyphase.engines.vllm.flags import serve_command
+from polyphase.engines.vllm.settings import VllmSettings
 
 from .building import LIBRARY
 
@@ -87,6 +92,44 @@ def test_launch_files_of_a_split_deployment() -> None:
     documents = files["kubernetes.yaml"].split("---\n")
     assert [re.search(r"kind: (\w+)", document)[1] for document in documents] == ["Deployment", "Service"] * 2  # type: ignore[index]
     assert len(re.findall(r"^kind: Deployment", files["kubernetes.yaml"], re.M)) == 2
+
+
+@pytest.mark.parametrize("advice", [WHOLE, APART])
+def test_serve_reads_the_written_file_and_starts_what_was_advised(advice: Advice, tmp_path: Path) -> None:
+    option = replace(advice.best[0], decode=drafting(advice.best[0].decode))  # whose flags hold JSON
+    (tmp_path / "polyphase.toml").write_text(launch_files(option, 'acme/model\'s "own"', TRAFFIC)["polyphase.toml"])
+    settings = load_serve_settings({}, {}, tmp_path / "polyphase.toml")
+    parts = [option.decode] if option.prefill is None else [option.prefill, option.decode]
+    assert len(settings.worker_groups) == len(parts)
+    for group, part in zip(settings.worker_groups, parts, strict=True):
+        assert (group.model, group.engine) == ('acme/model\'s "own"', "vllm")
+        assert (group.workers or group.prefill or group.decode) == option.units * part.workers
+        assert group.accelerators == part.mapping.gpu_count
+        command = serve_command(
+            VllmSettings(
+                model=group.model,
+                name=None,
+                folder=tmp_path,
+                command="vllm serve",
+                arguments=group.engine_args or "",
+                context_length=group.context_length,
+                max_running=group.max_running,
+                hands_over=option.prefill is not None,
+            ),
+            "name",
+            8000,
+        )
+        values = dict(pairwise(command))
+        assert values["serve"] == group.model
+        assert values["--tensor-parallel-size"] == str(part.mapping.tp)
+        assert int(values["--max-model-len"]) >= TRAFFIC.whole_tokens
+        assert ("--kv-transfer-config" in values) == (option.prefill is not None)
+        assert command.count("--max-num-seqs") == command.count("--max-model-len") == 1
+    assert json.loads(values["--speculative-config"]) == {"method": "mtp", "num_speculative_tokens": 2}
+
+
+def drafting(part: Part) -> Part:
+    return replace(part, setting=replace(part.setting, speculation=Speculation(2, 0.8)))
 
 
 def test_what_a_mapping_needs_is_among_the_flags() -> None:

@@ -139,7 +139,6 @@ def test_a_nearer_choice_of_roles_replaces_a_farther_one_whole(tmp_path: Path):
         ({"model": " "}, {}, "MODEL ' ' is empty"),
         ({}, {}, "no model is named"),
         ({"model": "demo", "workers": 1, "decode": 1}, {}, "workers cannot be combined"),
-        ({"model": "demo", "prefill": 1}, {}, "--prefill 1 --decode 2"),
         ({"model": "demo", "prefill": 0}, {}, "no worker is left that decodes"),
         ({"model": "demo", "decode": 0}, {}, "no worker is left that decodes"),
         ({"model": "demo", "workers": 0}, {}, "--workers 0 should be greater than or equal to 1"),

@@ -117,3 +117,48 @@ def test_workers_that_join_get_names_that_nobody_has(tmp_path: Path) -> None:
     assert [worker.worker_id for worker in plan_joining(settings, record).workers] == ["worker-3", "worker-4"]
     options = parse_options(worker_specs(plan, tmp_path)[0].arguments[3:])
     assert (options.group, options.weight, options.run_folder) == ("canary", 0.5, tmp_path)
+
+
+APART = """
+engine = "mock"
+[[groups]]
+model = "demo"
+group = "x"
+prefill = 2
+max_running = 8
+[[groups]]
+model = "demo"
+group = "x"
+decode = 1
+"""
+
+
+def test_prefill_and_decode_workers_of_one_group_may_stand_in_two_tables(tmp_path: Path) -> None:
+    plan = plan_of(APART, tmp_path)
+    assert plan.describe_workers() == "2 prefill and 1 decode workers"
+    options = [parse_options(spec.arguments[3:]) for spec in worker_specs(plan, tmp_path)]
+    assert [(one.worker_id, one.role, one.group) for one in options] == [
+        ("prefill-0", "prefill", "x"),
+        ("prefill-1", "prefill", "x"),
+        ("decode-0", "decode", "x"),
+    ]
+    assert [one.engine_options.max_running for one in options] == [8, 8, None]
+    assert plan_of(APART.replace("decode = 1", "workers = 1"), tmp_path).describe_workers() == "2 prefill workers, and 1 for both"
+
+
+@pytest.mark.parametrize("change", [("decode = 1", "prefill = 1"), ("decode = 1", "decode = 1\nengine = \"vllm\""), ("\"x\"", "\"y\""),
+                                    ("\"demo\"", "\"demo\"\nserved_model_name = \"other\"")])  # fmt: skip
+def test_prefill_workers_that_could_hand_over_to_nobody_are_refused(change: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"the prefill workers of the group '.' of the model '.*' need mock workers of that group"):
+        plan_of(APART.replace(*change, 1), tmp_path)
+
+
+def test_prefill_workers_alone_may_join_but_not_serve(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    record = DeploymentRecord(
+        name="default", model="demo", url="http://127.0.0.1:1", pid=1, run_folder=str(tmp_path), worker_ids=["decode-0"], started_unix_s=0
+    )
+    settings = load_serve_settings({"model": "demo", "engine": "mock", "prefill": 1}, {})
+    assert [worker.worker_id for worker in plan_joining(settings, record).workers] == ["prefill-0"]
+    with pytest.raises(ConfigurationError, match="--prefill 1 --decode 2"):
+        plan_deployment(settings, cores=4, gpus=())

@@ -202,14 +202,24 @@ class TestGpus:
         assert "--kv-bytes" not in flags_of(specs[1].arguments)
 
     def test_workers_that_share_one_divide_half_of_it(self, tmp_path: Path):
-        shares = share_gpus(self.TWO, 3)
-        assert [share and (share.gpu.index, share.kv_bytes) for share in shares] == [
+        shares = share_gpus(self.TWO, [1, 1, 1])
+        assert [share and (share.visible, share.kv_bytes) for share in shares] == [
             ("0", 20 * 1024**3),
             ("1", None),
             ("0", 20 * 1024**3),
         ]
         specs = process_specs(plan(gpus=self.TWO, workers=3, kv_memory="1GiB"), tmp_path)
         assert flags_of(specs[1].arguments)["--kv-bytes"] == str(1024**3)
+
+    def test_a_worker_of_several_has_them_to_itself(self, tmp_path: Path):
+        four = tuple(Gpu(str(number), 80 * 1024**3) for number in range(4))
+        specs = process_specs(plan(gpus=four, workers=2, engine="vllm", accelerators=2), tmp_path)
+        assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in specs[1:]] == ["0,1", "2,3"]
+        assert "--kv-bytes" not in flags_of(specs[1].arguments)
+        with pytest.raises(ConfigurationError, match="want 6 GPUs together, and this machine has 4"):
+            plan(gpus=four, workers=3, engine="vllm", accelerators=2)
+        with pytest.raises(ValueError, match="a worker of torch computes on one accelerator"):
+            plan(accelerators=2)
 
     @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
     def test_a_device_that_was_named_is_left_alone(self, device: str, tmp_path: Path):

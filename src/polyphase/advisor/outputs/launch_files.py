@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 
 from polyphase.advisor.advice import Option, Part
 from polyphase.advisor.deployment import Traffic
@@ -22,11 +23,13 @@ def launch_files(option: Option, model: str, traffic: Traffic) -> dict[str, str]
 
     `model`: what engines load, a name on the hub or a folder.
     """
-    files = {"polyphase.toml": _polyphase(option, model, traffic), "serve.sh": _script(_SERVE, _SERVE_NOTE)}
+    files = {"polyphase.toml": _polyphase(option, model, traffic), "serve.sh": _SERVE}
     for backend, make in _COMMANDS.items():
         for role, part in _parts(option):
             count = option.units * part.workers
             note = f"One of {count} {role or 'engine'} workers, each on {part.mapping.gpu_count} {part.setting.accelerator.name}."
+            if (checkpoint := _checkpoint_note(replace(part, setting=replace(part.setting, backend=backend)))) != "":
+                note += f" The model is {checkpoint}."
             if backend != option.decode.setting.backend:
                 note += f" The figures are for {option.decode.setting.backend}."
             files[f"{backend}{'-' * bool(role)}{role}.sh"] = _script(make(part, role, model, option, traffic), note)
@@ -50,11 +53,12 @@ def _parts(option: Option) -> list[tuple[str, Part]]:
     return [("", option.decode)] if option.prefill is None else [("prefill", option.prefill), ("decode", option.decode)]
 
 
-_SERVE = ["polyphase", "serve", "--config", "polyphase.toml"]
-_SERVE_NOTE = (
-    "Run it in this folder. --engine-python or engine_python in the file names the interpreter of the engine's environment;\n"
-    "# all workers start on this machine. On several, start the rest with `polyphase join` or attach to engines that run."
-)
+_SERVE = """#!/bin/sh
+# engine_python in the file names the interpreter of the engine's environment. All workers start on this machine: on several, lower the
+# counts in the file, and attach to the engines that run elsewhere, which the other scripts start.
+cd "$(dirname "$0")" || exit
+exec polyphase serve --config polyphase.toml "$@"
+"""
 
 
 def _script(command: list[str], note: str) -> str:
@@ -83,17 +87,28 @@ def _polyphase(option: Option, model: str, traffic: Traffic) -> str:
     for role, part in _parts(option):
         backend = part.setting.backend
         arguments = shlex.join(_SHAPES[backend](part, role))
+        note = _checkpoint_note(part)
         lines += [
             "[[groups]]",
-            f"model = {_toml(model)}",
+            f"model = {_toml(model)}{f'  # {note}' if note else ''}",
             f"group = {_toml(backend)}",
             f"engine = {_toml(backend)}",
-            f"{role or 'workers'} = {option.units * part.workers}  # each on {part.mapping.gpu_count} accelerators",
+            f"{role or 'workers'} = {option.units * part.workers}",
+            f"accelerators = {part.mapping.gpu_count}  # each",
             f"max_running = {_sequences(part, role, option) * (part.mapping.dp if backend == 'sglang' else 1)}",
             *([f"engine_args = {_toml(arguments)}"] if arguments else []),
             "",
         ]
     return "\n".join(lines)
+
+
+def _checkpoint_note(part: Part) -> str:
+    """Of a precision that the engine does not make of the published weights while it loads them."""
+    wanted, published = part.setting.precision.name, part.setting.shape.native_precision
+    is_made_at_loading = part.setting.precision.gemm.name == "fp8" and part.setting.backend in ("vllm", "sglang")
+    if wanted == published or is_made_at_loading:
+        return ""
+    return f"published in {published}: put the name of a checkpoint in {wanted} here"
 
 
 def _toml(text: str) -> str:
