@@ -12,13 +12,13 @@ ONCE ?=
 PYTEST_ARGS ?=
 SEED ?= 1
 ENGINES ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/polyphase-engines
-ENGINES_LIMIT_S ?= 1800
+ENGINES_LIMIT_S ?= 3600
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-chaos test-engines test-nixl test-cuda check sanitize bench headlines clean
+.PHONY: help venv demo test test-chaos test-engines test-engines-sglang test-nixl test-cuda check sanitize bench headlines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,11 +44,17 @@ test: $(STAMP) ## all tests; PYTEST_ARGS="tests/unit -x" for some
 test-chaos: $(STAMP) ## hundreds of faults over thousands of requests, some minutes; SEED=7 for others. The last line is JSON
 	@$(BIN)/python -m tests.chaos --seed $(SEED)
 
-test-engines: $(STAMP) ## Polyphase before a real vLLM (CPU): 2.3 GB in ENGINES, resumable, then some minutes; PYTEST_ARGS="-k kill" for some
+test-engines: $(STAMP) ## Polyphase before a real vLLM (CPU): 2.3 GB in ENGINES, resumable, then some minutes; PYTEST_ARGS="-k split" for some
 	@$(PYTHON) tools/install_vllm.py $(ENGINES)/vllm $(PIP_ARGS) > /dev/null
 	@test -f $(ENGINES)/tiny/config.json || $(BIN)/python tools/make_tiny_model.py $(ENGINES)/tiny
 	@ENGINE_PYTHON=$(ENGINES)/vllm/bin/python ENGINE_MODEL=$(ENGINES)/tiny timeout $(ENGINES_LIMIT_S) \
-	  $(BIN)/python -m pytest tests/engines/real_vllm.py tests/engines/real_openai.py $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest $(wildcard tests/engines/real_vllm*.py) tests/engines/real_openai.py $(PYTEST_ARGS)
+
+test-engines-sglang: $(STAMP) ## the same before real SGLang servers (CPU, Python 3.11): 3.1 GB; PYTEST_ARGS="-k Halves" for some
+	@$(PYTHON) tools/install_sglang.py $(ENGINES)/sglang $(PIP_ARGS) > /dev/null
+	@test -f $(ENGINES)/tiny/config.json || $(BIN)/python tools/make_tiny_model.py $(ENGINES)/tiny
+	@ENGINE_PYTHON=$(ENGINES)/sglang/bin/python ENGINE_MODEL=$(ENGINES)/tiny timeout $(ENGINES_LIMIT_S) \
+	  $(BIN)/python -m pytest tests/engines/real_sglang.py $(PYTEST_ARGS)
 
 test-nixl: $(STAMP) ## the transfer library over NIXL, which is fetched (90 MB) into build/nixl; no GPU needed
 	@test -d build/nixl/nixl || $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --target build/nixl nixl nixl-cu12

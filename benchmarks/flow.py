@@ -2,7 +2,8 @@
 
 Two torch engines with the demo model in this process, one thread each, prompts of 512, 2,000 and 8,000 tokens that nothing is cached of,
 over shared memory and over TCP on loopback. `…_mb_left`: KV that has not arrived when the offer comes; it depends on the sizes of the
-chunks only. `…_wait_ms`: from the offer until the decode engine can take the request. `peer` is the same without the flow.
+chunks only. `…_wait_ms`: from the offer until the decode engine can take the request. `peer` is the same without the flow. `…_wait_ratio`:
+the median of with ÷ without over pairs that follow each other at once, in turns in either order; read that where the machine is busy.
 """
 
 from __future__ import annotations
@@ -107,13 +108,16 @@ async def measure(rounds: int) -> dict[str, Figure]:
             for length in PROMPT_TOKENS:
                 found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
                 for turn in range(-1, rounds):  # the first warms up
-                    for has_flow, results in found.items():
+                    for has_flow, results in sorted(found.items(), key=lambda item: item[0] is (turn % 2 == 0)):
                         result = await pair.hand_over(f"{length} {turn} {has_flow}", length, has_flow=has_flow)
                         if turn >= 0:
                             results.append(result)
                 for place, (what, unit) in enumerate((("mb_left", "MB"), ("wait_ms", "ms"))):
                     with_flow, without = (percentile([result[place] for result in found[has_flow]], 0.5) for has_flow in (True, False))
                     figures[f"{name}_{length}_{what}"] = Figure(with_flow, unit, peer=without)
+                pairs = zip(found[True], found[False], strict=True)
+                ratio = percentile([with_flow[1] / without[1] for with_flow, without in pairs], 0.5)
+                figures[f"{name}_{length}_wait_ratio"] = Figure(ratio, "ratio")
                 STDERR.print(f"{name}, {length} tokens: {figures[f'{name}_{length}_wait_ms'].value:.1f} ms")
     return figures
 

@@ -5,7 +5,12 @@
   KV pulled when the prompt is done. All three deployments are up, and asked in turn.
 - Two decode workers with streams on both: one is given another role and back; from the wish to the moment when nothing is left there that
   the role is not for, and the longest pause that a moved stream saw.
-- The same two workers: one is killed (-9) while it writes; time from its death to the next token of each of its streams.
+- The same two workers: one is killed (-9) while it writes; time from its death to the next token of each of its streams. What of it cannot
+  be less: as soon as they go on, as many new requests with as many tokens are sent, which the same worker computes beside the same
+  streams; `peer` of `migration_ms` is their TTFT, `migration_notice_ms` the time from the death until the frontend took the streams back.
+
+Ratios are medians of ratios within a round, whose parts follow each other at once, in an order that changes: a load that comes and goes
+meets all parts alike. Read those where the machine is not idle.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import os
 import random
 import signal
 import time
+from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -43,7 +50,8 @@ async def one_by_one(urls: dict[str, str], rounds: int) -> dict[str, dict[int, l
     times: dict[str, dict[int, list[StreamTimes]]] = {name: {length: [] for length in PROMPT_TOKENS} for name in urls}
     for turn in range(-1, rounds):  # the first warms up
         for length in PROMPT_TOKENS:
-            for place, (name, url) in enumerate(urls.items()):
+            shift = turn % len(urls)
+            for place, (name, url) in enumerate([*urls.items()][shift:] + [*urls.items()][:shift]):
                 async with httpx.AsyncClient(base_url=url, timeout=300) as client:
                     found = await stream_completion(client, prompt_of(length, 10_000 * turn + 10 * length + place), 8)
                 if turn >= 0:
@@ -61,25 +69,28 @@ class Streams:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Streams:
-        self._client = httpx.AsyncClient(base_url=self.url, timeout=300)
+        self.client = httpx.AsyncClient(base_url=self.url, timeout=300)
         self._tasks = [asyncio.create_task(self._follow(number)) for number in range(len(self.times))]
         while any(len(times.token_s) < 20 for times in self.times):  # noqa: ASYNC110  they are filled without an event
             await asyncio.sleep(0.02)
         return self
 
     async def _follow(self, number: int) -> None:
-        await stream_completion(self._client, prompt_of(64, self._seed + number), STREAM_TOKENS, times=self.times[number])
+        await stream_completion(self.client, prompt_of(64, self._seed + number), STREAM_TOKENS, times=self.times[number])
 
     async def __aexit__(self, *exc_info: object) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._client.aclose()
+        await self.client.aclose()
 
     async def places(self) -> list[str]:
         """The worker of each stream."""
-        records = [(await self._client.get(f"/debug/requests/{times.request_id}")).json() for times in self.times]
-        return [record["decode_worker"] for record in records]
+        return [(await self.record(times))["decode_worker"] for times in self.times]
+
+    async def record(self, times: StreamTimes) -> dict[str, Any]:
+        found: dict[str, Any] = (await self.client.get(f"/debug/requests/{times.request_id}")).json()
+        return found
 
 
 async def switch_roles(served: Deployment, rounds: int) -> tuple[list[float], list[float]]:
@@ -106,9 +117,17 @@ async def switch_roles(served: Deployment, rounds: int) -> tuple[list[float], li
     return settled_ms, gaps_ms
 
 
-async def kill_workers(served: Deployment, rounds: int) -> list[float]:
-    """Milliseconds from each death to the next token of each stream that was there."""
-    found: list[float] = []
+@dataclass
+class Migrations:
+    """Milliseconds, one entry for each stream whose worker was killed."""
+
+    notice: list[float] = field(default_factory=list)  # from the death until the frontend took it back
+    gap: list[float] = field(default_factory=list)  # from the death to its next token
+    floor: list[float] = field(default_factory=list)  # to the first token of a new request with as many tokens, at the same worker
+
+
+async def kill_workers(served: Deployment, rounds: int) -> Migrations:
+    found = Migrations()
     for turn in range(rounds):
         while sorted(served.workers()) != ["decode-0", "decode-1", "prefill-0"] or await _known_workers(served.url) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
@@ -118,15 +137,29 @@ async def kill_workers(served: Deployment, rounds: int) -> list[float]:
             pid = served.workers()[worker].pid
             died_s = time.perf_counter()
             os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(2)
-            for times, place in zip(streams.times, places, strict=True):
-                if place == worker:
-                    # What the dead worker had sent before still arrives for a moment; its successor's tokens come after the longest gap.
-                    around = [died_s, *(at for at in times.token_s if died_s < at < died_s + 2)]
-                    _, resumed_s = max(itertools.pairwise(around), key=lambda pair: pair[1] - pair[0])
-                    found.append((resumed_s - died_s) * 1e3)
-        STDERR.print(f"kills: {turn + 1}, {len(found)} migrated streams, the last one after {found[-1]:.0f} ms")
+            moved = [times for times, place in zip(streams.times, places, strict=True) if place == worker]
+            records = [await _migrated(streams, times) for times in moved]
+            lengths = [next(route["tokens"] for route in reversed(record["routes"])) for record in records]
+            for times, record, length in zip(moved, records, lengths, strict=True):
+                taken_back = [moment["at_ms"] for moment in record["timeline"] if moment["event"] == "broken off"]
+                found.notice.append((times.sent_s - died_s) * 1e3 + taken_back[-1])
+                first_of_successor = length - 64  # so many tokens had come before
+                while len(times.token_s) <= first_of_successor:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+                found.gap.append((times.token_s[first_of_successor] - died_s) * 1e3)
+            new = (
+                stream_completion(streams.client, prompt_of(length, 500_000 + 7 * turn + place), 1) for place, length in enumerate(lengths)
+            )
+            found.floor += [times.ttft_ms for times in await asyncio.gather(*new)]
+        STDERR.print(f"kills: {turn + 1}, {len(found.gap)} migrated streams, the last one after {found.gap[-1]:.0f} ms")
     return found
+
+
+async def _migrated(streams: Streams, times: StreamTimes) -> dict[str, Any]:
+    """Its record, as soon as that says so."""
+    while not (record := await streams.record(times))["migrations"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    return record
 
 
 async def _known_workers(url: str) -> int:
@@ -134,12 +167,8 @@ async def _known_workers(url: str) -> int:
         return len((await client.get("/health")).json()["models"]["demo"]["workers"])
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="requests of each length per deployment (default 5)")
-    parser.add_argument("--switches", type=int, default=20, help="role switches (default 20)")
-    parser.add_argument("--kills", type=int, default=8, help="workers killed (default 8)")
-    options = parser.parse_args()
+def phases(rounds: int) -> dict[str, Figure]:
+    """A split deployment against one worker."""
     figures: dict[str, Figure] = {}
     with (
         STDERR.status("split and whole"),
@@ -147,20 +176,48 @@ def main() -> None:
         Deployment("demo", *SPLIT, "--kv-flow", "off") as at_end,
         Deployment("demo", *ONE) as one,
     ):
-        times = asyncio.run(one_by_one({"split": split.url, "at_end": at_end.url, "one": one.url}, options.rounds))
+        times = asyncio.run(one_by_one({"split": split.url, "at_end": at_end.url, "one": one.url}, rounds))
     for length in PROMPT_TOKENS:
         for figure, value_of in (("ttft", lambda t: t.ttft_ms), ("second_token_gap", lambda t: t.itl_ms[0])):
             medians = {name: percentile([value_of(t) for t in times[name][length]], 0.5) for name in times}
             figures[f"{figure}_ms_{length}"] = Figure(medians["split"], "ms", peer=medians["one"])
             figures[f"{figure}_without_flow_ms_{length}"] = Figure(medians["at_end"], "ms", peer=medians["one"])
+            for name, other in (("split", "one"), ("split", "at_end")):
+                pairs = zip(times[name][length], times[other][length], strict=True)
+                ratio = percentile([value_of(mine) / value_of(theirs) for mine, theirs in pairs], 0.5)
+                figures[f"{figure}_vs_{'one' if other == 'one' else 'without_flow'}_{length}"] = Figure(ratio, "ratio")
+    return figures
+
+
+def moves(switches: int, kills: int) -> dict[str, Figure]:
+    """Roles switched and workers killed under streams."""
+    figures: dict[str, Figure] = {}
     with STDERR.status("two decode workers"), Deployment("demo", *PAIR) as served:
-        switched_ms, gaps_ms = asyncio.run(switch_roles(served, options.switches))
-        migrated_ms = asyncio.run(kill_workers(served, options.kills))
+        switched_ms, gaps_ms = asyncio.run(switch_roles(served, switches))
+        migrated = asyncio.run(kill_workers(served, kills))
     figures["role_switch_ms"] = Figure(percentile(switched_ms, 0.5), "ms", "below 1000")
     figures["role_switch_ms_p99"] = Figure(percentile(switched_ms, 0.99), "ms", "below 1000")
     figures["role_switch_stream_gap_ms_p50"] = Figure(percentile(gaps_ms, 0.5), "ms")
-    figures["migration_ms_p50"] = Figure(percentile(migrated_ms, 0.5), "ms")
-    figures["migration_ms_p99"] = Figure(percentile(migrated_ms, 0.99), "ms")
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        figures[f"migration_ms_{name}"] = Figure(percentile(migrated.gap, share), "ms", peer=percentile(migrated.floor, share))
+        figures[f"migration_notice_ms_{name}"] = Figure(percentile(migrated.notice, share), "ms")
+    ratios = [gap / floor for gap, floor in zip(migrated.gap, migrated.floor, strict=True)]
+    figures["migration_vs_new_request"] = Figure(percentile(ratios, 0.5), "ratio")
+    return figures
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="requests of each length per deployment (default 5)")
+    parser.add_argument("--switches", type=int, default=20, help="role switches (default 20)")
+    parser.add_argument("--kills", type=int, default=8, help="workers killed (default 8)")
+    parser.add_argument("--only", choices=("phases", "moves"), help="leave out the other half")
+    options = parser.parse_args()
+    figures: dict[str, Figure] = {}
+    if options.only != "moves":
+        figures |= phases(options.rounds)
+    if options.only != "phases":
+        figures |= moves(options.switches, options.kills)
     report("handover", figures, as_json=options.json)
 
 

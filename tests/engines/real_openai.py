@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from openai import APIStatusError, OpenAI
 
 from polyphase.testing import Deployment
-from tests.engines.real_vllm import ENVIRONMENT, OPTIONS, START_TIMEOUT_S, engine_url
+from tests.engines.vllm_setting import KEYLESS, MODEL, START_TIMEOUT_S, engine_urls, options
 
 HELLO = [{"role": "user", "content": "kabas loden " * 40}]
 PROMPT = [100 + (7 * place) % 900 for place in range(300)]
@@ -20,15 +19,19 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 
 
+def engine_url(vllm: Deployment) -> str:
+    return engine_urls(vllm)["worker-0"]
+
+
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[Deployment]:
-    with Deployment(os.environ["ENGINE_MODEL"], *OPTIONS, start_timeout_s=START_TIMEOUT_S, environment=ENVIRONMENT) as deployment:
+    with Deployment(MODEL, *options(), start_timeout_s=START_TIMEOUT_S, environment=KEYLESS) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="module", params=["text", "tokens"])
 def served(request: pytest.FixtureRequest, vllm: Deployment) -> Iterator[Deployment]:
-    model = "tiny" if request.param == "text" else os.environ["ENGINE_MODEL"]
+    model = "tiny" if request.param == "text" else MODEL
     options = ("--served-model-name", "x", "--engine", "openai", "--attach", engine_url(vllm))
     with Deployment(model, *options, start_timeout_s=120) as deployment:
         way = "tokens in, tokens out" if request.param == "tokens" else "text"
@@ -42,13 +45,15 @@ def client_of(served: Deployment) -> OpenAI:
 
 def test_answers_are_those_of_the_engine_asked_directly(served: Deployment, vllm: Deployment) -> None:
     fields: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
-    direct = httpx.post(f"{engine_url(vllm)}/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **fields}, timeout=120).json()
+    direct = httpx.post(
+        f"{engine_urls(vllm)['worker-0']}/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **fields}, timeout=120
+    ).json()
     answer = client_of(served).chat.completions.create(model="x", messages=HELLO, **fields)  # type: ignore[call-overload]
     assert answer.model == "x"
     assert answer.choices[0].message.content == direct["choices"][0]["message"]["content"]
     assert answer.usage.prompt_tokens == direct["usage"]["prompt_tokens"]
     body = {"prompt": PROMPT, "ignore_eos": True, "return_token_ids": True, **fields}
-    direct = httpx.post(f"{engine_url(vllm)}/v1/completions", json={"model": "tiny", **body}, timeout=120).json()
+    direct = httpx.post(f"{engine_urls(vllm)['worker-0']}/v1/completions", json={"model": "tiny", **body}, timeout=120).json()
     through = httpx.post(f"{served.url}/v1/completions", json={"model": "x", **body}, timeout=120).json()
     assert through["choices"][0]["token_ids"] == direct["choices"][0]["token_ids"]
 
@@ -77,7 +82,7 @@ def test_who_goes_away_frees_the_engine(served: Deployment, vllm: Deployment) ->
     stream.close()
 
     def is_idle() -> bool:
-        lines = httpx.get(f"{engine_url(vllm)}/metrics", timeout=30).text.splitlines()
+        lines = httpx.get(f"{engine_urls(vllm)['worker-0']}/metrics", timeout=30).text.splitlines()
         return any(line.startswith("vllm:num_requests_running{") and line.endswith(" 0.0") for line in lines)
 
     served.wait_for(is_idle, "the engine to be idle; 3000 tokens take much longer", timeout_s=15)

@@ -1,7 +1,7 @@
 """Polyphase before a real `vllm serve`: `make test-engines`. Not part of `make test`, whose vLLM is played from recordings.
 
-One server for all tests: it starts in one to three minutes on a small machine. ENGINE_PYTHON names the interpreter that has vLLM, and
-ENGINE_MODEL the folder that tools/make_tiny_model.py wrote. The tests build on each other and run in this order.
+One server for all tests of this file: it starts in one to three minutes on a small machine, and wants an API key. The tests build on each
+other and run in this order.
 """
 
 from __future__ import annotations
@@ -20,60 +20,39 @@ import pytest
 from openai import APIError, OpenAI
 
 from polyphase.testing import Deployment
+from polyphase.testing.deployment import DeploymentFailed
+from tests.engines.vllm_setting import (
+    API_KEY,
+    ENVIRONMENT,
+    KEYLESS,
+    MODEL,
+    START_TIMEOUT_S,
+    ask_engine,
+    client_of,
+    complete,
+    engine_pids,
+    engine_urls,
+    is_idle,
+    options,
+)
 
-START_TIMEOUT_S = 500.0
 PROMPT = list(range(100, 300))
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-}
-OPTIONS = [
-    "--engine", "vllm", "--engine-python", os.environ["ENGINE_PYTHON"], "--served-model-name", "tiny", "--block-size", "32",
-    "--kv-memory", "128MiB", "--context-length", "4096", "--max-running", "16", "--engine-args", "--enforce-eager",
-]  # fmt: skip
-
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(START_TIMEOUT_S + 60)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Deployment]:
-    with Deployment(os.environ["ENGINE_MODEL"], *OPTIONS, start_timeout_s=START_TIMEOUT_S, environment=ENVIRONMENT) as deployment:
+    with Deployment(MODEL, *options(), start_timeout_s=START_TIMEOUT_S, environment=ENVIRONMENT) as deployment:
         yield deployment
 
 
 @pytest.fixture
 def client(served: Deployment) -> OpenAI:
-    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def complete(client: OpenAI, prompt: list[int], count: int = 8, **fields: Any) -> Any:
-    extra = {"return_token_ids": True, "ignore_eos": True}
-    return client.completions.create(model="tiny", prompt=prompt, max_tokens=count, extra_body=extra, **{"temperature": 0, **fields})
+    return client_of(served)
 
 
 def engine_url(served: Deployment) -> str:
-    said = served.logs()
-    return "http://127.0.0.1:" + said.split(" at http://127.0.0.1:")[-1].split(":")[0]
-
-
-def engine_pids(served: Deployment, name: str = "") -> list[int]:
-    """Processes of the group behind the guard, the first one first; `name` is part of what they call themselves."""
-    guards = {pid for pid in served.pids() if b"polyphase.engines.served.guard" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-    stats = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                command, _, rest = (folder / "stat").read_text().rpartition(")")
-            except OSError:
-                continue
-            state, parent, group = rest.split()[:3]
-            if state != "Z":
-                stats[int(folder.name)] = (int(parent), int(group), command.partition("(")[2])
-    groups = {pid for pid, (parent, _, _) in stats.items() if parent in guards}
-    return sorted(pid for pid, (_, group, command) in stats.items() if group in groups and name in command)
+    return engine_urls(served)["worker-0"]
 
 
 def test_whole_and_streamed_answers_are_the_same(client: OpenAI) -> None:
@@ -88,9 +67,7 @@ def test_whole_and_streamed_answers_are_the_same(client: OpenAI) -> None:
 def test_tokens_are_those_of_the_engine_asked_directly(served: Deployment, client: OpenAI) -> None:
     for length in (1, 31, 32, 33, 500, 1500):
         prompt = [100 + (7 * place) % 900 for place in range(length)]
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        direct = httpx.post(f"{engine_url(served)}/v1/completions", json=body, timeout=120).json()
-        assert complete(client, prompt).choices[0].token_ids == direct["choices"][0]["token_ids"], length
+        assert complete(client, prompt).choices[0].token_ids == ask_engine(engine_url(served), prompt), length
 
 
 def test_chat_with_logprobs(client: OpenAI) -> None:
@@ -148,18 +125,38 @@ def test_who_goes_away_frees_the_engine(served: Deployment, client: OpenAI) -> N
     stream = complete(client, PROMPT, 3000, stream=True)
     next(iter(stream))
     stream.close()
-
-    def is_idle() -> bool:
-        lines = httpx.get(f"{engine_url(served)}/metrics", timeout=30).text.splitlines()
-        return any(line.startswith("vllm:num_requests_running{") and line.endswith(" 0.0") for line in lines)
-
-    served.wait_for(is_idle, "the engine to be idle; 3000 tokens take much longer", timeout_s=15)
+    served.wait_for(lambda: is_idle(engine_url(served)), "the engine to be idle; 3000 tokens take much longer", timeout_s=30)
 
 
 def test_what_the_engine_does_not_take_is_the_callers_fault(client: OpenAI) -> None:
     with pytest.raises(APIError) as raised:
         complete(client, [1] * 5000)
     assert getattr(raised.value, "status_code", None) == 400
+
+
+def test_the_key_is_wanted_and_shown_nowhere(served: Deployment, client: OpenAI) -> None:
+    assert complete(client, PROMPT, 2).usage.completion_tokens == 2
+    url = engine_url(served)
+    body = {"model": "tiny", "prompt": [1], "max_tokens": 1}
+    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
+    assert API_KEY not in served.logs() + served.output()
+    assert not any(API_KEY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in served.pids())
+
+
+def test_a_running_server_is_attached_to(served: Deployment) -> None:
+    """By a second deployment; at its end the server goes on."""
+    attach = ("--engine", "vllm", "--attach", engine_url(served), "--served-model-name", "tiny")
+    with Deployment(MODEL, *attach, start_timeout_s=90, environment=ENVIRONMENT) as attached:
+        client = client_of(attached)
+        assert complete(client, PROMPT).choices[0].token_ids == ask_engine(engine_url(served), PROMPT)
+        attached.wait_for(lambda: attached.health()["index"]["block_count"] > 0, "what the engine holds, by its events")
+    assert httpx.get(f"{engine_url(served)}/health", timeout=30).status_code == 200
+
+
+def test_without_the_key_it_is_said_how_to_give_it(served: Deployment) -> None:
+    attach = ("--engine", "vllm", "--attach", engine_url(served), "--served-model-name", "tiny")
+    with pytest.raises(DeploymentFailed, match="wants an API key, or another one: set POLYPHASE_ENGINE_API_KEY"):
+        Deployment(MODEL, *attach, start_timeout_s=90, environment=KEYLESS).start()
 
 
 def test_a_stopped_engine_is_noticed_and_taken_back(served: Deployment, client: OpenAI) -> None:
@@ -203,7 +200,7 @@ def test_a_killed_engine_is_explained_and_started_again(served: Deployment, clie
 
 def test_nothing_is_left_running() -> None:
     """A deployment of its own, ended while it starts, as by an impatient person."""
-    deployment = Deployment(os.environ["ENGINE_MODEL"], *OPTIONS, environment=ENVIRONMENT)
+    deployment = Deployment(MODEL, *options(), environment=ENVIRONMENT)
     deployment.launch()
     try:
         deployment.wait_for(lambda: len(engine_pids(deployment)) > 1, "the engine's further processes", 120)

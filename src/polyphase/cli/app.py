@@ -43,7 +43,7 @@ _SERVER = "Server"
 _ROUTER = "Router"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
-_SERVED = "Engines that are servers of their own (vllm, openai); see docs/engines.md"
+_SERVED = "Engines that are servers of their own (vllm, sglang, trtllm, openai); see docs/engines.md"
 _QUEUE = "Waiting requests"
 
 
@@ -102,6 +102,10 @@ def serve(
         str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]", rich_help_panel=_SERVER)
     ] = None,
     port: Annotated[str | None, typer.Option(metavar="PORT", help="[default: 8000]", rich_help_panel=_SERVER)] = None,
+    frontends: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="Each listens at a port of its own, from PORT on. [default: 1]", rich_help_panel=_SERVER),
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="kv, least-loaded or round-robin. [default: kv]", rich_help_panel=_ROUTER)] = None,
     router_weights: Annotated[
         str | None,
@@ -204,7 +208,8 @@ def serve(
         typer.Option(metavar="NAME=WEIGHT,…", help="Shares while requests wait. [default: 1 each]", rich_help_panel=_QUEUE),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="torch, vllm, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
+        str | None,
+        typer.Option(help="torch, vllm, sglang, trtllm, openai, mock, or module:function. [default: torch]", rich_help_panel=_ENGINE),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: auto]", rich_help_panel=_ENGINE)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: auto]", rich_help_panel=_ENGINE)] = None,
@@ -233,7 +238,9 @@ def serve(
         str | None,
         typer.Option(metavar="PROGRAM", help="Python of the environment that the engine is installed in.", rich_help_panel=_SERVED),
     ] = None,
-    engine_command: Annotated[str | None, typer.Option(metavar="COMMAND", help="In place of vllm serve.", rich_help_panel=_SERVED)] = None,
+    engine_command: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="In place of the engine's own, such as vllm serve.", rich_help_panel=_SERVED)
+    ] = None,
     engine_args: Annotated[
         str | None, typer.Option(metavar="FLAGS", help="Further flags of the engine's server, as in a shell.", rich_help_panel=_SERVED)
     ] = None,
@@ -311,6 +318,22 @@ def role(
     from polyphase.cli.role import change_role
 
     change_role(worker, role, name, is_forced=force)
+
+
+@app.command()
+def sleep(worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as status shows it.")], name: Name = None) -> None:
+    """Put a worker to sleep: its requests go elsewhere or end, and its engine gives the accelerator's memory free."""
+    from polyphase.cli.sleep import change_sleep
+
+    change_sleep(worker, name, is_asleep=True)
+
+
+@app.command()
+def wake(worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as status shows it.")], name: Name = None) -> None:
+    """Wake a worker that sleeps."""
+    from polyphase.cli.sleep import change_sleep
+
+    change_sleep(worker, name, is_asleep=False)
 
 
 @app.command()

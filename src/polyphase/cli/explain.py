@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -46,11 +46,25 @@ class ExplainFailed(PolyphaseError):
 
 def show_explanation(request_id: str | None, *, url: str | None, name: str | None, is_json: bool) -> None:
     """Raises: ConfigurationError if nothing runs; ExplainFailed."""
-    page = fetch_page(url or find_deployment(name, os.environ).url, request_id)
+    page = fetch_any_page([url] if url else find_deployment(name, os.environ).urls, request_id)
     if is_json:
         print(json.dumps(page, indent=2, ensure_ascii=False))
         return
     Console(highlight=False).print(explanation(page))
+
+
+def fetch_any_page(urls: Sequence[str], request_id: str | None) -> Page:
+    """From the frontend that has it; without an id, the latest of all. Raises: ConfigurationError, ExplainFailed."""
+    pages: list[Page] = []
+    failures: list[PolyphaseError] = []
+    for url in urls:
+        try:
+            pages.append(fetch_page(url, request_id))
+        except (ConfigurationError, ExplainFailed) as failure:
+            failures.append(failure)
+    if not pages:
+        raise failures[0]
+    return max(pages, key=lambda page: float(page.get("created", 0)))
 
 
 def fetch_page(url: str, request_id: str | None) -> Page:

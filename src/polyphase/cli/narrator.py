@@ -52,9 +52,9 @@ class Narrator:
 async def show_start(console: Console, deployment: LocalDeployment | JoinedWorkers) -> None:
     """Until the deployment is ready. On a terminal, a live table of what each process is doing; elsewhere one line."""
     plan = deployment.plan
-    frontend = "1 frontend, " if isinstance(deployment, LocalDeployment) else ""
+    frontends = f"{plan.describe_frontends()}, " if isinstance(deployment, LocalDeployment) else ""
     console.print(
-        f"[bold]Polyphase[/] serves [bold]{escape(', '.join(plan.model_names))}[/]: {frontend}{plan.describe_workers()}, "
+        f"[bold]Polyphase[/] serves [bold]{escape(', '.join(plan.model_names))}[/]: {frontends}{plan.describe_workers()}, "
         f"{plan.threads_per_worker} thread{'s' if plan.threads_per_worker > 1 else ''} each; logs in {escape(str(deployment.logs_folder))}",
         soft_wrap=True,
     )

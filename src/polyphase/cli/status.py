@@ -60,7 +60,10 @@ async def _watch(record: DeploymentRecord, console: Console) -> None:
 
 
 async def _look(record: DeploymentRecord, width: int) -> Group:
-    answers, remarks = await asyncio.gather(ask_workers(Path(record.run_folder)), ask_frontend(record.url))
+    asked = asyncio.gather(*(ask_frontend(url) for url in record.urls))
+    answers, told = await asyncio.gather(ask_workers(Path(record.run_folder)), asked)
+    several = len(told) > 1
+    remarks = [f"{url}: {line}" if several else line for url, lines in zip(record.urls, told, strict=True) for line in lines]
     return _view(record, answers, remarks, width)
 
 
@@ -147,7 +150,9 @@ def _warnings(page: Any) -> list[str]:
     ]
     turned_away = page.get("turned_away", {}) if isinstance(page, dict) else {}
     strangers = [f"{worker_id}: gets no requests: {reason}" for worker_id, reason in sorted(turned_away.items())]
-    return strangers + stalls + drifts
+    models = page.get("models") if isinstance(page, dict) else None
+    misfits = [line for model in (models or {}).values() for line in model.get("misfits", [])]
+    return strangers + stalls + drifts + misfits
 
 
 def _workers(page: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -186,9 +191,10 @@ async def _ask(client: WorkerClient, worker_id: str) -> WorkerStatus | None:
 
 def _view(record: DeploymentRecord, answers: Answers, remarks: list[str], width: int) -> Group:
     up_s = time.time() - record.started_unix_s
-    head = f"{record.name}: {record.model} at {record.url}, up {format_age(up_s)}, pid {record.pid}"
+    head = f"{record.name}: {record.model} at {', '.join(record.urls)}, up {format_age(up_s)}, pid {record.pid}"
     table = status_table(record.worker_ids, answers, is_wide=width >= WIDE_COLUMNS)
-    notes = _shortcomings(answer.entry for answer in answers.values() if answer is not None and not answer.entry.is_draining)
+    there = [answer.entry for answer in answers.values() if answer is not None]
+    notes = _shortcomings(entry for entry in there if not (entry.is_draining or entry.is_asleep))
     engines = [Text(line, "dim") for line in engine_lines(answers)]
     return Group(Text(head, "bold"), table, Text(LEGEND, "dim"), *engines, *(Text(line, "yellow") for line in notes + remarks))
 
@@ -244,7 +250,7 @@ def _cells(status: WorkerStatus) -> list[str | Text]:
     load = status.load
     return [
         status.entry.role.value,
-        Text("draining", "yellow") if status.entry.is_draining else Text("ready", "green"),
+        _state(status),
         str(load.running_count),
         str(load.waiting_count),
         f"{load.used_block_count}/{load.block_count}",
@@ -252,6 +258,12 @@ def _cells(status: WorkerStatus) -> list[str | Text]:
         format_count(load.prompt_tokens_total),
         format_count(load.generated_tokens_total),
     ]
+
+
+def _state(status: WorkerStatus) -> Text:
+    if status.entry.is_draining:
+        return Text("draining", "yellow")
+    return Text("asleep", "yellow") if status.entry.is_asleep else Text("ready", "green")
 
 
 def _wide_cells(status: WorkerStatus) -> list[str]:

@@ -33,8 +33,10 @@ def _check_group(group: str | None) -> str | None:
 
 
 def _check_engine(engine: str) -> str:
-    if engine not in ("torch", "vllm", "openai", "mock") and ":" not in engine:
-        raise ValueError(f"there is no engine {engine!r}; write torch, vllm, openai, mock, or module:function of an engine of your own")
+    if engine not in ("torch", "vllm", "sglang", "trtllm", "openai", "mock") and ":" not in engine:
+        raise ValueError(
+            f"there is no engine {engine!r}; write torch, vllm, sglang, trtllm, openai, mock, or module:function of an engine of your own"
+        )
     return engine
 
 
@@ -101,6 +103,7 @@ class DeploymentSettings(BaseModel):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    frontends: int = Field(1, ge=1, le=64)  # at port and the ones that follow it
     policy: str = "kv"
     router_weights: Annotated[dict[str, float], BeforeValidator(parse_weights)] = {}  # of parts, in place of the policy's own
     router_filters: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = ()  # besides those of every policy
@@ -129,6 +132,12 @@ class DeploymentSettings(BaseModel):
     @property
     def router_policy(self) -> PolicySettings:
         return PolicySettings(self.policy, self.router_weights, self.router_temperature, self.router_filters, self.router_picker)
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        if self.port + self.frontends - 1 > 65535:
+            raise ValueError(f"{self.frontends} frontends need the ports from {self.port} on, of which there are only {65536 - self.port}")
+        return self
 
     @model_validator(mode="after")
     def _check_policy(self) -> Self:
@@ -189,17 +198,23 @@ class GroupSettings(BaseModel):
         if self.engine == "openai" and not self.attach:
             raise ValueError("an openai engine is a server that runs already; name its address, for example --attach http://127.0.0.1:8080")
         if self.engine_api_key_env is not None and self.engine != "openai":
-            raise ValueError("engine_api_key_env is for --engine openai; other engines are reached without a key")
-        if self.engine in ("vllm", "openai") and self.prefill:
             raise ValueError(
-                f"{self.engine} workers cannot hand over from prefill to decode yet; write --workers 2 in place of --prefill and --decode"
+                "engine_api_key_env is for --engine openai; the key of a vllm is in the variable POLYPHASE_ENGINE_API_KEY, if it wants one"
+            )
+        if self.engine == "openai" and self.prefill:
+            raise ValueError(
+                "openai workers cannot hand over from prefill to decode; write --attach with all addresses, without --prefill and --decode"
             )
         if self.attach and (self.engine_python or self.engine_command or self.engine_args):
             raise ValueError("a server that is attached to runs already: engine_python, engine_command and engine_args start one")
+        if self.engine == "trtllm" and self.lora:
+            raise ValueError("trtllm serves no LoRA adapters here; leave lora away, or take torch, vllm or sglang")
         if self.attach and self.lora:
             raise ValueError("a server that is attached to has loaded its adapters itself, and they are found there; leave lora away")
-        if self.attach and (self.workers or self.decode):
-            raise ValueError("attach makes a worker for each address; leave --workers and --decode away")
+        if self.attach and (self.workers or (self.decode and (self.prefill or 0) + self.decode != len(self.attach))):
+            raise ValueError(
+                "attach makes a worker for each address: leave --workers away, and let --prefill and --decode together be as many"
+            )
         return self
 
     @model_validator(mode="after")

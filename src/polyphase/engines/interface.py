@@ -19,19 +19,19 @@ from polyphase.core.ids import ContentKey
 from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvLayout, KvOffer, KvPart
+from polyphase.wire.kv import KvLayout, KvPart, Offer
 from polyphase.wire.requests import Forward, SequenceOutput, Submit
 from polyphase.wire.transfer import AgentCard
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one engine step brought. `released_offers` are offers whose blocks were copied or given up: their leases can go."""
+    """What one engine step brought. `released_offers` are offers whose KV was fetched or given up: their leases can go."""
 
     step: int
     outputs: list[SequenceOutput]
     events: list[KvEvent] = field(default_factory=list)
-    released_offers: list[KvOffer] = field(default_factory=list)
+    released_offers: list[Offer] = field(default_factory=list)
 
 
 class BlockSource(Protocol):
@@ -98,7 +98,8 @@ class Engine(Protocol):
     def submit(self, request: Submit, source: BlockSource | None = None) -> None:
         """Accept a request; its tokens appear in later step reports.
 
-        `source` comes with `request.offer`, already opened; without it, the engine computes the offered part itself.
+        `source` comes with a `KvOffer` in `request.offer`, already opened; without it, the engine computes the offered part itself. An
+        `EngineOffer` is there only if it is of the card's `offer_kind`: the engine releases it in a report once it has what it offers.
 
         Raises: RequestError if it can never run here; Refused if not now. Then nothing was kept.
         """
@@ -152,6 +153,28 @@ class KvExporter(Protocol):
 
 
 @runtime_checkable
+class KvSender(Protocol):
+    """Optional ability: the engine brings KV to others of its kind by itself. What it hands over are `EngineOffer`s."""
+
+    def bind_offers(self, *, worker_id: str, epoch: int, endpoint: str) -> None:
+        """Tell the engine what to write into the offers it makes; called once, before `run`."""
+
+    def release_lease(self, lease_id: str) -> None:
+        """The reader has what was offered, or nobody wants it: what is still computed for it ends. Unknown ids are ignored."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """Optional ability: the engine gives the accelerator's memory free, and takes it back, without being started anew."""
+
+    async def sleep(self) -> None:
+        """Called when nothing runs. What was cached is gone. Raises: EngineFailed if it will not."""
+
+    async def wake(self) -> None:
+        """Raises: EngineFailed if it will not."""
+
+
+@runtime_checkable
 class Forwarder(Protocol):
     """Optional ability: bodies of requests go to the engine as they are, of the kinds that its card `passes`.
 
@@ -170,11 +193,12 @@ class Ability(enum.StrEnum):
     """What not every engine can; `polyphase status` shows which a worker has."""
 
     KV_EVENTS = "kv-events"  # it tells which blocks it holds
-    HAND_OVER = "hand-over"  # `KvExporter`: its blocks go to other workers
+    HAND_OVER = "hand-over"  # `KvExporter` or `KvSender`: its KV goes to other workers
     PRIORITY = "priority"
+    SLEEP = "sleep"  # `Sleeper`
+    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     STRUCTURED_OUTPUT = "structured-output"  # it keeps to grammars
     RESUMED_GRAMMARS = "resumed-grammars"  # also of requests that began elsewhere
-    PASS_THROUGH = "pass-through"  # `Forwarder`: images, embeddings and other requests go to it as bodies
     LORA = "lora"  # it runs adapters
     EXACT_MIGRATION = "exact-migration"  # sampled requests go on with the same tokens; greedy ones do everywhere
 
@@ -185,9 +209,10 @@ def abilities_of(engine: Engine) -> list[Ability]:
         Ability.KV_EVENTS: card.publishes_events,
         Ability.HAND_OVER: card.can_hand_over,
         Ability.PRIORITY: card.keeps_priorities,
+        Ability.SLEEP: card.can_sleep,
+        Ability.PASS_THROUGH: bool(card.passes),
         Ability.STRUCTURED_OUTPUT: card.takes_grammars,
         Ability.RESUMED_GRAMMARS: card.takes_grammars and card.resumes_grammars,
-        Ability.PASS_THROUGH: bool(card.passes),
         Ability.LORA: bool(card.adapters),
         Ability.EXACT_MIGRATION: card.resumes_sampling,
     }

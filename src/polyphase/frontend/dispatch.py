@@ -2,7 +2,7 @@
 
                  ┌────────────── broken off: worker lost, or failed in a way that another may not ──────────────┐
                  ▼                                                                                              │
-    start ─► WAITING ─ route ─┬─ split ──► PREFILL ── first token and offer ──► SERVING ── finish reason ──► OVER
+    start ─► WAITING ─ route ─┬─ split ──► PREFILL ─ first token and/or offer ► SERVING ── finish reason ──► OVER
                  │            └─ whole ───────────────────────────────────────────▲                              ▲
                  └── no worker with room in time · deadline · cancel · error that no other worker would mend ────┘
 
@@ -26,7 +26,16 @@ import logging
 from collections.abc import Collection, Sequence
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import ConnectionLost, DeadlineExceeded, Draining, PolyphaseError, Refused, RoleChanged, WorkerLost
+from polyphase.core.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    Draining,
+    PolyphaseError,
+    Refused,
+    RoleChanged,
+    TransferError,
+    WorkerLost,
+)
 from polyphase.core.ids import Epoch, RequestId, WorkerId
 from polyphase.frontend.failures import error_of
 from polyphase.frontend.flight import Flight, Job, Stage
@@ -40,7 +49,7 @@ from polyphase.frontend.terms import Terms
 from polyphase.frontend.waiting import Waiting
 from polyphase.frontend.waiting_room import WaitingRoom
 from polyphase.router import Router, is_refusal
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import EngineOffer, Offer
 from polyphase.wire.requests import FinishReason, Passed, PhaseStats, SequenceOutput, StepOutputs, WireFailure
 
 log = logging.getLogger(__name__)
@@ -162,19 +171,18 @@ class Dispatcher:
     def worker_stalled(self, worker_id: WorkerId, epoch: Epoch, reason: str) -> int:
         """What is there goes on elsewhere, if it may migrate once more; otherwise it may as well wait there. Returns: how many went."""
         limit = self._settings.migration_limit
-        leaving = [
-            flight
-            for flight in self._at(worker_id, epoch)
-            if flight.failure_count < limit and not flight.has_answered and self._can_move(flight)
-        ]
+        leaving = [flight for flight in self._at(worker_id, epoch) if flight.failure_count < limit and self._can_move(flight)]
         for flight in leaving:
             self._sending.call_off(flight)  # it may come round
+            flight.avoided.add(worker_id)  # and then, if there is no other, go on with it after all
             self._break_off(flight, WorkerLost(f"worker {worker_id} stands still: {reason}"))
         self._waiting.let_in()
         return len(leaving)
 
     def _can_move(self, flight: Flight) -> bool:
-        """Whether it is of use to take it away from where it is: output that has begun to follow a grammar cannot go on everywhere."""
+        """Whether another could go on with it: what follows a grammar finds few that can, and a passed answer nobody."""
+        if flight.has_answered:
+            return False
         if flight.job.grammar is None or not flight.emitted:
             return True
         others = [facts for facts in self._router.facts() if facts.model == flight.job.model and facts.worker_id != flight.worker_id]
@@ -200,6 +208,8 @@ class Dispatcher:
     def _on_output(self, flight: Flight, output: SequenceOutput, now_ns: int) -> None:
         if output.part is not None:
             self._sending.pass_on(flight, output.part)
+        if not flight.answered_ns and (output.token_ids or output.stats is not None or output.finish_reason is not None):
+            flight.answered_ns = now_ns
         if output.stats is not None:
             self._router.mark_prefill_done(flight.job.sequence_id)  # also of what was taken up with tokens already emitted
             flight.note_stats(output.stats, now_ns)
@@ -232,14 +242,14 @@ class Dispatcher:
         elif error is not None:
             self._break_off(flight, error)
         elif output.finish_reason is FinishReason.HANDED_OVER:
-            if flight.stage is Stage.PREFILL and output.token_ids:
+            if flight.stage is Stage.PREFILL and (output.token_ids or isinstance(output.offer, EngineOffer)):
                 self._hand_over(flight, output.offer, now_ns)
             else:
                 self._move(flight, output.offer, now_ns)
 
     def _note_pace(self, flight: Flight, stats: PhaseStats, now_ns: int) -> None:
-        """What the first token at this worker says of its pace, and of the way of its blocks."""
-        took_ms = (now_ns - flight.sent_ns) / 1e6 - stats.queue_ms
+        """What the first token at this worker says of its pace, and of the way of its blocks; also if the stats came with the last."""
+        took_ms = (flight.answered_ns - flight.sent_ns) / 1e6 - stats.queue_ms
         moved = stats.transferred_token_count
         if not moved or flight.holder is not None:
             uncached = len(flight.job.prompt_ids) + len(flight.emitted) - stats.cached_token_count - moved
@@ -276,7 +286,7 @@ class Dispatcher:
             flight.record.history.note(now_ns, "first answer", flight.worker_id)
         flight.inbox.put(Arrival(flight.job.index, passed=passed))
 
-    def _hand_over(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+    def _hand_over(self, flight: Flight, offer: Offer | None, now_ns: int) -> None:
         """Prefill is done: on to the decode worker that was chosen with it, or to another if that is gone."""
         flight.offer = offer
         assert flight.route is not None
@@ -293,7 +303,7 @@ class Dispatcher:
             except WorkerLost as error:
                 self._break_off(flight, error)
 
-    def _move(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+    def _move(self, flight: Flight, offer: Offer | None, now_ns: int) -> None:
         """Its worker has handed it back, unfinished and unharmed: on to another one, which may take what was computed."""
         what = f"with {offer.token_count} tokens of KV" if offer is not None else "with nothing computed"
         log.info("%s: leaves worker %s after %d tokens, %s", flight.wire_id, flight.worker_id, len(flight.emitted), what)
@@ -310,13 +320,17 @@ class Dispatcher:
         facts = self._router.facts_of(flight.worker_id)
         if facts is not None and facts.role is not flight.roles.get(flight.worker_id):
             return f"worker {flight.worker_id} is a {facts.role} worker now"
+        if facts is not None and facts.is_asleep:
+            return f"worker {flight.worker_id} falls asleep"
         return f"worker {flight.worker_id} drains" if facts is None or facts.is_draining else f"worker {flight.worker_id} handed it back"
 
     def _break_off(self, flight: Flight, cause: PolyphaseError) -> None:
         """The worker that had it will not finish it; another one goes on from the tokens that are there."""
-        if isinstance(cause, ConnectionLost):
+        if flight.stage is Stage.SERVING and isinstance(flight.offer, EngineOffer):
+            self._sending.release_offer(flight)  # that worker may have begun to fetch it
+        if isinstance(cause, ConnectionLost | TransferError):  # an engine whose peer was lost has done nothing wrong
             flight.avoided.add(flight.worker_id)  # another is surer, but if there is none, this one may be well
-        else:
+        elif flight.worker_id not in flight.avoided:
             flight.tried.add((flight.worker_id, flight.epoch))
         flight.note_break(self._clock.now_ns(), cause.message)
         if flight.has_answered:

@@ -2,7 +2,7 @@
 
 registry ─► Joined ─ connect ─ ask for the card ─ same model as the others? ─► models, router, event stream
             Updated (role, draining) ───────────────────────────────────────► router, then what should move is moved
-            Left ───────────────────────────────────────────────────────────► router, models; a moment later the dispatcher
+            Left, or its process is seen dying ─────────────────────────────► router, models; a moment later the dispatcher
 connection cut ─► a moment later: connect anew ─────────────────────────────► dispatcher
 """
 
@@ -21,14 +21,15 @@ from polyphase.frontend.models import Models, ServedModel, identity_of, without_
 from polyphase.frontend.predictions import CHECK_INTERVAL_S
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.router import Router, WorkerFacts
-from polyphase.runtime import AskedHistory, EventSubscriber, Joined, Left, RegistryChange, StreamView, Updated, WorkerClient
+from polyphase.runtime import AskedHistory, DeathWatch, EventSubscriber, Joined, Left, RegistryChange, StreamView, Updated, WorkerClient
 from polyphase.wire.cards import ModelCard, WorkerEntry
 from polyphase.wire.events import Digests, KvEvent, Load, Tier
 from polyphase.wire.requests import Question, StepOutputs, ToWorker
 
 log = logging.getLogger(__name__)
 
-LAST_WORDS_S = 0.02  # what a worker sent before it went may still be on its way here
+LAST_WORDS_S = 0.005  # what a worker sent before it went may still be on its way here; what comes later is computed again
+CUT_PATIENCE_S = 0.02  # in which the registry tells that it was a death
 CARD_RETRY_S = 0.5
 
 
@@ -50,6 +51,7 @@ class Fleet:
         self._cards: dict[str, ModelCard] = {}  # of those that were admitted
         self._turned_away: dict[str, str] = {}  # why others were not
         self._leaving: dict[str, tuple[Epoch, asyncio.TimerHandle]] = {}
+        self._deaths = DeathWatch(self._on_death, self._is_busy)
         self._dispatcher: Dispatcher | None = None
         self._watch: FleetWatch | None = None
 
@@ -76,11 +78,13 @@ class Fleet:
                 tasks.create_task(self._subscriber.run(), name="event-stream")
                 tasks.create_task(self._check_predictions(dispatcher), name="predictions")
                 tasks.create_task(self._watch.run(), name="fleet-watch")
+                tasks.create_task(self._deaths.run(), name="deaths")
                 async for change in self._registry.watch():
                     self._on_change(change, tasks)
         finally:
             for _, timer in self._leaving.values():
                 timer.cancel()
+            self._deaths.close()
             self._client.close()
             self._subscriber.close()
 
@@ -89,9 +93,10 @@ class Fleet:
             case Joined(entry):
                 self._forget(entry.worker_id)
                 self._entries[entry.worker_id] = entry
+                self._deaths.watch(entry.worker_id, entry.pid, entry.began_ticks)
                 self._turned_away.pop(entry.worker_id, None)
                 tasks.create_task(self._admit(entry), name=f"admit-{entry.worker_id}")
-            case Updated(entry):
+            case Updated(entry) if self._is_current(entry):
                 self._entries[entry.worker_id] = entry
                 card = self._cards.get(entry.worker_id)
                 before = self._router.facts_of(WorkerId(entry.worker_id))
@@ -167,6 +172,7 @@ class Fleet:
     def _leave(self, worker_id: str, epoch: Epoch) -> None:
         """No request goes there from now on; what runs there is given up when its last words have had time to arrive."""
         log.warning("worker %s left", worker_id)
+        self._deaths.forget(worker_id)
         del self._entries[worker_id]
         self._cards.pop(worker_id, None)
         self._turned_away.pop(worker_id, None)
@@ -190,11 +196,19 @@ class Fleet:
         assert self._dispatcher is not None
         self._dispatcher.worker_lost(WorkerId(worker_id), epoch)
 
+    def _on_death(self, worker_id: str) -> None:
+        """Its process is dying; the registry will tell the same when the kernel is done with it."""
+        self._leave(worker_id, Epoch(self._entries[worker_id].epoch))
+
+    def _is_busy(self) -> bool:
+        return self._dispatcher is not None and self._dispatcher.active_count > 0
+
     def _on_cut(self, worker_id: str) -> None:
-        """It died, which the registry is about to tell; or only the connection broke."""
+        """It died, which registry or process table are about to tell; or only the connection broke."""
+        self._deaths.look()
         entry = self._entries.get(worker_id)
         if entry is not None:
-            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._reconnect, entry)
+            asyncio.get_running_loop().call_later(CUT_PATIENCE_S, self._reconnect, entry)
 
     def _reconnect(self, entry: WorkerEntry) -> None:
         """As another peer, so that the worker aborts what it still does for the earlier one: nobody knows what of it has arrived."""
@@ -268,5 +282,9 @@ def _facts(entry: WorkerEntry, card: ModelCard) -> WorkerFacts:
         adapters=frozenset(card.adapters),
         context_length=card.context_length or None,
         is_draining=entry.is_draining,
+        is_asleep=entry.is_asleep,
         labels=entry.labels,
+        offer_kind=card.offer_kind,
+        serves_whole=card.serves_whole,
+        offer_facts=card.offer_facts,
     )

@@ -15,7 +15,7 @@ from polyphase.frontend.dispatch import Dispatcher
 from polyphase.frontend.relocation import Relocation, has_another
 from polyphase.frontend.settings import FrontendSettings
 from polyphase.frontend.stall import Recovered, Stalled, StallWatch
-from polyphase.router import Router, WorkerFacts
+from polyphase.router import Router, WorkerFacts, misfits
 from polyphase.wire.events import Load
 from polyphase.wire.requests import Forward, StepOutputs, Submit, ToWorker
 
@@ -32,6 +32,7 @@ class FleetWatch:
         self._clock = clock or MonotonicClock()
         self._stalls = StallWatch(settings.stall)
         self._relocation = Relocation(settings.drain_patience_s)
+        self._misfits: set[str] = set()  # as told
         self._reasons: dict[WorkerId, str] = {}  # of those that stand still
 
     async def run(self) -> None:
@@ -42,6 +43,7 @@ class FleetWatch:
     def joined(self, facts: WorkerFacts) -> None:
         self._reasons.pop(facts.worker_id, None)
         self._stalls.joined(facts.worker_id, facts.max_batch_tokens, self._clock.now_ns())
+        self._tell_misfits(facts.model)
         self.relocate()
 
     def changed(self, before: WorkerFacts, after: WorkerFacts) -> None:
@@ -49,8 +51,12 @@ class FleetWatch:
         if after.role is not before.role:
             log.info("worker %s: role %s, was %s", after.worker_id, after.role, before.role)
             self._dispatcher.metrics.role_changes.labels(after.worker_id, after.role.value).inc()
+        if after.is_asleep is not before.is_asleep:
+            log.info("worker %s %s", after.worker_id, "falls asleep" if after.is_asleep else "is awake")
         if after.is_draining and not before.is_draining:
             log.info("worker %s drains", after.worker_id)
+        if after.role is not before.role:
+            self._tell_misfits(after.model)
         self.relocate()
 
     def left(self, worker_id: WorkerId) -> None:
@@ -82,6 +88,13 @@ class FleetWatch:
                     self._reasons.pop(worker_id, None)
                     self._router.set_stalled(worker_id, False)
         self.relocate()
+
+    def _tell_misfits(self, model: str) -> None:
+        """Before the first request is served in another way than it was meant."""
+        found = set(misfits(facts for facts in self._router.facts() if facts.model == model))
+        for line in sorted(found - self._misfits):
+            log.warning("%s; requests are not split between them", line)
+        self._misfits |= found
 
     def relocate(self) -> None:
         """Whatever should be elsewhere and can be."""

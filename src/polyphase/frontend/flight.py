@@ -24,7 +24,7 @@ from polyphase.frontend.predictions import Prediction
 from polyphase.frontend.records import SequenceRecord
 from polyphase.router import Route
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.kv import KvPart, Offer
 from polyphase.wire.requests import Forward, Grammar, KvHolder, PhaseStats, PullAhead, SamplingParams, StopConditions, Submit
 
 if TYPE_CHECKING:
@@ -83,11 +83,13 @@ class Flight:
     worker_id: WorkerId = NOBODY  # who has it now
     epoch: Epoch = NEVER
     route: Route | None = None
-    offer: KvOffer | None = None  # blocks for it that nobody is known to have taken yet
+    offer: Offer | None = None  # KV for it that nobody is known to have taken yet
     holder: WorkerId | None = None  # of blocks that the worker that has it now may pull
     attempts: int = 0
     tried: set[tuple[WorkerId, Epoch]] = field(default_factory=set)  # lives of workers that failed it
-    avoided: set[WorkerId] = field(default_factory=set)  # whose role has just changed, so that the router's view of them is old
+    avoided: set[WorkerId] = field(
+        default_factory=set
+    )  # unless there is no other: whose role has just changed, whose connection broke, or who stood still
     is_leaving: bool = False  # the worker was asked to hand it over
     roles: dict[WorkerId, Role] = field(default_factory=dict)  # of the workers of the route, as known when it was chosen
     waits_until_ns: int = 0  # for a worker to join, when none is left
@@ -95,6 +97,7 @@ class Flight:
     party: Party | None = None  # while it waits in the queue
     predictions: dict[WorkerId, Prediction] = field(default_factory=dict)  # of the current attempt, not reported yet
     sent_ns: int = 0  # to the worker that has it now
+    answered_ns: int = 0  # its first tokens there, or its end; 0: none yet
     failure_count: int = 0  # workers that died, failed or stood still with it: after some, it is taken for the cause
     has_answered: bool = False  # of one that is passed through: the client has part of an answer that nobody else can finish
     cut_from: tuple[WorkerId, Epoch] | None = None  # whose connection broke last, perhaps because it was dying
@@ -134,7 +137,7 @@ class Flight:
         *,
         hand_over: bool = False,
         with_parts: bool = False,
-        offer: KvOffer | None = None,
+        offer: Offer | None = None,
         holder: KvHolder | None = None,
         believed_prefill_tokens: int | None = None,
     ) -> Submit:

@@ -14,7 +14,7 @@ from polyphase.frontend.endpoints import Services
 from polyphase.frontend.metrics import CONTENT_TYPE
 from polyphase.frontend.models import Addressed
 from polyphase.frontend.waiting_room import LaneView
-from polyphase.router import Drift, Router, WorkerView, group_weights, shortcomings
+from polyphase.router import Drift, Router, WorkerView, can_serve, group_weights, misfits, shortcomings
 from polyphase.runtime import StreamView
 
 LATEST_COUNT = 50
@@ -39,24 +39,25 @@ class Pages:
     async def health(self, request: Request) -> Response:
         """200 if a request would find a worker; 503 with the same page if not."""
         models: dict[str, dict[str, Any]] = {}
-        can_serve = False
         streams = self._services.streams()
         views = self._router.workers()
         for view in views:
             workers = models.setdefault(view.facts.model, {"workers": {}})["workers"]
             drift = self._services.dispatcher.predictions.drifts.get(view.facts.worker_id)
             workers[view.facts.worker_id] = {**_worker(view), "drift": _drift(drift), "stream": _stream(streams.get(view.facts.worker_id))}
-            can_serve = can_serve or _takes_requests(view)
+        serves = False
         for name, model in models.items():
-            takers = [view for view in views if view.facts.model == name and _takes_requests(view)]
-            model["is_ready"] = bool(takers)
+            takers = [view.facts for view in views if view.facts.model == name and _takes_requests(view)]
+            model["is_ready"] = can_serve(takers)
+            serves = serves or model["is_ready"]
             model["names"] = [one.name for one in self._services.models if one.model.name == name]
             model["weights"] = group_weights(view.facts for view in views if view.facts.model == name)
-            model["notes"] = shortcomings(view.facts.role for view in takers)
+            model["notes"] = shortcomings(facts.role for facts in takers)
+            model["misfits"] = misfits(view.facts for view in views if view.facts.model == name)
         for lane in self._services.dispatcher.waiting_room.lanes(self._services.dispatcher.now_ns()):
             models.setdefault(lane.model, {"workers": {}}).setdefault("queues", []).append(_lane(lane))
         is_draining = self._services.door.is_closed
-        status = "draining" if is_draining else "healthy" if can_serve else "unhealthy"
+        status = "draining" if is_draining else "healthy" if serves else "unhealthy"
         page = {
             "status": status,
             "active_requests": self._services.dispatcher.active_count,
@@ -64,7 +65,7 @@ class Pages:
             "turned_away": self._services.turned_away(),
             "index": asdict(self._router.index_fill()),
         }
-        return _json(page, 200 if can_serve and not is_draining else 503)
+        return _json(page, 200 if serves and not is_draining else 503)
 
     async def live(self, request: Request) -> Response:
         return _json({"status": "alive"})
@@ -113,6 +114,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         "epoch": facts.epoch,
         "is_draining": facts.is_draining,
         "is_stalled": facts.is_stalled,
+        "is_asleep": facts.is_asleep,
         "running": load.running_count if load else 0,
         "waiting": load.waiting_count if load else 0,
         "block_count": facts.block_count,
@@ -128,7 +130,7 @@ def _worker(view: WorkerView) -> dict[str, Any]:
 
 
 def _takes_requests(view: WorkerView) -> bool:
-    return not (view.facts.is_draining or view.facts.is_stalled)
+    return view.facts.is_available
 
 
 def _lane(lane: LaneView) -> dict[str, Any]:

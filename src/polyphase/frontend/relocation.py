@@ -4,6 +4,7 @@
     role prefill, no longer    decoding sequences                             one that decodes
     role decode, no longer     prompts not begun                              another prefill worker
     draining                                        everything                anybody
+    falling asleep             everything                                     anybody
 
 What is left alone goes on where it is: a worker computes whatever it was given, whatever its role is now.
 """
@@ -26,6 +27,8 @@ def has_another(facts: WorkerFacts, fleet: Collection[WorkerFacts]) -> bool:
 def misplaced_stages(facts: WorkerFacts, fleet: Collection[WorkerFacts], *, is_patience_over: bool) -> frozenset[Stage]:
     """Stages in which a sequence at this worker should be asked for. `is_patience_over`: since it began to drain."""
     others = [other for other in fleet if _can_take_over(other, facts)]
+    if facts.is_asleep and others:
+        return frozenset({Stage.PREFILL, Stage.SERVING})
     if facts.is_draining:
         return frozenset({Stage.PREFILL, Stage.SERVING}) if others and is_patience_over else frozenset()
     if facts.role is Role.PREFILL and any(other.role is not Role.PREFILL for other in others):
@@ -37,7 +40,7 @@ def misplaced_stages(facts: WorkerFacts, fleet: Collection[WorkerFacts], *, is_p
 
 def _can_take_over(other: WorkerFacts, facts: WorkerFacts) -> bool:
     is_another = other.worker_id != facts.worker_id and other.model == facts.model
-    return is_another and not (other.is_draining or other.is_stalled)
+    return is_another and other.is_available
 
 
 class Relocation:

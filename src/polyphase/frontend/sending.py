@@ -22,7 +22,7 @@ from polyphase.frontend.predictions import Predictions
 from polyphase.router import Refusals, Route, Router, RouteRequest, believed_tokens
 from polyphase.runtime import Repeats
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.kv import KvPart, Offer
 from polyphase.wire.requests import Cancel, HandOver, KvHolder, ReadOn, ReleaseLease, ToWorker
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Sending:
             flight.route = route
             self._rename(flight)
             offer = self._usable_offer(flight)
-            # Where blocks wait to be taken, no second prefill is wanted.
+            # Where KV waits to be taken, no second prefill is wanted.
             splits = route.prefill is not None and offer is None
             place = route.prefill if splits and route.prefill else route.decode
             if route.prefill is not None and not splits:
@@ -110,7 +110,7 @@ class Sending:
                 flight.note_break(now_ns, error.message)
                 flight.tried.add((place.worker_id, place.epoch))
                 continue
-            flight.sent_ns = now_ns
+            flight.sent_ns, flight.answered_ns = now_ns, 0
             if job.passing is not None and not job.passing.wants_stream:
                 self._router.mark_prefill_done(job.sequence_id)  # nothing tells when it is; booked to the end, it would count for too much
             if flight.record.queued_ns and not flight.record.admitted_ns:
@@ -124,14 +124,14 @@ class Sending:
             self._metrics.routes.labels(job.model, "split" if splits else "whole").inc()
             return
 
-    def hand_over(self, flight: Flight, offer: KvOffer | None, now_ns: int) -> None:
+    def hand_over(self, flight: Flight, offer: Offer | None, now_ns: int) -> None:
         """On to the decode worker of its route, with what the prefill worker offers. Raises: WorkerLost; that counts as its loss there."""
         assert flight.route is not None
         place = flight.route.decode
         flight.worker_id, flight.epoch, flight.stage, flight.is_leaving = place.worker_id, place.epoch, Stage.SERVING, False
         flight.holder = None
         self._send(place.worker_id, flight.submit(now_ns, offer=offer))
-        flight.sent_ns = now_ns
+        flight.sent_ns, flight.answered_ns = now_ns, 0
         flight.record.history.note(now_ns, "handed over", place.worker_id)
 
     def pass_on(self, flight: Flight, part: KvPart) -> None:
@@ -164,7 +164,7 @@ class Sending:
 
     def let_go(self, flight: Flight) -> None:
         """It is over: booking, name, and blocks that nobody took go."""
-        self._release_offer(flight)
+        self.release_offer(flight)
         self._router.release(flight.job.sequence_id)
         self._by_wire_id.pop(flight.wire_id, None)
 
@@ -184,9 +184,9 @@ class Sending:
             session=job.hints.session,
             preferred_labels=job.hints.preferred_labels,
             required_labels=job.hints.required_labels,
+            needs=NOTHING_NEEDED if job.passing is None else job.passing.needs,
             has_grammar=job.grammar is not None,
             is_begun=bool(flight.emitted),
-            needs=NOTHING_NEEDED if job.passing is None else job.passing.needs,
             adapter=job.lora,
             other_hashes={size: flight.hashes(size) for size in others} if others else None,
         )
@@ -194,7 +194,7 @@ class Sending:
     def is_as_chosen(self, flight: Flight, worker_id: WorkerId) -> bool:
         """Whether the worker still is what it was when the route was chosen."""
         facts = self._router.facts_of(worker_id)
-        return facts is not None and not (facts.is_draining or facts.is_stalled) and facts.role is flight.roles.get(worker_id)
+        return facts is not None and facts.is_available and facts.role is flight.roles.get(worker_id)
 
     def _roles_in(self, route: Route) -> dict[WorkerId, Role]:
         places = [place.worker_id for place in (route.prefill, route.decode) if place is not None]
@@ -221,7 +221,7 @@ class Sending:
             return None
         return KvHolder(pull.holder, pull.epoch, endpoint, pull.token_count, pull.compute_ms)
 
-    def _usable_offer(self, flight: Flight) -> KvOffer | None:
+    def _usable_offer(self, flight: Flight) -> Offer | None:
         """The offer that is still open, if its owner lives and keeps it."""
         offer = flight.offer
         if offer is None:
@@ -231,8 +231,8 @@ class Sending:
         flight.offer = None
         return None
 
-    def _release_offer(self, flight: Flight) -> None:
-        """Nobody will read these blocks. (If somebody is at it just now, their generation tells it that they changed.)"""
+    def release_offer(self, flight: Flight) -> None:
+        """Nobody will fetch this KV. (If somebody is at its blocks just now, their generation tells it that they changed.)"""
         offer, flight.offer = flight.offer, None
         if offer is not None:
             self._try_send(offer.worker_id, ReleaseLease(offer.lease_id))

@@ -15,7 +15,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from polyphase.core.clock import Clock
-from polyphase.core.errors import Draining, Evicted, NoWorkers, Overloaded, PolyphaseError, Refused, RequestError, RoleChanged, WorkerLost
+from polyphase.core.errors import (
+    Draining,
+    Evicted,
+    NoWorkers,
+    Overloaded,
+    PolyphaseError,
+    Refused,
+    RequestError,
+    RoleChanged,
+    TransferError,
+    WorkerLost,
+)
 from polyphase.core.ids import RequestId
 from polyphase.frontend.failures import lost_for_want_of_room
 from polyphase.frontend.flight import Flight
@@ -86,8 +97,8 @@ class Waiting:
         except Refused as refusal:
             has_no_worker = isinstance(refusal, NoWorkers)
             flight.avoided.clear()
-            # A worker that was lost may come back, and a full one may get room; one that failed would only fail again.
-            is_hopeless = has_no_worker and not isinstance(cause, WorkerLost | Draining | RoleChanged)
+            # A worker or an engine's peer that was lost may come back, a full one may get room; one that failed would only fail again.
+            is_hopeless = has_no_worker and not isinstance(cause, WorkerLost | Draining | RoleChanged | TransferError)
             if is_hopeless or (has_no_worker and self._clock.now_ns() >= flight.waits_until_ns):
                 # A worker's own refusal (its queue is full) is the better answer while nothing was sent to the client.
                 error = cause if isinstance(cause, Refused | RequestError) else lost_for_want_of_room(cause, refusal)

@@ -27,8 +27,8 @@ from polyphase.router import (
 )
 
 BASE_COST_TOKENS = 64  # what a request costs beside its prompt, so that one that is cached all over is not free
-# Model, adapter, whether a prefill worker is needed, required labels, what its worker has to pass, whether the output is structured.
-LaneKey = tuple[str, str | None, bool, tuple[tuple[str, str], ...], tuple[str, ...], bool]
+LaneKey = tuple[str, str | None, bool, tuple[tuple[str, str], ...], bool, tuple[str, ...]]
+"""Model, adapter, whether a prefill worker is needed, required labels, whether the output is structured, what its worker has to pass."""
 PROBE_NS = 5_000_000_000  # a lane that stood still for so long sends one on: a worker's own answer brings its true load
 
 
@@ -104,7 +104,7 @@ class WaitingRoom:
         """What it has in common with those that wait for the same workers. Raises: NoWorkers."""
         labels = tuple(sorted(request.required_labels.items()))
         needs = tuple(sorted(request.needs))
-        return (request.model, request.adapter, self._router.waits_for_prefill(request), labels, needs, request.has_grammar)
+        return (request.model, request.adapter, self._router.waits_for_prefill(request), labels, request.has_grammar, needs)
 
     def enter(self, flights: list[Flight], request: RouteRequest, terms: Terms, now_ns: int) -> Party | None:
         """Let them wait; `request` is that of the first one.
@@ -239,7 +239,7 @@ class WaitingRoom:
     def _out(self, ticket: Ticket) -> Party:
         party = self._parties.pop(ticket)
         self._metrics.queued_requests.labels(party.lane.model).dec()
-        if not party.lane.queue and party.lane.has_labels:
+        if not party.lane.queue and party.lane.has_labels:  # clients may think of any labels
             self._lanes.pop(party.lane.key, None)
         for flight in party.flights:
             flight.party = None

@@ -53,7 +53,7 @@ class JoinedWorkers:
         self._record = record
         self._tell = tell
         self._logs = run_folder / LOGS
-        self._probe = ReadinessProbe(record.url, run_folder, [worker.worker_id for worker in plan.workers])
+        self._probe = ReadinessProbe(record.urls, run_folder, [worker.worker_id for worker in plan.workers])
         settings = plan.settings
         timing = Timing(start_timeout_s=settings.start_timeout, drain_timeout_s=settings.drain_timeout)
         self._supervisor = Supervisor(worker_specs(plan, run_folder), self._logs, self._probe, self._hear, timing)

@@ -25,12 +25,13 @@ class LocalDeployment:
 
     def __init__(self, plan: DeploymentPlan, tell: Callable[[News], None]) -> None:
         settings = plan.settings
-        check_port(settings.host, settings.port)
+        for port in plan.ports:
+            check_port(settings.host, port)
         self.plan = plan
         self.ready = asyncio.Event()
         self._tell = tell
         self._folder = RunFolder.claim(settings.name, os.environ)
-        self._probe = ReadinessProbe(plan.url, self._folder.path, [worker.worker_id for worker in plan.workers])
+        self._probe = ReadinessProbe(plan.urls, self._folder.path, [worker.worker_id for worker in plan.workers])
         self._supervisor = Supervisor(
             process_specs(plan, self._folder.path),
             self._folder.logs,
@@ -84,6 +85,7 @@ class LocalDeployment:
             name=self.plan.settings.name,
             model=", ".join(self.plan.model_names),
             url=self.plan.url,
+            further_urls=list(self.plan.urls[1:]),
             pid=os.getpid(),
             run_folder=str(self._folder.path),
             worker_ids=[worker.worker_id for worker in self.plan.workers],

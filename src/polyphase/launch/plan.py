@@ -49,6 +49,11 @@ class DeploymentPlan:
     threads_per_worker: int
 
     @property
+    def ports(self) -> range:
+        """One for each frontend."""
+        return range(self.settings.port, self.settings.port + self.settings.frontends)
+
+    @property
     def model(self) -> ModelSource:
         """The first one, for examples."""
         return self.groups[0].model
@@ -63,11 +68,21 @@ class DeploymentPlan:
 
     @property
     def url(self) -> str:
-        """For clients on this machine."""
+        """The first frontend's, for clients on this machine."""
+        return self.urls[0]
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Every frontend's, for clients on this machine."""
         host = self.settings.host
         if host in ("0.0.0.0", "::", ""):
             host = "127.0.0.1" if host != "::" else "::1"
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
+        return tuple(f"http://{f'[{host}]' if ':' in host else host}:{port}" for port in self.ports)
+
+    def describe_frontends(self) -> str:
+        """`1 frontend`, `3 frontends at ports 8000 to 8002`."""
+        count = self.settings.frontends
+        return "1 frontend" if count == 1 else f"{count} frontends at ports {self.ports[0]} to {self.ports[-1]}"
 
     def describe_workers(self) -> str:
         """`1 prefill and 2 decode workers`."""
@@ -171,17 +186,20 @@ class _Names:
 
 
 def _workers(settings: GroupSettings, names: _Names) -> list[WorkerPlan]:
-    if settings.attach:
-        return [WorkerPlan(names.next("worker"), Role.BOTH, attach=url) for url in settings.attach]
     if settings.decode:
         counts = {Role.PREFILL: settings.prefill or 0, Role.DECODE: settings.decode}
-        return [WorkerPlan(names.next(role), role) for role, count in counts.items() for _ in range(count)]
+        roles = [role for role, count in counts.items() for _ in range(count)]
+        urls = settings.attach or (None,) * len(roles)  # prefill workers first
+        return [WorkerPlan(names.next(role), role, attach=url) for role, url in zip(roles, urls, strict=True)]
+    if settings.attach:
+        return [WorkerPlan(names.next("worker"), Role.BOTH, attach=url) for url in settings.attach]
     return [WorkerPlan(names.next("worker"), Role.BOTH) for _ in range(settings.workers or 1)]
 
 
 def process_specs(plan: DeploymentPlan, run_folder: Path) -> list[ProcessSpec]:
-    """The frontend first, then the workers by group, role and name; all start at the same time."""
-    return [_frontend(plan, run_folder), *worker_specs(plan, run_folder)]
+    """The frontends first, then the workers by group, role and name; all start at the same time."""
+    frontends = [_frontend(plan, number, run_folder) for number in range(len(plan.ports))]
+    return [*frontends, *worker_specs(plan, run_folder)]
 
 
 def worker_specs(plan: DeploymentPlan, run_folder: Path) -> list[ProcessSpec]:
@@ -198,12 +216,12 @@ def worker_specs(plan: DeploymentPlan, run_folder: Path) -> list[ProcessSpec]:
     return specs
 
 
-def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
+def _frontend(plan: DeploymentPlan, number: int, run_folder: Path) -> ProcessSpec:
     settings = plan.settings
     flags = {
         "run-folder": run_folder,
         "host": settings.host,
-        "port": settings.port,
+        "port": plan.ports[number],
         "policy": settings.policy,
         "router-weights": weights_text(settings.router_weights) or None,
         "router-filters": ",".join(settings.router_filters) or None,
@@ -223,7 +241,8 @@ def _frontend(plan: DeploymentPlan, run_folder: Path) -> ProcessSpec:
         "max-queue-wait-s": settings.max_queue_wait,
         "tenant-weights": format_tenant_weights(settings.tenant_weights) or None,
     }
-    return ProcessSpec("frontend", ProcessKind.FRONTEND, _command("polyphase.frontend", flags), _environment(1))
+    name = f"frontend-{number}" if number else "frontend"
+    return ProcessSpec(name, ProcessKind.FRONTEND, _command("polyphase.frontend", flags), _environment(1))
 
 
 def _worker(plan: DeploymentPlan, group: GroupPlan, workers: Sequence[WorkerPlan], run_folder: Path) -> ProcessSpec:

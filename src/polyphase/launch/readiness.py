@@ -1,8 +1,8 @@
-"""Whether a deployment can serve: its workers have joined the registry, and its frontend knows all of them and says healthy."""
+"""Whether a deployment can serve: its workers have joined the registry, and every frontend knows all of them and says healthy."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,8 +18,8 @@ TIMEOUT_S = 2.0
 class ReadinessProbe:
     """An async context manager, called until it says true."""
 
-    def __init__(self, url: str, run_folder: Path, worker_ids: Collection[str]) -> None:
-        self._url = url
+    def __init__(self, urls: Sequence[str], run_folder: Path, worker_ids: Collection[str]) -> None:
+        self._urls = urls
         self._registry = Registry(run_folder)
         self._expected = frozenset(worker_ids)
         self._client = httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
@@ -29,14 +29,15 @@ class ReadinessProbe:
         if not self._expected <= self.joined_worker_ids():
             return False
         try:
-            answer = await self._client.get(f"{self._url}/health")
+            answers = [await self._client.get(f"{url}/health") for url in self._urls]
         except httpx.HTTPError:
             return False
-        page = answer.json()
-        for worker_id, reason in page.get("turned_away", {}).items():
-            if worker_id in self._expected:
-                raise StartFailed(reason)
-        return answer.status_code == 200 and self._expected <= _worker_ids(page)
+        pages = [answer.json() for answer in answers]
+        for page in pages:
+            for worker_id, reason in page.get("turned_away", {}).items():
+                if worker_id in self._expected:
+                    raise StartFailed(reason)
+        return all(answer.status_code == 200 for answer in answers) and all(self._expected <= _worker_ids(page) for page in pages)
 
     def joined_worker_ids(self) -> set[str]:
         return {entry.worker_id for entry in self._registry.entries()}

@@ -41,6 +41,11 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     run_folder: str
     worker_ids: list[str]
     started_unix_s: float
+    further_urls: list[str] = []  # of frontends beside the first one; msgspec copies the default
+
+    @property
+    def urls(self) -> list[str]:
+        return [self.url, *self.further_urls]
 
 
 def base_folder(environment: Mapping[str, str]) -> Path:

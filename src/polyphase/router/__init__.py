@@ -6,7 +6,7 @@ socket or task: the frontend feeds it and acts on what it says.
 
 from polyphase.router.admission import AdmissionQueue, AdmissionSettings, EvictReason, Queued, Rejected, RejectReason
 from polyphase.router.bookings import Booked, Bookings
-from polyphase.router.coverage import shortcomings
+from polyphase.router.coverage import can_serve, misfits, shortcomings
 from polyphase.router.drift import Drift, DriftReason, Sample, StreamFacts
 from polyphase.router.drift_watch import DriftWatch
 from polyphase.router.fair_share import Ticket
@@ -78,9 +78,11 @@ __all__ = [
     "WorkerFacts",
     "WorkerView",
     "believed_tokens",
+    "can_serve",
     "default_index",
     "group_weights",
     "is_refusal",
+    "misfits",
     "native_index",
     "policy_of",
     "reason_of_pull",

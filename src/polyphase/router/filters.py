@@ -1,6 +1,7 @@
 """Which workers may take which leg of a request, each reason one `contracts.Filter`, in this order:
 
 draining   leaves, and takes nothing new
+asleep     gave its accelerator's memory free
 stalled    is there and makes no progress
 excluded   was tried for this request in vain
 labels     does not carry a label that the request requires
@@ -10,21 +11,22 @@ grammars   has no structured output, or not for an output that has begun elsewhe
 role         role      whole request   decode leg   prefill leg
              both      yes             yes          no: it would decode there as well as anywhere
              decode    yes             yes          no
-             prefill   only if alone   no           yes, if it can hand over and somebody else decodes
+             prefill   only if alone   no           yes, if it can hand over to one that decodes
+              (who does one half only never serves a whole request)
 context    is too short for it: it joined when the request was under way already
 full       runs and queues as many requests of this router as it may
-mates      is of another group, engine or block size than the worker that has the other leg
+mates      is of another group, engine, block size or kind of offers than the worker that has the other leg
 reserve    weighs 0, and a worker that does not can take the request at once
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from polyphase.core.errors import NoWorkers, Overloaded, Refused
 from polyphase.router.groups import mates_of
 from polyphase.router.lineup import Lineup
-from polyphase.router.types import Leg, RouteRequest
+from polyphase.router.types import Leg, RouteRequest, WorkerFacts
 from polyphase.wire.cards import Role
 
 
@@ -40,6 +42,23 @@ class Draining:
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(
             f"{every(worker_count)} of the model {request.model!r} is draining; retry when another has joined",
+            retry_after_s=5,
+            request_id=request.request_id,
+        )
+
+
+class Asleep:
+    """are asleep"""
+
+    is_lasting = True
+
+    def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
+        views = workers.standings.views
+        return [row for row in rows if not views[row].facts.is_asleep]
+
+    def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
+        return NoWorkers(
+            f"{every(worker_count)} of the model {request.model!r} is asleep; somebody has to wake one (polyphase wake)",
             retry_after_s=5,
             request_id=request.request_id,
         )
@@ -172,11 +191,12 @@ class FitsRole:
     def keep(self, request: RouteRequest, leg: Leg, workers: Lineup, rows: Sequence[int]) -> Sequence[int]:
         views = workers.standings.views
         others = [row for row in rows if views[row].facts.role is not Role.PREFILL]
-        if leg is not Leg.PREFILL:
-            return others or rows
-        if not others:
-            return []
-        return [row for row in rows if views[row].facts.role is Role.PREFILL and views[row].facts.can_hand_over]
+        if leg is Leg.BOTH:
+            return [row for row in others if views[row].facts.serves_whole] or [row for row in rows if views[row].facts.serves_whole]
+        if leg is Leg.DECODE:
+            return others or [row for row in rows if views[row].facts.serves_whole]
+        kinds = {views[row].facts.offer_kind for row in others}
+        return [row for row in rows if _can_hand_over_to(kinds, views[row].facts)]
 
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(f"no worker of the model {request.model!r} has a fitting role", retry_after_s=5, request_id=request.request_id)
@@ -232,7 +252,7 @@ class Mates:
 
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return NoWorkers(
-            f"{every(worker_count)} of the model {request.model!r} that has room is of another group, engine or block size "
+            f"{every(worker_count)} of the model {request.model!r} that has room is of another group, engine, block size or kind "
             "than the one that would compute the prompt",
             retry_after_s=2,
             request_id=request.request_id,
@@ -253,6 +273,10 @@ class Reserve:
 
     def refusal(self, request: RouteRequest, worker_count: int) -> Refused:
         return no_worker_serves(request)  # does not happen: it leaves somebody
+
+
+def _can_hand_over_to(kinds: Collection[str], facts: WorkerFacts) -> bool:
+    return facts.role is Role.PREFILL and facts.can_hand_over and facts.offer_kind in kinds
 
 
 def no_worker_serves(request: RouteRequest) -> Refused:

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from polyphase.router.types import WorkerFacts
 
-Mates = tuple[str, str, int, frozenset[str]]  # group, engine, block size, adapters
+Mates = tuple[str, str, int, frozenset[str], str]  # group, engine, block size, adapters, kind of offers
 
 
 def mates_of(facts: WorkerFacts) -> Mates:
     """KV goes only between workers that agree in all of this."""
-    return facts.group, facts.engine, facts.block_size, facts.adapters
+    return facts.group, facts.engine, facts.block_size, facts.adapters, facts.offer_kind
 
 
 def group_weights(workers: Iterable[WorkerFacts]) -> dict[str, float]:

@@ -48,6 +48,7 @@ class Standings:
         "full_rows",
         "has_reserve",
         "has_shares",
+        "has_whole_servers",
         "last_turns",
         "lasting_rows",
         "least_context",
@@ -90,6 +91,7 @@ class Standings:
         self.saturated_rows = {row for row, view in enumerate(self.views) if is_saturated(view)}
         # Turns count up from 0, so that any of these is longer ago; a router that begins elsewhere has another order.
         self.last_turns = array("q", (-1 - xxhash.xxh3_64_intdigest(name.encode(), seed) % (1 << 62) for name in self.worker_ids))
+        self.has_whole_servers = any(view.facts.serves_whole for view in self.views)
         self.lasting_rows: dict[Leg, Sequence[int]] = {}  # what lasting filters leave for an ordinary request; the router's
         self._label_columns: dict[tuple[tuple[str, str], ...], Column] = {}
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from polyphase.core.errors import ConfigurationError
 from polyphase.router.contracts import Filter, MakePicker, Scorer
 from polyphase.router.filters import (
+    Asleep,
     Draining,
     Excluded,
     FitsContext,
@@ -90,6 +91,7 @@ BUILT_IN = Parts(
     },
     filters={
         "draining": Draining(),
+        "asleep": Asleep(),
         "stalled": Stalled(),
         "excluded": Excluded(),
         "required-labels": RequiredLabels(),

@@ -45,7 +45,8 @@ POLICIES: Mapping[str, Mapping[str, float]] = {
     "round-robin": _SHARE,  # all workers are equal, and equals take turns
 }
 FILTERS = (  # of every policy
-    "draining", "stalled", "excluded", "required-labels", "passes", "adapter", "grammars", "role", "context", "full", "mates", "reserve",
+    "draining", "asleep", "stalled", "excluded", "required-labels", "passes", "adapter", "grammars", "role", "context", "full", "mates",
+    "reserve",
 )  # fmt: skip
 
 

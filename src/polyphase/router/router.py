@@ -247,6 +247,8 @@ class Router:
         self._beliefs.expire(request.now_ns)
         found = self._find(request, standings.block_sizes)
 
+        if not standings.has_whole_servers:
+            return self._route_in_halves(request, standings, found)
         servers = self._lineup(request, BOTH, standings, found)
         self._filter(request, BOTH, servers, is_required=True)
         whole = self._choose(request, BOTH, servers)
@@ -260,7 +262,7 @@ class Router:
         helpers = self._helpers(request, standings, found, whole.facts)
         if helpers is None:
             self._book(request, found, whole)
-            reason = "whole: no prefill worker is available"
+            reason = "whole: no prefill worker is available that can hand over to one that decodes"
             return Route(request.request_id, whole.placement, None, reason, "no-prefill-worker", whole.pull)
         against = why_not_split(self._settings.split, request, whole.placement, whole.tokens_to_compute, whole.wanted_pull)
         if against is not None:
@@ -285,15 +287,30 @@ class Router:
         self._book(request, found, decode, prefill)
         return Route(request.request_id, decode.placement, prefill.placement, reason, "split", prefill.pull)
 
+    def _route_in_halves(self, request: RouteRequest, standings: Standings, found: _Found) -> Route:
+        """Of engines that do one half each: whatever the prompt, it takes two of them. Raises: NoWorkers, Overloaded."""
+        helpers = self._lineup(request, PREFILL, standings, found)
+        self._filter(request, PREFILL, helpers, is_required=True)
+        prefill = self._choose(request, PREFILL, helpers)
+        takers = self._lineup(request, DECODE, standings, found, partner=prefill.facts)
+        self._filter(request, DECODE, takers, is_required=True)
+        decode = self._choose(request, DECODE, takers)
+        self._book(request, found, decode, prefill)
+        reason = "split: these engines compute prompts or generate, and never do both"
+        return Route(request.request_id, decode.placement, prefill.placement, reason, "split")
+
     def has_headroom(self, request: RouteRequest) -> bool:
         """Whether a worker would begin with it soon; if not, it had better wait where it can still be sent elsewhere. Books nothing.
 
         Raises: NoWorkers. Cost: O(workers whose bookings or load changed).
         """
         standings = self._standings_of(request)
-        servers = self._able(request, BOTH, standings, is_required=True)
+        serving = BOTH if standings.has_whole_servers else DECODE
+        servers = self._able(request, serving, standings, is_required=True)
         if not standings.has_headroom(servers):
             return False
+        if serving is DECODE:
+            return standings.has_headroom(self._able(request, PREFILL, standings, is_required=True))
         helpers = self._able(request, PREFILL, standings, is_required=False)
         if len(standings.mates) == 1:
             return standings.has_headroom(helpers) or not self._needs_one_of(helpers, request)
@@ -307,7 +324,9 @@ class Router:
 
     def waits_for_prefill(self, request: RouteRequest) -> bool:
         """Whether it needs a prefill worker besides: those that do and those that do not wait for different workers. Raises: NoWorkers."""
-        return self._needs_one_of(self._able(request, PREFILL, self._standings_of(request), is_required=False), request)
+        standings = self._standings_of(request)
+        helpers = self._able(request, PREFILL, standings, is_required=False)
+        return not standings.has_whole_servers or self._needs_one_of(helpers, request)
 
     def _needs_one_of(self, helpers: Sequence[int], request: RouteRequest) -> bool:
         return bool(helpers) and not request.needs and request.prompt_token_count >= self._settings.split.min_uncached_tokens

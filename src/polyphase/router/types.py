@@ -19,7 +19,7 @@ import msgspec
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router.columns import Column
-from polyphase.wire.cards import Role
+from polyphase.wire.cards import BLOCKS, Role
 from polyphase.wire.events import Load, Tier
 
 Labels = Mapping[str, str]  # for example zone → eu-1, rack → 7
@@ -38,9 +38,10 @@ class WorkerFacts:
     block_count: int
     max_batch_tokens: int
     max_running: int
-    can_hand_over: bool
+    can_hand_over: bool  # it makes offers
     is_draining: bool = False
     is_stalled: bool = False
+    is_asleep: bool = False
     publishes_events: bool = True  # of its blocks; where not, what was routed there is believed to be there
     passes: frozenset[str] = frozenset()  # kinds of requests whose bodies its engine takes as they are
     engine: str = ""
@@ -51,6 +52,13 @@ class WorkerFacts:
     labels: Labels = field(default_factory=lambda: NO_LABELS, hash=False)
     takes_grammars: bool = False
     resumes_grammars: bool = False  # also of requests of which something was emitted elsewhere
+    offer_kind: str = BLOCKS  # which offers it makes, if it does, and takes; "": none
+    serves_whole: bool = True  # else only the leg that its role says
+    offer_facts: Labels = field(default_factory=lambda: NO_LABELS, hash=False)  # what must be equal, for people to be told what differs
+
+    @property
+    def is_available(self) -> bool:
+        return not (self.is_draining or self.is_stalled or self.is_asleep)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ here knows what a request means, and nothing is retried behind the caller's back
 """
 
 from polyphase.runtime.channel import Delivery, PeerId, WorkerClient, WorkerServer
+from polyphase.runtime.deaths import DeathWatch
 from polyphase.runtime.fence import EventSink, StreamCounts, StreamView
 from polyphase.runtime.paths import WorkerPaths
 from polyphase.runtime.registry import Joined, Lease, Left, Registry, RegistryChange, Updated
@@ -14,6 +15,7 @@ from polyphase.runtime.stream import AskedHistory, EventPublisher, EventSubscrib
 
 __all__ = [
     "AskedHistory",
+    "DeathWatch",
     "Delivery",
     "EventPublisher",
     "EventSink",

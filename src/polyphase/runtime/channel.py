@@ -40,6 +40,7 @@ from polyphase.wire.requests import (
     Question,
     StepOutputs,
     SwitchRole,
+    SwitchSleep,
     ToWorker,
 )
 
@@ -259,6 +260,18 @@ class WorkerClient:
             return body
         raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
 
+    async def switch_sleep(self, worker_id: str, timeout_s: float, *, is_asleep: bool) -> WorkerStatus:
+        """Put a worker to sleep, or wake it; when this returns, it is.
+
+        Raises: ConfigurationError with the worker's reason if it will not; WorkerLost as `ask`.
+        Cancel: the worker goes on with it.
+        """
+        message = SwitchSleep(next(self._query_ids), is_asleep)
+        body = await self._ask(worker_id, message, "the request to sleep" if is_asleep else "the request to wake", timeout_s)
+        if isinstance(body, WorkerStatus):
+            return body
+        raise ConfigurationError(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
+
     async def find_blocks(self, worker_id: str, epoch: int, first_block: int, keys: list[bytes], timeout_s: float) -> KvPart:
         """Where this life of a worker has the blocks of these keys, as far as it has them.
 
@@ -270,7 +283,7 @@ class WorkerClient:
             return body.part
         raise WorkerLost(body.message if isinstance(body, Denied) else f"worker {worker_id} answered with {type(body).__name__}")
 
-    async def _ask(self, worker_id: str, message: Query | SwitchRole | FindBlocks, what: str, timeout_s: float) -> AnswerBody:
+    async def _ask(self, worker_id: str, message: Query | SwitchRole | SwitchSleep | FindBlocks, what: str, timeout_s: float) -> AnswerBody:
         query_id = message.query_id
         self.send(worker_id, message)
         questions = self._connections[worker_id].questions

@@ -39,6 +39,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def free_ports(count: int) -> range:
+    """So many in a row. Raises: OSError if there are none to be found."""
+    for _ in range(100):
+        ports = range(first := free_port(), first + count)
+        if ports[-1] < 65536 and all(_is_free(port) for port in ports[1:]):
+            return ports
+    raise OSError(f"no {count} free ports in a row")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 class Deployment:
     """`polyphase serve MODEL OPTIONS…` between `with` and its end.
 
@@ -49,14 +67,23 @@ class Deployment:
     """
 
     def __init__(
-        self, model: str | Path | None, *options: str, start_timeout_s: float = 120, environment: Mapping[str, str] | None = None
+        self,
+        model: str | Path | None,
+        *options: str,
+        start_timeout_s: float = 120,
+        environment: Mapping[str, str] | None = None,
+        frontends: int = 1,
     ) -> None:
         """`model`: None where a file of `--config` names the models."""
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        ports = free_ports(frontends)
+        self.port = ports[0]
+        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.url = self.urls[0]
         self.home = Path(tempfile.mkdtemp(prefix="pp-", dir="/tmp"))  # short: socket paths end at about 100 bytes
         named = () if model is None else (str(model),)
         self._command = [sys.executable, "-m", "polyphase", "serve", *named, "--port", str(self.port), *options]
+        if frontends > 1:
+            self._command += ["--frontends", str(frontends)]
         self._environment = {**os.environ, **(environment or {}), "XDG_RUNTIME_DIR": str(self.home), "NO_COLOR": "1"}
         self._start_timeout_s = start_timeout_s
         self._output = self.home / "serve.out"
@@ -70,6 +97,12 @@ class Deployment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
         shutil.rmtree(self.home, ignore_errors=True)
+
+    def keep_temporary_files(self) -> None:
+        """From the next start on, temporary files are made in a folder of `home`, so that one can see what is left of them."""
+        folder = self.home / "tmp"
+        folder.mkdir(exist_ok=True)
+        self._environment["TMPDIR"] = str(folder)
 
     def launch(self) -> None:
         """Start the process and return at once."""
@@ -149,6 +182,18 @@ class Deployment:
     def workers(self) -> dict[str, WorkerEntry]:
         """Living workers by id, from the registry."""
         return {entry.worker_id: entry for entry in Registry(self.run_folder).entries()}
+
+    def frontend_pids(self) -> dict[str, int]:
+        """Living frontends' processes by URL."""
+        found = {}
+        for pid in self.pids():
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            except OSError:
+                continue
+            if "polyphase.frontend" in words:
+                found[f"http://127.0.0.1:{words[words.index('--port') + 1]}"] = pid
+        return found
 
     def health(self) -> dict[str, Any]:
         """Body of /health, also when it says unhealthy."""

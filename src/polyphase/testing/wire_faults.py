@@ -27,20 +27,10 @@ from typing import Any, Literal, get_args
 from xxhash import xxh3_64_intdigest
 
 from polyphase.core.errors import PeerLost
+from polyphase.testing.planting import plant, planted_environment
 
 FaultKind = Literal["flip", "swap", "truncate"]
 KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
-
-_LOADER = '''"""Written by polyphase.testing.wire_faults."""
-import sys
-
-if "polyphase.worker" in sys.orig_argv:
-    from pathlib import Path
-
-    from polyphase.testing.wire_faults import install
-
-    install(Path({folder!r}))
-'''
 
 
 class WireFaults:
@@ -51,11 +41,11 @@ class WireFaults:
         self._numbers = count()
         for name in ("orders", "done"):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
-        (self._folder / "sitecustomize.py").write_text(_LOADER.format(folder=str(self._folder)))
+        plant(self._folder, __name__)
 
     def environment(self) -> dict[str, str]:
         """For `Deployment(environment=…)`."""
-        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(self._folder), os.environ.get("PYTHONPATH"))))}
+        return planted_environment(self._folder)
 
     def order(self, kind: FaultKind, pid: int | None = None) -> None:
         """Damage the next request's worth of blocks that is sent, by the worker `pid` or by anyone. Orders are carried out one by one.
@@ -82,8 +72,7 @@ class WireFaults:
 
 def install(folder: Path) -> None:
     """In a worker's process, before its agent is made: a host of its own, reachable by loopback, and blocks that are damaged by order."""
-    from polyphase.transfer import agent
-    from polyphase.transfer.backends import tcp
+    from polyphase.transfer import agent, staging
     from polyphase.transfer.doors import Doors
     from polyphase.transfer.streaming import send_blocks
 
@@ -93,7 +82,7 @@ def install(folder: Path) -> None:
     patches: list[tuple[Any, str, Any]] = [
         (agent, "host_id", lambda: f"host of process {os.getpid()}"),
         (agent, "Doors", doors),
-        (tcp, "send_blocks", damaging(send_blocks, lambda: _take_order(folder))),
+        (staging, "send_blocks", damaging(send_blocks, lambda: _take_order(folder))),
     ]
     for module, name, replacement in patches:
         setattr(module, name, replacement)

@@ -40,6 +40,9 @@ class Lending:
     def __len__(self) -> int:
         return len(self._terms)
 
+    def __contains__(self, lease_id: str) -> bool:
+        return lease_id in self._terms
+
     def lend(self, lease_id: str, region_id: str, block_ids: list[int], expires_at_ns: int, on_end: OnEnd | None) -> None:
         """Raises: KvError if there is a lease of this name."""
         with self._lock:

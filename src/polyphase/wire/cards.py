@@ -8,6 +8,8 @@ import msgspec
 
 from polyphase.wire.events import Load
 
+BLOCKS = "blocks"  # the kind of offer that is a `KvOffer`: copied by agents of the transfer library
+
 
 class Role(enum.StrEnum):
     PREFILL = "prefill"
@@ -40,10 +42,12 @@ class WorkerEntry(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     model: str
     pid: int
+    began_ticks: int = 0  # when that process began, clock ticks since boot of its host; 0: not known
     host: str
     request_endpoint: str  # ZeroMQ ROUTER
     event_endpoint: str  # ZeroMQ PUB
     is_draining: bool = False
+    is_asleep: bool = False  # or falling asleep: it takes no requests
     labels: dict[str, str] = {}  # where it stands or what it is, for example zone → eu-1; msgspec copies the default
     aliases: list[str] = []  # further names that clients may call the model by
     group: str = ""  # of the model's workers: those that share a weight, and between which a request may be split
@@ -66,10 +70,14 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag="card"):
     block_count: int
     max_batch_tokens: int  # token budget of one step
     max_running: int  # sequences in one step
-    can_hand_over: bool  # its blocks can be read by another worker
+    can_hand_over: bool  # it makes offers of `offer_kind` of what it has computed
+    offer_kind: str = BLOCKS  # which offers it takes; a name and a digest of `offer_facts` for engines that move KV themselves; "": none
+    offer_facts: dict[str, str] = {}  # what must be equal at both of them, so that people can be told what differs
+    serves_whole: bool = True  # it computes prompts and generates; else only the half that its role says
     publishes_events: bool = True  # of its blocks; without them a router goes by what it sent there
     keeps_priorities: bool = True  # among the requests that wait there
     resumes_sampling: bool = True  # a sampled request that moved here goes on with the tokens that it would have had
+    can_sleep: bool = False  # it gives the accelerator's memory free while nobody needs it
     takes_grammars: bool = False  # structured output
     resumes_grammars: bool = True  # also of a request of which something was emitted elsewhere; where not, such a one cannot move here
     adapters: list[str] = []  # LoRA adapters that it can run, by the names that clients call them; msgspec copies the default

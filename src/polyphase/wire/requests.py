@@ -1,9 +1,9 @@
 """The request channel between a frontend (or a peer worker, or the command line) and a worker.
 
-To the worker go `Submit`, `Forward`, `ReadOn`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole`, `Query` and `FindBlocks`;
-back come `StepOutputs` (one message per engine step and peer, with the new tokens of all that peer's requests, and pieces of answers that
-are passed through) and `Answer`s to what has a query id. Every submitted or forwarded request ends in exactly one `SequenceOutput` whose
-`finish_reason` is not None.
+To the worker go `Submit`, `Forward`, `ReadOn`, `PullAhead`, `Cancel`, `HandOver`, `ReleaseLease`, `SwitchRole`, `SwitchSleep`, `Query` and
+`FindBlocks`; back come `StepOutputs` (one message per engine step and peer, with the new tokens of all that peer's requests, and pieces of
+answers that are passed through) and `Answer`s to what has a query id. Every submitted or forwarded request ends in exactly one
+`SequenceOutput` whose `finish_reason` is not None.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 from polyphase.wire.cards import ModelCard, Role, WorkerStatus
 from polyphase.wire.events import Load, MissedBatches, SnapshotPage
-from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.kv import KvPart, Offer
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -83,8 +83,9 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
     A fresh request has nothing behind the prompt; a migrated or handed-over one has. `hand_over` asks for prefill only: the
     worker computes everything, samples one token, and answers with an offer of the blocks (finish reason `handed_over`), unless that
-    token ended the request. `offer` brings such blocks: the worker pulls them, or computes them itself if that fails. `holder` names a
-    worker that may be asked for blocks (`FindBlocks`), where nobody offers any.
+    token ended the request. An `EngineOffer` comes without a token where the other engine samples it. `offer` brings such blocks: the
+    worker has them fetched, or computes the prompt itself if that fails or if it does not take this kind. `holder` names a worker that may
+    be asked for blocks (`FindBlocks`), where nobody offers any.
 
     `for_role` is the role that the sender believes the worker to have. A worker that has changed its role since refuses what the new one
     does not take (`role_changed`), so that a sender's old view costs another try and nothing else. A sender that knows the role, and
@@ -102,7 +103,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     priority: int = 0  # lower is served first
     hand_over: bool = False
     with_parts: bool = False  # with `hand_over`: tell of the prompt's blocks while the rest of it is computed
-    offer: KvOffer | None = None
+    offer: Offer | None = None
     holder: KvHolder | None = None
     for_role: Role | None = None  # None: whatever the role is
     believed_prefill_tokens: int | None = None  # that wait at the worker, as whoever chose it believed; None: it is to take it anyway
@@ -220,7 +221,17 @@ class SwitchRole(msgspec.Struct, frozen=True, tag="switch_role"):
     role: Role
 
 
-ToWorker = Submit | Forward | ReadOn | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | Query | FindBlocks | Drain
+class SwitchSleep(msgspec.Struct, frozen=True, tag="switch_sleep"):
+    """Fall asleep: accept nothing, let what runs move or end, then give the accelerator's memory free. Or wake.
+
+    Answered by `WorkerStatus` once it is asleep or awake, or `Denied`.
+    """
+
+    query_id: int
+    is_asleep: bool
+
+
+ToWorker = Submit | Forward | ReadOn | PullAhead | Cancel | HandOver | ReleaseLease | SwitchRole | SwitchSleep | Query | FindBlocks | Drain
 
 
 class FinishReason(enum.StrEnum):
@@ -282,7 +293,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string that matched; None for EOS
     failure: WireFailure | None = None  # with finish reason `error`
-    offer: KvOffer | None = None  # with finish reason `handed_over`
+    offer: Offer | None = None  # with finish reason `handed_over`
     part: KvPart | None = None  # while the prompt of a request `with_parts` is computed
     stats: PhaseStats | None = None
     passed: Passed | None = None  # of a request that was forwarded

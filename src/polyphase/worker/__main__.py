@@ -25,11 +25,12 @@ from polyphase.core.errors import ConfigurationError, EngineFailed
 from polyphase.engines.interface import Engine
 from polyphase.observe import configure_logging
 from polyphase.runtime import Lease, Registry, WorkerPaths
+from polyphase.runtime.deaths import start_ticks
 from polyphase.runtime.lifeline import Lifeline
 from polyphase.runtime.paths import ensure_private_folder
 from polyphase.wire.cards import WorkerEntry
 from polyphase.wire.events import KvEvent
-from polyphase.worker.engines import check_adapters, load_engine
+from polyphase.worker.engines import check_adapters, load_engines
 from polyphase.worker.host import HostSettings, WorkerHost, engine_failure
 from polyphase.worker.options import WorkerOptions, parse_options
 from polyphase.worker.room import QueueLimits
@@ -85,8 +86,13 @@ def _serve(options: WorkerOptions, lifeline: Lifeline) -> None:
         ensure_private_folder(paths[0].request_socket.parent)
         started_s = time.monotonic()
         log.info("loading %s with engine %s", options.engine_options.model, options.engine)
-        engines = [stack.enter_context(closing(load_engine(options.engine, options.engine_options))) for _ in names]
+        loaded = [engine for _ in names for engine in load_engines(options.engine, options.engine_options)]
+        engines = [stack.enter_context(closing(engine)) for engine in loaded]
         check_adapters(engines[0], options.engine, options.engine_options.adapters)
+        for rank in range(len(names), len(engines)):
+            name = f"{options.worker_id}-rank-{rank}"
+            leases.append(stack.enter_context(Registry(options.run_folder).claim(name)))
+            names, paths = (*names, name), [*paths, WorkerPaths.of(options.run_folder, name)]
         lives = [_Life(*parts) for parts in zip(names, engines, leases, paths, strict=True)]
         stack.enter_context(_long_lived_objects_left_alone())
         log.info("loaded %s in %.1f s", lives[0].engine.card.name, time.monotonic() - started_s)
@@ -141,6 +147,7 @@ async def _host(life: _Life, options: WorkerOptions, stack: ExitStack) -> Worker
         role=life.lease.remembered_role() or options.role,
         model=engine.card.name,
         pid=os.getpid(),
+        began_ticks=start_ticks(os.getpid()),
         host=socket.gethostname(),
         request_endpoint=paths.request_endpoint,
         event_endpoint=paths.event_endpoint,

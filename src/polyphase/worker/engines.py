@@ -6,36 +6,44 @@ import importlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import fields
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from polyphase.core.errors import ConfigurationError
-from polyphase.engines.interface import Engine, Forwarder, KvExporter, KvImporter
+from polyphase.engines.interface import Engine, Forwarder, KvExporter, KvImporter, KvSender, Sleeper
+from polyphase.wire.cards import BLOCKS, Role
 from polyphase.worker.options import EngineOptions
+
+if TYPE_CHECKING:
+    from polyphase.engines.served.settings import ServerSettings
 
 BLOCK_SIZE = 16  # tokens, of engines of our own
 MAX_RUNNING = 64
 
 
-def load_engine(name: str, options: EngineOptions) -> Engine:
-    """Load the model and allocate what the engine needs.
+def load_engines(name: str, options: EngineOptions) -> list[Engine]:
+    """Load the model and allocate what the engine needs. Several, where one server has data-parallel ranks: each is a worker of its own.
 
     Args:
-        name: `torch`, `vllm`, `openai`, `mock`, or `module:function` of a function that takes `EngineOptions` and returns an engine.
+        name: `torch`, `vllm`, `sglang`, `trtllm`, `openai`, `mock`, or `module:function` of a function that makes one of `EngineOptions`.
 
     Raises: ConfigurationError (ModelLoadError for the model's faults).
-    Owner: the caller closes the engine.
+    Owner: the caller closes the engines.
     """
     if name == "torch":
-        return _load_torch(options)
+        return [_load_torch(options)]
     if name == "mock":
-        return _load_mock(options)
+        return [_load_mock(options)]
     if name == "vllm":
         return _load_vllm(options)
+    if name == "sglang":
+        return _load_sglang(options)
+    if name == "trtllm":
+        return [_load_trtllm(options)]
     if name == "openai":
-        return _load_openai(options)
+        return [_load_openai(options)]
     if ":" in name:
-        return _foreign_loader(name)(options)
-    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, openai, mock, or module:function of an engine's loader")
+        return [_foreign_loader(name)(options)]
+    raise ConfigurationError(f"there is no engine {name!r}; use torch, vllm, sglang, trtllm, openai, mock, or module:function")
 
 
 def _load_torch(options: EngineOptions) -> Engine:
@@ -75,29 +83,31 @@ def _load_mock(options: EngineOptions) -> Engine:
     )
 
 
-def _load_vllm(options: EngineOptions) -> Engine:
+def _load_vllm(options: EngineOptions) -> list[Engine]:
+    from polyphase.engines.served.secrets import api_key_of
     from polyphase.engines.vllm import VllmSettings
-    from polyphase.engines.vllm.assembly import load_vllm_engine
+    from polyphase.engines.vllm.assembly import load_vllm_engines
 
-    return load_vllm_engine(
-        VllmSettings(
-            model=options.model,
-            name=options.name,
-            folder=options.run_folder / "engines" / options.worker_id,
-            attach=options.attach,
-            python=options.engine_python,
-            command=options.engine_command,
-            arguments=options.engine_args,
-            device=options.device,
-            dtype=options.dtype,
-            block_size=options.block_size,
-            kv_bytes=options.kv_bytes,
-            context_length=options.context_length,
-            max_batch_tokens=options.max_batch_tokens,
-            max_running=options.max_running,
-            adapters=options.adapters,
-        )
+    settings = VllmSettings(
+        model=options.model,
+        name=options.name,
+        folder=options.run_folder / "engines" / options.worker_id,
+        attach=options.attach,
+        python=options.engine_python,
+        command=options.engine_command,
+        arguments=options.engine_args,
+        device=options.device,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        kv_bytes=options.kv_bytes,
+        context_length=options.context_length,
+        max_batch_tokens=options.max_batch_tokens,
+        max_running=options.max_running,
+        adapters=options.adapters,
+        hands_over=options.role is not Role.BOTH,
+        api_key=api_key_of(os.environ),
     )
+    return list(load_vllm_engines(settings))
 
 
 def _load_openai(options: EngineOptions) -> Engine:
@@ -118,6 +128,43 @@ def _load_openai(options: EngineOptions) -> Engine:
     )
 
 
+def _load_sglang(options: EngineOptions) -> list[Engine]:
+    from polyphase.engines.sglang.assembly import load_sglang_engines
+
+    return list(load_sglang_engines(_server_settings(options)))
+
+
+def _load_trtllm(options: EngineOptions) -> Engine:
+    from polyphase.engines.trtllm.assembly import load_trtllm_engine
+
+    return load_trtllm_engine(_server_settings(options))
+
+
+def _server_settings(options: EngineOptions) -> ServerSettings:
+    from polyphase.engines.served.secrets import api_key_of
+    from polyphase.engines.served.settings import ServerSettings
+
+    return ServerSettings(
+        model=options.model,
+        name=options.name,
+        folder=options.run_folder / "engines" / options.worker_id,
+        attach=options.attach,
+        python=options.engine_python,
+        command=options.engine_command,
+        arguments=options.engine_args,
+        role=options.role,
+        adapters=options.adapters,
+        device=options.device,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        kv_bytes=options.kv_bytes,
+        context_length=options.context_length,
+        max_batch_tokens=options.max_batch_tokens,
+        max_running=options.max_running,
+        api_key=api_key_of(os.environ),
+    )
+
+
 def _foreign_loader(name: str) -> Callable[[EngineOptions], Engine]:
     module_name, _, function_name = name.partition(":")
     try:
@@ -132,13 +179,24 @@ def check_adapters(engine: Engine, name: str, wanted: Collection[str]) -> None:
     missing = sorted(set(wanted) - set(engine.card.adapters))
     if missing:
         raise ConfigurationError(
-            f"the engine {name} did not take the LoRA adapter {missing[0]!r}; leave --lora away, or take torch or vllm"
+            f"the engine {name} did not take the LoRA adapter {missing[0]!r}; leave --lora away, or take torch, vllm or sglang"
         )
 
 
 def kv_exporter(engine: Engine) -> KvExporter | None:
     """The engine's ability to hand blocks over, if its card says that it has it."""
-    return cast("KvExporter", engine) if engine.card.can_hand_over else None
+    card = engine.card
+    return cast("KvExporter", engine) if card.can_hand_over and card.offer_kind == BLOCKS else None
+
+
+def kv_sender(engine: Engine) -> KvSender | None:
+    """The engine's ability to bring KV to others of its kind, if its card says that it has it."""
+    card = engine.card
+    return cast("KvSender", engine) if card.can_hand_over and card.offer_kind != BLOCKS else None
+
+
+def sleeper(engine: Engine) -> Sleeper | None:
+    return cast("Sleeper", engine) if engine.card.can_sleep else None
 
 
 def forwarder(engine: Engine) -> Forwarder | None:

@@ -37,7 +37,7 @@ from polyphase.runtime import EventPublisher, Lease, PeerId, WorkerPaths, Worker
 from polyphase.transfer import Agent, LeaseEnd, Region
 from polyphase.wire.cards import Role, WorkerEntry, WorkerStatus
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import EngineOffer, KvOffer, Offer
 from polyphase.wire.requests import (
     Answer,
     Cancel,
@@ -56,10 +56,11 @@ from polyphase.wire.requests import (
     SequenceOutput,
     Submit,
     SwitchRole,
+    SwitchSleep,
     ToWorker,
     WireFailure,
 )
-from polyphase.worker.engines import forwarder, kv_exporter, kv_importer
+from polyphase.worker.engines import forwarder, kv_exporter, kv_importer, kv_sender, sleeper
 from polyphase.worker.holders import Holders
 from polyphase.worker.lease_release import LeaseReleases
 from polyphase.worker.live import LiveRequest, LiveRequests
@@ -67,6 +68,7 @@ from polyphase.worker.outbox import Outbox
 from polyphase.worker.pulls_ahead import PullsAhead
 from polyphase.worker.roles import refuse_misdirected, why_not_switch
 from polyphase.worker.room import QueueLimits
+from polyphase.worker.sleep import Sleep
 from polyphase.worker.sources import OfferSources
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,9 @@ class WorkerHost:
         """Binds the sockets. Raises: ConfigurationError if one cannot be bound."""
         self._engine = engine
         self._exporter = kv_exporter(engine)
+        able = sleeper(engine)
+        self._sleep = Sleep(able, self._is_busy, self._tell_asleep) if able is not None else None
+        self._lender = self._exporter or kv_sender(engine)
         self._forwarder = forwarder(engine)
         self._lease = lease
         self._settings = settings
@@ -174,7 +179,7 @@ class WorkerHost:
         await self._draining.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_timeout_s):
-                while self._live or self._engine.load().leased_block_count:  # noqa: ASYNC110  leases end by time, without an event
+                while self._is_busy():  # noqa: ASYNC110  leases end by time, without an event
                     await asyncio.sleep(DRAIN_CHECK_INTERVAL_S)
 
     # From peers
@@ -198,9 +203,11 @@ class WorkerHost:
             case SwitchRole():
                 self._switch_role(peer, message)
             case ReleaseLease():
-                if self._exporter is not None:
-                    self._exporter.release_lease(message.lease_id)
+                if self._lender is not None:
+                    self._lender.release_lease(message.lease_id)
                     self._publish(None)  # no step may follow to tell of it
+            case SwitchSleep():
+                self._tasks.create_task(self._switch_sleep(peer, message), name="sleep")
             case Query():
                 self._answer(peer, message)
             case FindBlocks():
@@ -219,7 +226,10 @@ class WorkerHost:
         live = self._live.add(request_id, peer, wants_hand_over=request.hand_over)
         if request.remaining_ms is not None:
             self._live.end_by(live, time.monotonic() + request.remaining_ms / 1e3 + DEADLINE_GRACE_S)
-        if request.offer is None and (request.holder is None or self._ahead is None):
+        has_blocks_elsewhere = isinstance(request.offer, KvOffer) or (
+            request.offer is None and request.holder is not None and self._ahead is not None
+        )
+        if not has_blocks_elsewhere:
             self._submit(request, None)
             return
         try:
@@ -265,6 +275,8 @@ class WorkerHost:
         """Raises: Draining; InvalidRequest for a name that is taken."""
         if self._draining.is_set():
             raise Draining(f"worker {self._entry.worker_id} is going away")
+        if self._entry.is_asleep:
+            raise Draining(f"worker {self._entry.worker_id} is asleep")
         if self._live.get(request_id) is not None:
             raise InvalidRequest(f"request {request_id} runs already on worker {self._entry.worker_id}")
 
@@ -274,7 +286,7 @@ class WorkerHost:
 
     async def _open_and_submit(self, live: LiveRequest, request: Submit) -> None:
         """Cancel: nothing has reached the engine; `_stop_opening` forgets the request and releases the lease."""
-        assert request.offer is not None
+        assert isinstance(request.offer, KvOffer)
         source: BlockSource | None = None
         try:
             try:
@@ -298,7 +310,13 @@ class WorkerHost:
         try:
             if self._settings.limits is not None:  # nothing is awaited from here to the engine's own bookkeeping
                 self._settings.limits.refuse_if_full(request, self._engine.load())
-            self._engine.submit(request, source)
+            if isinstance(request.offer, EngineOffer) and request.offer.kind != self._engine.card.offer_kind:
+                self._engine.submit(msgspec.structs.replace(request, offer=None))
+                with request_context(request.request_id):
+                    log.info("its KV is at an engine of another kind (%s), and is computed here", request.offer.kind)
+                self._release(request.offer)
+            else:
+                self._engine.submit(request, source)
             if time.monotonic() - self._last_load_s >= ACCEPT_LOAD_INTERVAL_S:
                 self._publish(None)
             return
@@ -350,6 +368,27 @@ class WorkerHost:
         if reason is None and message.role is not self._entry.role:
             reason = self._take_role(message.role)
         self._server.send(peer, Answer(message.query_id, self._status() if reason is None else Denied(reason)))
+
+    async def _switch_sleep(self, peer: PeerId, message: SwitchSleep) -> None:
+        reason: str | None
+        if self._sleep is None:
+            reason = f"its engine cannot ({self._engine.card.engine}); --enable-sleep-mode is vLLM's flag for it"
+        elif self._draining.is_set():
+            reason = "it is draining"
+        else:
+            reason = await (self._sleep.fall_asleep() if message.is_asleep else self._sleep.wake())
+        body = self._status() if reason is None else Denied(f"worker {self._entry.worker_id}: {reason}")
+        self._server.send(peer, Answer(message.query_id, body))
+
+    def _tell_asleep(self, is_asleep: bool) -> None:
+        if self._entry.is_asleep is not is_asleep:
+            entry = msgspec.structs.replace(self._entry, is_asleep=is_asleep)
+            self._lease.update(entry)
+            self._entry = entry
+            log.info("asleep: takes no requests" if is_asleep else "awake")
+
+    def _is_busy(self) -> bool:
+        return bool(self._live) or self._engine.load().leased_block_count > 0
 
     def _take_role(self, role: Role) -> str | None:
         """Returns: why not. A role that the registry does not show would only make frontends send what is then refused."""
@@ -425,7 +464,7 @@ class WorkerHost:
                 if output.finish_reason is not None:
                     has_finished = True
                     self._finish(output)
-                if output.offer is not None:
+                if isinstance(output.offer, KvOffer):
                     self._lend(output.offer)
             if not self._send(peer, outputs):
                 self._drop_offers(outputs)
@@ -446,9 +485,13 @@ class WorkerHost:
         self._live.remove(output.request_id)
 
     def _lend(self, offer: KvOffer) -> None:
-        """From now on the lease also ends by the agent: when its reader gives it back there, or dies."""
+        """From now on the lease also ends by the agent: when its reader gives it back there, or dies.
+
+        An offer that came with a request and goes on with it unread is another worker's, or was lent before: its lease stays as it is.
+        """
         exporter, region = self._exporter, self._region
-        if exporter is None or region is None:
+        is_ours = (offer.worker_id, offer.epoch) == (self._entry.worker_id, self._entry.epoch)
+        if exporter is None or region is None or not is_ours or offer.lease_id in self._agent.lending:
             return
         loop = asyncio.get_running_loop()
 
@@ -511,16 +554,16 @@ class WorkerHost:
                 self._abort(live)
             self._send(peer, [_failed(live.request_id, error) for live in requests])
 
-    def _release(self, offer: KvOffer | None) -> None:
-        """What came with a request is copied, or not wanted: its owner may have the blocks back."""
-        if offer is not None and not self._sources.give_back(offer):
+    def _release(self, offer: Offer | None) -> None:
+        """What came with a request is fetched, or not wanted: its owner may have the blocks back."""
+        if offer is not None and not (isinstance(offer, KvOffer) and self._sources.give_back(offer)):
             self._releases.send(offer)
 
     def _drop_offers(self, outputs: list[SequenceOutput]) -> None:
-        """Offers that nobody received pin blocks for nothing."""
+        """Offers that nobody received keep KV for nothing."""
         for output in outputs:
-            if output.offer is not None and self._exporter is not None:
-                self._exporter.release_lease(output.offer.lease_id)
+            if output.offer is not None and self._lender is not None:
+                self._lender.release_lease(output.offer.lease_id)
 
 
 def engine_failure(group: BaseExceptionGroup[BaseException]) -> EngineFailed | None:

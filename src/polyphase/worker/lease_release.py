@@ -1,4 +1,4 @@
-"""Tells other workers that the blocks they offered have been copied, or are not wanted."""
+"""Tells other workers that what they offered has been fetched, or is not wanted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from polyphase.core.errors import WorkerLost
 from polyphase.runtime import Repeats, WorkerClient
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import Offer
 from polyphase.wire.requests import ReleaseLease
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class LeaseReleases:
         """Notice connections that break, until cancelled."""
         await self._client.run()
 
-    def send(self, offer: KvOffer) -> None:
+    def send(self, offer: Offer) -> None:
         message = ReleaseLease(offer.lease_id)
         self._repeats.note(offer.endpoint, message)
         self._send(offer.endpoint, message)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from polyphase.runtime import PeerId
 from polyphase.wire.cards import Role
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import Offer
 from polyphase.wire.requests import SequenceOutput
 from polyphase.worker.roles import takes
 
@@ -22,7 +22,7 @@ class LiveRequest:
     peer: PeerId
     token_count: int = 0  # sent so far
     opening: asyncio.Task[None] | None = None  # the offer's pool is being opened; the engine does not know the request yet
-    offer: KvOffer | None = None  # as long as it is being opened
+    offer: Offer | None = None  # as long as it is being opened
     wants_hand_over: bool = False  # a prefill leg
     deadline_s: float | None = None  # of the monotonic clock
 

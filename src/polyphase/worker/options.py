@@ -10,23 +10,26 @@ from pathlib import Path
 from polyphase.observe.logs import LEVELS
 from polyphase.wire.cards import Role
 
+DEFAULT_MAX_WAITING = 1024  # requests
+DEFAULT_LEASE_S = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What an engine is told; `None` and `auto` leave the choice to it. The torch engine's settings say what each means."""
 
     model: str
-    name: str | None
-    device: str
-    dtype: str
-    block_size: int | None
-    kv_bytes: int | None
-    max_batch_tokens: int | None
-    max_running: int | None
-    max_waiting: int
-    context_length: int | None
-    thread_count: int | None
-    lease_s: float
+    name: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    block_size: int | None = None
+    kv_bytes: int | None = None
+    max_batch_tokens: int | None = None
+    max_running: int | None = None
+    max_waiting: int = DEFAULT_MAX_WAITING
+    context_length: int | None = None
+    thread_count: int | None = None
+    lease_s: float = DEFAULT_LEASE_S
     mock_model: str = "llama-3.1-8b"
     mock_accelerator: str = "h100"
     mock_speedup: float = 1.0
@@ -38,6 +41,7 @@ class EngineOptions:
     engine_command: str | None = None
     engine_args: str = ""
     engine_api_key_env: str | None = None  # the name of a variable, never the key
+    role: Role = Role.BOTH  # at its start: engines that move KV themselves have to know whether they will
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,12 @@ class WorkerOptions:
 def parse_options(arguments: Sequence[str]) -> WorkerOptions:
     """Raises: SystemExit with code 2 and a line on standard error if a flag is wrong; with code 0 after `--help`."""
     given = _parser().parse_args(arguments)
+    given.role = Role(given.role)
     return WorkerOptions(
         run_folder=given.run_folder,
         worker_id=given.worker_id,
         beside=given.beside,
-        role=Role(given.role),
+        role=given.role,
         engine=given.engine,
         engine_options=EngineOptions(**{field: getattr(given, field) for field in EngineOptions.__dataclass_fields__}),
         max_waiting_prefill_tokens=given.max_waiting_prefill_tokens,
@@ -101,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="names of further workers like it, divided by commas, that live in the same process; for engines that compute nothing",
     )
     parser.add_argument("--role", choices=[str(role) for role in Role], default="both", help="phases that it serves (default: both)")
-    parser.add_argument("--engine", default="torch", help="torch, vllm, openai, mock, or module:function (default: torch)")
+    parser.add_argument("--engine", default="torch", help="torch, vllm, sglang, trtllm, openai, mock, or module:function (default: torch)")
     parser.add_argument("--drain-timeout-s", type=_seconds, default=30.0, help="time for running requests after SIGTERM (default: 30)")
     parser.add_argument(
         "--max-waiting-prefill-tokens",
@@ -135,14 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--kv-bytes", type=_count, help="memory of the KV cache in bytes (default: what suits model and machine)")
     engine.add_argument("--max-batch-tokens", type=_count, help="tokens in a step (default: 512 on cpu, 2048 on cuda)")
     engine.add_argument("--max-running", type=_count, help="sequences in a step (default: 64; vllm: 256)")
-    engine.add_argument("--max-waiting", type=_count, default=1024, help="requests that may wait; more are refused (default: 1024)")
+    engine.add_argument(
+        "--max-waiting", type=_count, default=DEFAULT_MAX_WAITING, help="requests that may wait; more are refused (default: 1024)"
+    )
     engine.add_argument("--context-length", type=_count, help="tokens of prompt and output together (default: the model's)")
     engine.add_argument("--thread-count", type=_count, help="threads that compute (default: all cores, up to 8)")
-    engine.add_argument("--lease-s", type=_seconds, default=30.0, help="how long handed-over blocks are kept (default: 30)")
+    engine.add_argument("--lease-s", type=_seconds, default=DEFAULT_LEASE_S, help="how long handed-over blocks are kept (default: 30)")
     served = parser.add_argument_group("engines that are servers of their own")
     served.add_argument("--attach", metavar="URL", help="a server that runs already, such as http://127.0.0.1:8000; else one is started")
     served.add_argument("--engine-python", metavar="PROGRAM", help="interpreter of the environment in which the engine is installed")
-    served.add_argument("--engine-command", metavar="COMMAND", help="in place of 'vllm serve', to which the flags are added")
+    served.add_argument("--engine-command", metavar="COMMAND", help="in place of the engine's own, to which the flags are added")
     served.add_argument("--engine-args", default="", metavar="FLAGS", help="further flags of the engine's server, as in a shell")
     served.add_argument("--engine-api-key-env", metavar="NAME", help="environment variable that holds the API key of an attached server")
     mock = parser.add_argument_group("mock engine")

@@ -31,6 +31,8 @@ def why_not_switch(role: Role, entry: WorkerEntry, card: ModelCard) -> str | Non
     """A sentence if this worker cannot take the role."""
     if entry.is_draining:
         return f"worker {entry.worker_id} is draining: it takes no requests any more, whatever its role"
+    if role is not entry.role and not card.serves_whole:
+        return f"worker {entry.worker_id} stays a {entry.role} worker: its engine ({card.engine}) was started to do this half only"
     if role is Role.PREFILL and not card.can_hand_over:
-        return f"worker {entry.worker_id} cannot be a prefill worker: no other process can read its KV blocks (engine {card.engine})"
+        return f"worker {entry.worker_id} cannot be a prefill worker: its KV cannot be handed over (engine {card.engine})"
     return None

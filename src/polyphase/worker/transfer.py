@@ -1,4 +1,4 @@
-"""A worker's transfer agent, and the registration of its engine's blocks with it."""
+"""A worker's transfer agent, and the registration of its engine's blocks with it, if these are for others to read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyphase.transfer.agent import default_backends
 from polyphase.transfer.backends.cuda import CudaBackend
 from polyphase.transfer.backends.interface import Backend
 from polyphase.wire.cards import WorkerEntry
-from polyphase.worker.engines import kv_exporter
+from polyphase.worker.engines import kv_exporter, kv_sender
 from polyphase.worker.options import TransferOptions
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ def join_transfer(engine: Engine, entry: WorkerEntry, unix_path: str, options: T
                 agent=agent.card_with(region.card),
                 region_id=region.region_id,
             )
+        sender = kv_sender(engine)
+        if sender is not None:
+            sender.bind_offers(worker_id=entry.worker_id, epoch=entry.epoch, endpoint=entry.request_endpoint)
         yield agent, region
 
 

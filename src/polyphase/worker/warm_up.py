@@ -14,13 +14,15 @@ REQUEST_ID = "warm-up"
 
 
 async def warm_up(engine: Engine) -> list[KvEvent]:
-    """Compute a few tokens. No full block of prompt is left in the cache.
+    """Compute a few tokens. No full block of prompt is left in the cache. An engine that does one half only has warmed up by itself.
 
     Returns: KV events meanwhile, to be published: an engine that ran before us tells what it holds.
 
     Raises: ModelLoadError if the engine fails at it.
     """
     card = engine.card
+    if not card.serves_whole:
+        return []
     prompt = [card.bos_token_id or 0] * min(4, card.block_size, card.context_length - 1)
     request = Submit(
         request_id=REQUEST_ID,

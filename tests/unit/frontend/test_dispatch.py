@@ -25,7 +25,7 @@ from polyphase.frontend.terms import Terms
 from polyphase.router import AdmissionSettings, PullRule, Router, RouterSettings, SplitRule, WorkerFacts
 from polyphase.wire.cards import Role
 from polyphase.wire.events import Load
-from polyphase.wire.kv import KvOffer, KvPart
+from polyphase.wire.kv import EngineOffer, KvOffer, KvPart
 from polyphase.wire.requests import (
     Cancel,
     FinishReason,
@@ -106,6 +106,7 @@ class DispatchMachine(RuleBasedStateMachine):
         self.flights: list[Flight] = []
         self.ended: dict[RequestId, int] = {}
         self.epoch = 0
+        self.read: set[str] = set()  # leases of engines' offers that somebody may have begun to fetch
         self.begun: set[str] = set()  # requests that have got a token from their worker
 
     def teardown(self) -> None:
@@ -138,6 +139,9 @@ class DispatchMachine(RuleBasedStateMachine):
                     assert message.holder.worker_id != worker_id
                     assert (message.holder.epoch, message.holder.endpoint) == (holder.epoch, f"ipc://{message.holder.worker_id}")
                 life.running[message.request_id] = message
+                if isinstance(message.offer, EngineOffer):
+                    assert message.offer.lease_id not in self.read, "an engine's offer is good for one reader"
+                    self.read.add(message.offer.lease_id)
             case Cancel(request_id):
                 life.running.pop(request_id, None)
                 life.leases.discard(request_id)
@@ -215,6 +219,9 @@ class DispatchMachine(RuleBasedStateMachine):
             return  # it leaves by itself
         del life.running[submit.request_id]
         offer = submit.offer
+        if isinstance(offer, EngineOffer):  # its engine was told of it at once
+            self.give_back(submit)
+            offer = None
         if has_begun:
             if offer is not None and offer.worker_id in self.lives:
                 self.lives[offer.worker_id].leases.discard(offer.lease_id)
@@ -232,6 +239,7 @@ class DispatchMachine(RuleBasedStateMachine):
         if submit.request_id in self.begun:
             return
         del self.lives[worker_id].running[submit.request_id]
+        self.note_unread(submit)
         failure = WireFailure(code, "x", True)
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.ERROR, failure=failure))
 
@@ -293,8 +301,30 @@ class DispatchMachine(RuleBasedStateMachine):
             return
         worker_id, submit = chosen
         del self.lives[worker_id].running[submit.request_id]
+        self.note_unread(submit)
         failure = WireFailure("overloaded", "full", True, Load(running_count=2, waiting_count=9, block_count=64))
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.ERROR, failure=failure))
+
+    def note_unread(self, submit: Submit) -> None:
+        if submit.offer is not None:
+            self.read.discard(submit.offer.lease_id)
+
+    def give_back(self, submit: Submit) -> None:
+        if submit.offer is not None and submit.offer.worker_id in self.lives:
+            self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
+
+    @rule(data=st.data())
+    def compute_for_an_engine_of_its_kind(self, data: st.DataObject) -> None:
+        """An engine that moves KV itself: its offer comes without a token, perhaps before the prompt is computed."""
+        running = [(name, submit) for name, life in sorted(self.lives.items()) for submit in life.running.values() if submit.hand_over]
+        if not running:
+            return
+        worker_id, submit = data.draw(st.sampled_from(running))
+        life = self.lives[worker_id]
+        del life.running[submit.request_id]
+        life.leases.add(submit.request_id)
+        offer = EngineOffer(worker_id, life.epoch, "x", submit.request_id, 2**62, "kind/1", {"room": 7}, len(submit.token_ids))
+        self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer))
 
     def some_running(self, data: st.DataObject) -> tuple[str, Submit] | None:
         running = [(name, submit) for name, life in sorted(self.lives.items()) for submit in life.running.values()]
@@ -319,8 +349,7 @@ class DispatchMachine(RuleBasedStateMachine):
             lease_id = submit.request_id
             life.leases.add(lease_id)
             offer = KvOffer(worker_id, life.epoch, "x", lease_id, 2**62, AGENT, "pool", [0], [1], len(submit.token_ids))
-        if submit.offer is not None and submit.offer.worker_id in self.lives:
-            self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
+        self.give_back(submit)
         del life.running[submit.request_id]
         self.begun.add(submit.request_id)
         if finish is None:
@@ -346,8 +375,8 @@ class DispatchMachine(RuleBasedStateMachine):
         part = KvPart(first_block, [7, 8], [1, 1], AGENT, "pool")
         self.report(worker_id, SequenceOutput(request_id=request_id, part=part))
 
-    @rule(data=st.data(), is_retryable=st.booleans(), gives_up=st.booleans())
-    def fail(self, data: st.DataObject, is_retryable: bool, gives_up: bool) -> None:
+    @rule(data=st.data(), code=st.sampled_from(["engine_failed", "peer_lost"]), is_retryable=st.booleans(), gives_up=st.booleans())
+    def fail(self, data: st.DataObject, code: str, is_retryable: bool, gives_up: bool) -> None:
         chosen = self.some_running(data)
         if chosen is None:
             return
@@ -356,7 +385,7 @@ class DispatchMachine(RuleBasedStateMachine):
         if submit.offer is not None and submit.offer.worker_id in self.lives and not gives_up:
             self.lives[submit.offer.worker_id].leases.discard(submit.offer.lease_id)
         reason = FinishReason.CANCELLED if gives_up else FinishReason.ERROR
-        failure = None if gives_up else WireFailure("engine_failed", "x", is_retryable)
+        failure = None if gives_up else WireFailure(code, "x", is_retryable)
         self.report(worker_id, SequenceOutput(request_id=submit.request_id, finish_reason=reason, failure=failure))
 
     @precondition(lambda self: self.flights)
@@ -496,6 +525,26 @@ def test_what_a_stalled_worker_or_a_broken_connection_strands_is_watched() -> No
             one.lives["prefill-0"].running.clear()  # what it ran before nobody could tell it to stop
 
 
+def test_a_worker_whose_peer_was_lost_is_taken_again_if_there_is_no_other() -> None:
+    """An engine that waited for KV in vain is well; but it is not asked for ever."""
+    for code, is_taken_again in (("peer_lost", True), ("engine_failed", False)):
+        with machine() as one:
+            one.join("both-0")
+            one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+            for _ in range(10):
+                running = one.lives["both-0"].running
+                if not running:
+                    break
+                wire_id = running.popitem()[0]
+                failure = WireFailure(code, "x", True)
+                one.report("both-0", SequenceOutput(request_id=wire_id, finish_reason=FinishReason.ERROR, failure=failure))
+                for timer in [timer for timer in one.timers.pending if timer.delay_s < 1]:  # who waits looks again
+                    timer.fire()
+            record = one.flights[0].record
+            assert (record.migrations > 1) is is_taken_again, (code, record.migrations)
+            assert one.flights[0].is_over
+
+
 def test_whoever_takes_a_prompt_over_hears_of_its_blocks_while_it_is_computed() -> None:
     with machine() as one:
         one.join("prefill-0")
@@ -508,3 +557,22 @@ def test_whoever_takes_a_prompt_over_hears_of_its_blocks_while_it_is_computed() 
         one.dispatcher.cancel(one.flights[0])
         one.tell("prefill-0", "r0", first_block=4)
         assert one.lives["decode-0"].ahead == ["r0", "r0"]
+
+
+def test_whoever_stood_still_and_is_well_again_goes_on_when_nobody_else_is_left() -> None:
+    with machine() as one:
+        one.join("prefill-0")
+        one.start(length=3, count=1, priority=0, tenant="a", patience_s=30)
+        [flight] = one.flights
+        one.join("prefill-1")
+        first, second = one.lives["prefill-0"], one.lives["prefill-1"]
+        one.router.set_stalled(WorkerId("prefill-0"), True)
+        one.dispatcher.worker_stalled(WorkerId("prefill-0"), Epoch(first.epoch), "no step for a while")
+        assert flight.worker_id == "prefill-1"
+        one.router.set_stalled(WorkerId("prefill-0"), False)
+        second.running.clear()
+        one.router.remove_worker(WorkerId("prefill-1"))
+        del one.lives["prefill-1"]
+        one.dispatcher.worker_lost(WorkerId("prefill-1"), Epoch(second.epoch))
+        assert (flight.worker_id, flight.stage) == ("prefill-0", Stage.SERVING)
+        one.dispatcher.cancel(flight)

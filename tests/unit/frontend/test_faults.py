@@ -274,7 +274,10 @@ async def test_the_decode_worker_dies_before_it_took_the_blocks(stack: Stack, st
     await stack.kill("decode-0")
     assert ids_of(await asked) == told(story)
     assert len(prefill.submits) == 1
-    assert other.submits[0].offer == victim.submits[0].offer
+    first, second = victim.submits[0].offer, other.submits[0].offer
+    assert first is not None
+    assert second is not None
+    assert second.lease_id == first.lease_id
     await wait_for(lambda: stack.is_at_rest)
 
 

@@ -72,7 +72,7 @@ async def test_the_last_worker_that_decodes_keeps_its_streams_until_another_come
         set_role(first, Role.PREFILL)
         await wait_for(lambda: stack.router.workers()[0].facts.role is Role.PREFILL)
         assert (await stack.get("/health")).json()["models"]["tiny"]["notes"] == [
-            "no decode worker is there: prefill workers serve requests whole"
+            "no decode worker is there: prefill workers serve requests whole, if their engine can"
         ]
         await stream.read(20)
         assert ids_of(await ask(stack)) == told(stack.story), "served whole"

@@ -38,6 +38,8 @@ PREFILL, DECODE, BOTH = worker("p", Role.PREFILL), worker("d", Role.DECODE), wor
         (DECODE, [replace(PREFILL, can_hand_over=False)], set()),
         (DECODE, [BOTH], set()),
         (BOTH, [PREFILL, DECODE], set()),
+        (replace(DECODE, is_asleep=True), [worker("d2", Role.DECODE)], ALL),
+        (replace(DECODE, is_asleep=True), [replace(BOTH, is_asleep=True)], set()),
     ],
 )
 def test_what_a_role_is_not_for_leaves_when_somebody_else_is(facts: WorkerFacts, others: list[WorkerFacts], expected: set[Stage]) -> None:

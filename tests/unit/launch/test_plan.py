@@ -43,6 +43,19 @@ def test_prefill_and_decode_workers():
     assert plan(decode=1).describe_workers() == "1 decode worker"
 
 
+def test_frontends_have_ports_of_their_own(tmp_path: Path):
+    made = plan(frontends=3, port=8123, host="0.0.0.0")
+    assert made.urls == ("http://127.0.0.1:8123", "http://127.0.0.1:8124", "http://127.0.0.1:8125")
+    assert made.url == made.urls[0]
+    assert made.describe_frontends() == "3 frontends at ports 8123 to 8125"
+    specs = process_specs(made, tmp_path)
+    assert [spec.name for spec in specs] == ["frontend", "frontend-1", "frontend-2", "worker-0"]
+    assert [flags_of(spec.arguments)["--port"] for spec in specs[:3]] == ["8123", "8124", "8125"]
+    assert plan().describe_frontends() == "1 frontend"
+    with pytest.raises(ValueError, match="only 1"):
+        plan(frontends=2, port=65535)
+
+
 def test_workers_share_the_cores():
     assert plan(cores=8, workers=3).threads_per_worker == 2
     assert plan(cores=2, workers=3).threads_per_worker == 1

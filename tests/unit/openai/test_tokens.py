@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
+from polyphase.core.errors import InvalidRequest
 from polyphase.engines.served.engine import ServedEngine
 from polyphase.testing.engines import EngineConformance, stepping
 from polyphase.wire.requests import FinishReason, Grammar, GrammarKind, SamplingParams, StopConditions, Submit
@@ -60,8 +61,9 @@ async def test_what_the_server_does_not_know_is_refused_and_not_left_out(folder:
         "top_k": {"sampling": SamplingParams(seed=1, temperature=1.0, top_k=5)},
         "min_tokens": {"stop": StopConditions(max_tokens=6, min_tokens=2, ignore_eos=True)},
         "cache_salt": {"cache_salt": "tenant"},
-        "grammars": {"grammar": Grammar(GrammarKind.JSON, "")},
     }
+    with pytest.raises(InvalidRequest):
+        engine.submit(request("grammar", grammar=Grammar(GrammarKind.JSON, "")))
     async with stepping(engine) as run:
         for name, fields in refused.items():
             engine.submit(request(name, **fields))

@@ -6,7 +6,7 @@ import itertools
 
 from polyphase.core.ids import Epoch, RequestId, SequenceHash, WorkerId
 from polyphase.router import PolicySettings, Router, RouteRequest, RouterSettings, SplitRule, WorkerFacts, WorkerView
-from polyphase.wire.cards import Role
+from polyphase.wire.cards import BLOCKS, Role
 from polyphase.wire.events import Load
 
 BLOCK_SIZE = 16
@@ -24,8 +24,11 @@ def facts(
     can_hand_over: bool = True,
     is_draining: bool = False,
     labels: dict[str, str] | None = None,
+    offer_kind: str = BLOCKS,
+    offer_facts: dict[str, str] | None = None,
     takes_grammars: bool = False,
     resumes_grammars: bool | None = None,
+    serves_whole: bool = True,
 ) -> WorkerFacts:
     return WorkerFacts(
         worker_id=WorkerId(worker_id),
@@ -39,8 +42,11 @@ def facts(
         can_hand_over=can_hand_over,
         is_draining=is_draining,
         labels=labels or {},
+        offer_kind=offer_kind,
+        offer_facts=offer_facts or {},
         takes_grammars=takes_grammars,
         resumes_grammars=takes_grammars if resumes_grammars is None else resumes_grammars,
+        serves_whole=serves_whole,
     )
 
 

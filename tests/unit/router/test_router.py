@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -68,6 +69,16 @@ class TestRoles:
         routes = [router.route(request(str(number))) for number in range(6)]
         assert {route.decode.worker_id for route in routes} == {"a"}
         assert all(route.prefill is None for route in routes)
+
+    def test_who_sleeps_gets_nothing_until_it_is_awake(self):
+        asleep = replace(facts("b"), is_asleep=True)
+        router = router_with(facts("a"), asleep)
+        assert {router.route(request(str(number))).decode.worker_id for number in range(4)} == {"a"}
+        router = router_with(asleep)
+        with pytest.raises(NoWorkers, match="is asleep"):
+            router.route(request())
+        router.upsert_worker(facts("b"))
+        assert router.route(request()).decode.worker_id == "b"
 
 
 class TestSplit:

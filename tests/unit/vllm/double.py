@@ -71,9 +71,10 @@ def _behind(answer: str, emitted: list[int]) -> str | None:
 
 
 class VllmDouble:
-    def __init__(self, recording: Recording, *, has_generate: bool = True, pause_s: float = 0.0) -> None:
+    def __init__(self, recording: Recording, *, has_generate: bool = True, pause_s: float = 0.0, api_key: str = "") -> None:
         self.recording = recording
         self.has_generate = has_generate
+        self.api_key = api_key  # wanted for what is below /v1, as the real one does
         self.pause_s = pause_s  # before each piece of an answer
         self.port = 0
         self.unrecorded: list[str] = []
@@ -90,6 +91,9 @@ class VllmDouble:
                 path = head.split(" ", 2)[1]
                 headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
+                if self.api_key and path.startswith("/v1") and headers.get("authorization") != f"bearer {self.api_key}":
+                    _write(writer, 401, '{"error":"Unauthorized"}')
+                    continue
                 await self._answer(reader, writer, path, headers.get("x-request-id", ""), body)
         writer.close()
 
@@ -101,6 +105,9 @@ class VllmDouble:
         if path == "/inference/v1/generate" and not self.has_generate:
             _write(writer, 403, '{"error":{"message":"start with --enable-scale-out","code":403}}')
             return
+        if not any(exchange["path"] == path for exchange in self.recording.exchanges.values()):
+            _write(writer, 404, '{"error":{"message":"Not Found","code":404}}')
+            return
         asked = json.loads(body)
         found = self.recording.answer_to(path, asked) or self.recording.rest_of_answer_to(path, asked)
         if found is None:
@@ -109,6 +116,9 @@ class VllmDouble:
             return
         if found["status"] != 200:
             _write(writer, found["status"], found["answer"])
+            return
+        if not asked.get("stream"):
+            _write(writer, 200, found["answer"])
             return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         manner = request_id.partition("-")[0]

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--kv-events-config", type=json.loads, required=True)
+    parser.add_argument("--kv-transfer-config", type=json.loads)
     for flag in ("--served-model-name", "--host", "--max-num-seqs", "--scheduling-policy"):
         parser.add_argument(flag, required=True)
     for flag in ("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"):

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from polyphase.engines.served.engine import ServedEngine
+from polyphase.engines.served.kv_events import KvEventObserver
 from polyphase.engines.vllm.dialects import dialect_of
-from polyphase.engines.vllm.kv_events import KvEventObserver
 from polyphase.engines.vllm.metrics import MetricsObserver, cache_of
 from polyphase.testing.engines import EngineConformance, stepping
 from polyphase.text import Tokenizer

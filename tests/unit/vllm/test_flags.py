@@ -14,11 +14,11 @@ from polyphase.config import ServeSettings
 from polyphase.core.errors import ConfigurationError, ModelLoadError
 from polyphase.engines.served.model_files import read_model_facts
 from polyphase.engines.vllm import VllmSettings
-from polyphase.engines.vllm.assembly import load_vllm_engine
+from polyphase.engines.vllm.assembly import load_vllm_engines
 from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
-from polyphase.engines.vllm.flags import environment, progress_of, serve_command, unknown_optional_flags
+from polyphase.engines.vllm.flags import environment, host_kv_bytes, progress_of, serve_command, unusable_flags
 from polyphase.engines.vllm.metrics import cache_of, gauges_of
-from polyphase.engines.vllm.probe import _model
+from polyphase.engines.vllm.probe import adapters_of
 from polyphase.launch.model_source import resolve_model
 from polyphase.launch.plan import plan_deployment, process_specs
 from polyphase.wire.requests import SamplingParams, StopConditions, Submit
@@ -46,9 +46,34 @@ def test_what_is_said_becomes_flags() -> None:
     assert "--dtype" not in command
 
 
+def test_a_cache_of_a_given_size_does_not_want_the_accelerator_for_itself() -> None:
+    assert float(value_of(serve_command(settings(kv_bytes=1 << 30), "m", 1), "--gpu-memory-utilization")) < 0.1
+    theirs = serve_command(settings(kv_bytes=1 << 30, arguments="--gpu-memory-utilization=0.4"), "m", 1)
+    assert [part for part in theirs if "utilization" in part] == ["--gpu-memory-utilization=0.4"]
+    assert "--gpu-memory-utilization" not in serve_command(settings(), "m", 1), "vLLM's choice, on an accelerator of its own"
+
+
+@pytest.mark.parametrize(
+    ("changes", "inherited", "wanted"),
+    [
+        ({}, {}, 16 * 1000),
+        ({"kv_bytes": 5}, {}, 5),
+        ({"device": "cuda"}, {}, None),
+        ({"arguments": "--gpu-memory-utilization 0.3"}, {}, None),
+        ({"arguments": "--kv-cache-memory-bytes=77"}, {}, None),
+        ({}, {"VLLM_CPU_KVCACHE_SPACE": "4"}, None),
+    ],
+)
+def test_in_host_memory_there_is_room_for_others(changes: dict[str, Any], inherited: dict[str, str], wanted: int | None) -> None:
+    given = settings(**{"device": "cpu", **changes})
+    assert host_kv_bytes(given, 1000, 1 << 30, inherited) == wanted
+    if wanted == 16 * 1000:
+        assert host_kv_bytes(given, 0, 1 << 30, inherited) == host_kv_bytes(given, 1 << 30, 1 << 30, inherited) == int(0.2 * (1 << 30))
+
+
 def test_flags_that_a_version_does_not_know_are_left_away() -> None:
     said = ["usage: vllm serve …", "vllm: error: unrecognized arguments: --enable-scale-out --their-own=1"]
-    unknown = unknown_optional_flags(said)
+    unknown = unusable_flags(said)
     assert unknown == {"--enable-scale-out"}
     assert "--enable-scale-out" not in serve_command(settings(), "m", 1, unknown)
 
@@ -83,12 +108,12 @@ def test_metrics_of_the_real_one() -> None:
 def test_a_start_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
     broken = f"{sys.executable} -c 'raise OSError(28)'"
     with pytest.raises(ModelLoadError, match=r"vllm ended \(exit code 1\): OSError: 28"):
-        load_vllm_engine(settings(model=DEMO, command=broken, folder=tmp_path / "w"))
+        load_vllm_engines(settings(model=DEMO, command=broken, folder=tmp_path / "w"))
 
 
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is no address of a server"):
-        load_vllm_engine(settings(model=DEMO, attach="localhost", folder=tmp_path))
+        load_vllm_engines(settings(model=DEMO, attach="localhost", folder=tmp_path))
 
 
 def test_the_card_is_read_without_torch() -> None:
@@ -117,7 +142,7 @@ def test_flags_with_dashes_arrive_in_one_piece() -> None:
     ("changes", "said"),
     [
         ({"engine": "torch", "attach": "http://x:1"}, "servers of their own"),
-        ({"engine": "vllm", "prefill": 1, "decode": 1}, "cannot hand over"),
+        ({"engine": "vllm", "attach": "http://x:1,http://x:2", "prefill": 1, "decode": 2}, "together be as many"),
         ({"engine": "vllm", "attach": "http://x:1", "workers": 2}, "a worker for each address"),
         ({"engine": "vllm", "attach": "http://x:1", "engine_python": "python"}, "runs already"),
     ],
@@ -125,6 +150,16 @@ def test_flags_with_dashes_arrive_in_one_piece() -> None:
 def test_settings_that_contradict_each_other(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ServeSettings(model="demo", **changes)
+
+
+def test_servers_that_run_already_can_have_a_phase_each() -> None:
+    given = ServeSettings(model="demo", engine="vllm", attach="http://x:1,http://x:2,http://x:3", prefill=1, decode=2)
+    workers = plan_deployment(given, cores=2, gpus=()).workers
+    assert [(worker.worker_id, worker.attach) for worker in workers] == [
+        ("prefill-0", "http://x:1"),
+        ("decode-0", "http://x:2"),
+        ("decode-1", "http://x:3"),
+    ]
 
 
 def test_adapters_become_flags_with_a_rank_that_fits_all(tmp_path: Path) -> None:
@@ -153,5 +188,5 @@ def test_an_adapter_is_asked_for_by_its_name(kind: type[GenerateDialect | Comple
 
 
 def test_adapters_of_a_server_are_those_whose_parent_it_is() -> None:
-    listed = {"data": [{"id": "m", "max_model_len": 100}, {"id": "sql", "parent": "m"}, {"id": "alias", "parent": None}]}
-    assert _model(listed, "m", "http://x") == ("m", 100, ("sql",))
+    listed: dict[str, dict[str, Any]] = {"m": {"max_model_len": 100}, "sql": {"parent": "m"}, "alias": {"parent": None}}
+    assert adapters_of(listed, "m") == ("sql",)

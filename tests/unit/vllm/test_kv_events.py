@@ -11,14 +11,17 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import zmq
+import zmq.asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from polyphase.core.errors import WireError
 from polyphase.core.hashing import namespace_of, sequence_hashes
 from polyphase.engines.served.dialect import Gauges
-from polyphase.engines.vllm.kv_events import KvEventObserver, connectable, parse_frames
-from polyphase.engines.vllm.translation import Batch, Translator, decode_batch
+from polyphase.engines.served.kv_events import KvEventObserver, connectable, meet, parse_frames
+from polyphase.engines.served.kv_translation import Batch, Translator, decode_batch
+from polyphase.testing.deployment import free_port
 from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
 from tests.unit.vllm.double import EventsDouble, Recording
 
@@ -76,7 +79,7 @@ class TestRecorded:
         translator = Translator(BLOCK)
         events = [event for batch in RECORDING.batches for event in translator.translate(parse_frames(batch)[1])]
         assert events.count(AllCleared()) == 3
-        assert len(translator) == 0
+        assert len(translator) == 3, "what the legs of hand-overs stored after the last one"
 
 
 class TestTranslator:
@@ -218,3 +221,21 @@ async def test_an_engine_that_was_started_again_is_noticed(tmp_path: Path) -> No
 )
 def test_where_to_connect(endpoint: str, to: str) -> None:
     assert connectable(endpoint, "10.0.0.7") == to
+
+
+@pytest.mark.parametrize("is_bound_by_the_engine", [True, False])
+async def test_events_come_whoever_binds(is_bound_by_the_engine: bool) -> None:
+    """vLLM connects to `tcp://127.0.0.1:5557`, and binds `tcp://*:0`, of which it then tells address and port."""
+    with zmq.asyncio.Context() as context, context.socket(zmq.PUB) as publisher, context.socket(zmq.SUB) as listener:
+        publisher.linger = listener.linger = 0
+        endpoint = f"tcp://127.0.0.1:{free_port()}"
+        if is_bound_by_the_engine:
+            publisher.bind(endpoint)
+        else:
+            publisher.connect(endpoint)
+        listener.subscribe("")
+        meet(listener, endpoint)
+        async with asyncio.timeout(30):
+            while not await listener.poll(50):
+                await publisher.send(b"a batch")
+            assert await listener.recv() == b"a batch"

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from polyphase.core.errors import ContextLengthExceeded, ModelLoadError, TransferError
+from polyphase.core.errors import ContextLengthExceeded, EngineFailed, ModelLoadError, TransferError
 from polyphase.core.hashing import sequence_hashes
 from polyphase.core.ids import ContentKey
 from polyphase.engines.interface import BlockSource, StepReport
@@ -72,6 +72,7 @@ class FakeEngine:
         self.free_blocks = list(range(BLOCK_COUNT))
         self.hashes: list[int] = []
         self.is_closed = False
+        self.is_asleep = self.will_not_sleep = False
         self._events: list[KvEvent] = []
         self._released: list[KvOffer] = []
         self._lease_ids = itertools.count(1)
@@ -97,6 +98,7 @@ class FakeEngine:
             max_batch_tokens=64,
             max_running=8,
             can_hand_over=True,
+            can_sleep=True,
             block_bytes=BLOCK_BYTES,
             engine="fake",
         )
@@ -107,7 +109,7 @@ class FakeEngine:
         if request.token_ids[0] == CRASH_ON_SUBMIT:
             raise RuntimeError("a bug in submit")
         sequence = Sequence(request, list(request.token_ids))
-        if request.offer is not None and source is not None:
+        if request.offer is not None and source is not None and request.token_ids[0] != NEVER_ANSWER:
             sequence.stats = self._pull(request, request.offer, source)
         self.running[request.request_id] = sequence
         self._work.set()
@@ -123,6 +125,15 @@ class FakeEngine:
         assert set(verdicts) == {Verdict.DONE}
         assert array("I", bytes(data)).tolist() == request.token_ids[: len(offer.block_ids) * BLOCK_SIZE]
         return PhaseStats(transferred_token_count=offer.token_count, transferred_bytes=len(data))
+
+    async def sleep(self) -> None:
+        assert not self.running
+        if self.will_not_sleep:
+            raise EngineFailed("no")
+        self.is_asleep = True
+
+    async def wake(self) -> None:
+        self.is_asleep = False
 
     def hand_over(self, request_id: str) -> None:
         self.leaving.append(request_id)
@@ -191,7 +202,7 @@ class FakeEngine:
         return SequenceOutput(request_id=request.request_id, token_ids=[token], finish_reason=reason, offer=offer, stats=stats)
 
     def _part_with(self, sequence: Sequence) -> SequenceOutput:
-        offer = self._offer(sequence.request, sequence.token_ids[:-1]) if sequence.has_started else None
+        offer = self._offer(sequence.request, sequence.token_ids[:-1]) if sequence.has_started else sequence.request.offer
         return SequenceOutput(request_id=sequence.request.request_id, finish_reason=FinishReason.HANDED_OVER, offer=offer)
 
     def _offer(self, request: Submit, token_ids: list[int]) -> KvOffer:

@@ -14,7 +14,7 @@ from polyphase.core.digest import digest_sum
 from polyphase.runtime import AskedHistory, EventSubscriber, Registry, WorkerClient
 from polyphase.wire.cards import WorkerEntry
 from polyphase.wire.events import BlocksStored, Digests, KvEvent, Load, Tier, TierDigest
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import Offer
 from polyphase.wire.requests import (
     SamplingParams,
     SequenceOutput,
@@ -68,7 +68,7 @@ class Peer:
         max_tokens: int = 5,
         *,
         hand_over: bool = False,
-        offer: KvOffer | None = None,
+        offer: Offer | None = None,
         emitted: int = 0,
         request_id: str | None = None,
         remaining_ms: int | None = None,

@@ -17,6 +17,7 @@ from polyphase.runtime import Delivery, Registry, WorkerClient, channel
 from polyphase.testing.connections import cut_connections
 from polyphase.wire.cards import ModelCard, WorkerStatus
 from polyphase.wire.events import Load
+from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import (
     Cancel,
     Drain,
@@ -361,6 +362,19 @@ async def test_an_engine_that_breaks_ends_the_worker_and_tells_its_peers(start_h
     assert os.listdir(run_folder / "sockets") == []
 
 
+async def test_an_offer_of_another_kind_is_computed_here_and_given_back(start_host: HostStarter, peer: Peer) -> None:
+    hosted, giver = start_host("w"), start_host("p")
+    connected(peer, hosted, giver)
+    done = await peer.last(peer.submit("p", list(range(1, 40)), hand_over=True))
+    lease = next(iter(giver.engine.leases))
+    assert done.offer is not None
+    offer = EngineOffer("p", 1, giver.entry.request_endpoint, lease, done.offer.expires_at_ns, "vllm-nixl/1", {"remote_port": 1}, 39)
+    request_id = peer.submit("w", list(range(1, 40)), max_tokens=3, offer=offer)
+    assert (await peer.last(request_id)).finish_reason is FinishReason.LENGTH
+    assert peer.tokens(request_id) == expected_tokens(list(range(1, 40)), 3)
+    await eventually(lambda: not giver.engine.leases)
+
+
 async def test_a_peer_that_stood_still_is_told_what_was_given_up(start_host: HostStarter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queue is full, its request is aborted; when it reads again, the request ends there too, in an error that another may mend."""
     monkeypatch.setattr(channel, "MAX_QUEUED_MESSAGES", 5)
@@ -433,3 +447,12 @@ async def test_a_question_for_blocks_is_for_one_life_of_a_worker(start_host: Hos
     assert (part.first_block, part.block_ids) == (3, [])
     with pytest.raises(WorkerLost, match="another life"):
         await peer.client.find_blocks("w", hosted.entry.epoch + 1, 0, [b"a" * 32], 5)
+
+
+async def test_a_draining_worker_still_says_where_its_blocks_are(start_host: HostStarter, peer: Peer) -> None:
+    hosted = start_host()
+    connected(peer, hosted)
+    peer.submit("w", [NEVER_ANSWER])
+    await eventually(lambda: hosted.engine.running)
+    hosted.host.drain()
+    assert (await peer.client.find_blocks("w", hosted.entry.epoch, 1, [], 30)).first_block == 1

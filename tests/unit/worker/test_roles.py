@@ -16,7 +16,7 @@ from polyphase.wire.requests import Drain, FinishReason, HandOver, Question, Sam
 from polyphase.worker.roles import refuse_misdirected, takes, why_not_switch
 from tests.unit.runtime.waiting import eventually
 from tests.unit.worker.conftest import HostStarter
-from tests.unit.worker.fake_engine import CRASH_ON_SUBMIT, FakeEngine, expected_tokens
+from tests.unit.worker.fake_engine import CRASH_ON_SUBMIT, NEVER_ANSWER, FakeEngine, expected_tokens
 from tests.unit.worker.peer import Peer
 
 
@@ -134,6 +134,29 @@ async def test_what_still_opens_a_pool_gives_its_offer_back(start_host: HostStar
     assert len(decode.host._live) == 0
 
 
+async def test_an_unread_offer_goes_on_as_it_came(start_host: HostStarter, peer: Peer) -> None:
+    """Also to the worker that made it, after the one that it was for was lost: that one must not lend it a second time."""
+    prefill, decode = start_host("p"), start_host("d")
+    peer.connect(prefill.entry)
+    peer.connect(decode.entry)
+    last = await peer.last(peer.submit("p", list(range(9)), hand_over=True))
+    assert last.offer is not None
+    for place in ("d", "p"):
+        request_id = peer.submit(place, [NEVER_ANSWER, *range(9)], offer=last.offer, emitted=1)
+        hosted = decode if place == "d" else prefill
+        await eventually(lambda hosted=hosted: hosted.engine.running)  # type: ignore[misc]
+        peer.client.send(place, HandOver(request_id))
+        back = await peer.last(request_id)
+        assert back.finish_reason is FinishReason.HANDED_OVER
+        assert back.offer is not None
+        assert (back.offer.lease_id, back.offer.block_ids) == (last.offer.lease_id, last.offer.block_ids)
+    assert last.offer.lease_id in prefill.agent.lending
+    assert last.offer.lease_id not in decode.agent.lending
+    assert prefill.engine.leases
+    await peer.last(peer.submit("d", [*range(9), *last.token_ids], offer=last.offer, emitted=1))
+    await eventually(lambda: not prefill.engine.leases)
+
+
 async def test_what_cannot_be_is_denied_with_the_reason(
     start_host: HostStarter, peer: Peer, monkeypatch: pytest.MonkeyPatch, run_folder: Path
 ) -> None:
@@ -161,4 +184,7 @@ def test_an_engine_that_cannot_hand_over_is_no_prefill_worker() -> None:
     card = msgspec.structs.replace(engine.card, can_hand_over=False)
     assert "cannot be a prefill worker" in (why_not_switch(Role.PREFILL, entry_of(Role.BOTH), card) or "")
     assert why_not_switch(Role.DECODE, entry_of(Role.BOTH), card) is None
+    half = msgspec.structs.replace(card, serves_whole=False)
+    assert "was started to do this half only" in (why_not_switch(Role.BOTH, entry_of(Role.DECODE), half) or "")
+    assert why_not_switch(Role.DECODE, entry_of(Role.DECODE), half) is None
     engine.close()

@@ -33,7 +33,7 @@ from polyphase.kv import BlockNames, BlockPool, PrefixCache, SequenceBlocks
 from polyphase.text import Tokenizer
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import KvEvent, Load
-from polyphase.wire.kv import KvOffer
+from polyphase.wire.kv import KvOffer, Offer
 from polyphase.wire.requests import FinishReason, PhaseStats, SequenceOutput, Submit, WireFailure
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class EngineCore:
         self._totals = _Totals()
         self._arrivals = 0
         self._ended: list[SequenceOutput] = []  # outputs that did not come from a step
-        self._released_offers: list[KvOffer] = []
+        self._released_offers: list[Offer] = []
         self._untaken_events: list[KvEvent] = []
         self._current: StepPlan | None = None  # while it is performed
         self._step_began_ns = 0
@@ -312,6 +312,7 @@ class EngineCore:
         self, request: Submit, token_ids: MutableSequence[int], blocks: SequenceBlocks, source: BlockSource | None
     ) -> Sequence:
         self._arrivals += 1
+        offer = request.offer
         return Sequence(
             request=request,
             arrival=self._arrivals,
@@ -320,7 +321,7 @@ class EngineCore:
             blocks=blocks,
             sampling=SamplingState(request.sampling, token_ids, request.prompt_token_count),
             stop=StopRule(request, self._stop_limits),
-            offer=request.offer if source is not None else None,  # what nobody opened is not ours to release
+            offer=offer if source is not None and isinstance(offer, KvOffer) else None,  # what nobody opened is not ours to release
             source=source,
         )
 

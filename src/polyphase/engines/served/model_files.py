@@ -24,6 +24,7 @@ class ModelFacts:
     context_length: int | None  # as the configuration has it; None: it does not say
     kv_bytes_per_token: int  # with keys and values of two bytes; 0: the configuration does not say
     generation: dict[str, Any]  # generation_config.json
+    dtype: str = ""  # of the weights; empty: the configuration does not say
 
     @property
     def bos_token_id(self) -> int | None:
@@ -52,6 +53,7 @@ def read_model_facts(model: str) -> ModelFacts:
         context_length=_whole(config.get("max_position_embeddings")) or None,
         kv_bytes_per_token=_kv_bytes_per_token(config),
         generation=generation,
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or ""),
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from polyphase.core.errors import ModelLoadError
 
@@ -30,10 +30,27 @@ _COMPLAINT = re.compile(r"(?:\b\w*(?:Error|Exception)\b|\berror)\s*:\s*\S")
 class ServerProcess:
     """Owner: whoever made it stops it. Its output goes on in our own log, line by line behind the engine's name."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """`environment` on top of our own. Raises: nothing; a command that does not exist ends like a server that crashed."""
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        last_words: Callable[[str], str | None] = lambda line: None,
+        secrets: Collection[str] = (),
+    ) -> None:
+        """Raises: nothing; a command that does not exist ends like a server that crashed.
+
+        Args:
+            environment: on top of our own.
+            last_words: of a line of its output. Some servers say that they cannot go on long before they have ended, or end themselves by
+                SIGKILL: the cause, if the line tells it; empty if it was complained of before; None: the line is no such.
+            secrets: not to be seen in our log.
+        """
         self.name = name
         self.command = list(command)
+        self._last_words = last_words
+        self._secrets = secrets
+        self._cause: str | None = None  # as the first of its last words told it
         self._lines: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)  # with when it was said
         self._process = subprocess.Popen(
             [sys.executable, "-m", "polyphase.engines.served.guard", *command],
@@ -56,7 +73,8 @@ class ServerProcess:
         return [line for _, line in self._lines]
 
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        """Or is about to, and serves nobody any more."""
+        return self._cause is not None or self._process.poll() is not None
 
     def wait_until(self, is_ready: Callable[[], bool], progress: Callable[[Sequence[str]], str], timeout_s: float) -> None:
         """`progress` makes a phrase of what was said so far; it is logged every few seconds.
@@ -77,13 +95,17 @@ class ServerProcess:
 
     def why_ended(self) -> str:
         """One sentence: how it ended, and its last complaint. Only after it has ended."""
-        self._listener.join(timeout=1.0)  # its last words may still be in the pipe
+        if self._cause is None:
+            self._listener.join(timeout=1.0)  # its last words may still be in the pipe
         code = self._process.poll()
-        if code in (128 + signal.SIGKILL, -signal.SIGKILL):
+        if self._cause:
+            return f"{self.name} ended: {self._cause}"
+        if self._cause is None and code in (128 + signal.SIGKILL, -signal.SIGKILL):
             return f"{self.name} was killed by SIGKILL: somebody did that, or the kernel for want of memory"
         until_s = self._lines[-1][0] if self._lines else 0.0
         complaint = complaint_of([line for said_s, line in self._lines if until_s - said_s < LAST_WORDS_S])
-        return f"{self.name} ended ({_end_phrase(code)})" + (f": {complaint}" if complaint else "")
+        how = "" if self._cause is not None and complaint else f" ({_end_phrase(code)})"
+        return f"{self.name} ended{how}" + (f": {complaint}" if complaint else "")
 
     def stop(self) -> None:
         """End it and whatever it started. Idempotent."""
@@ -100,10 +122,19 @@ class ServerProcess:
         assert self._process.stdout is not None
         with self._process.stdout as output:
             for data in output:
-                line = _COLOUR.sub("", data.decode(errors="replace")).rstrip().rsplit("\r", 1)[-1][:_MAX_LINE]
+                line = _COLOUR.sub("", data.decode(errors="replace")).rstrip().rsplit("\r", 1)[-1]
+                line = without_secrets(line, self._secrets)[:_MAX_LINE]
+                if line and self._cause is None:
+                    self._cause = self._last_words(line)
                 if line:
                     self._lines.append((time.monotonic(), line))
                     log.info("%s | %s", self.name, line)
+
+
+def without_secrets(text: str, secrets: Collection[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def complaint_of(lines: Sequence[str]) -> str:

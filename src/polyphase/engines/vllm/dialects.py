@@ -5,16 +5,18 @@ Both stream. Source: vLLM 0.32.0, recorded in tests/unit/vllm/recorded.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import xxhash
 
 from polyphase.core.errors import EngineFailed, InvalidRequest, Overloaded, PolyphaseError, WireError
 from polyphase.engines.served.dialect import Chunk, Dialect, Usage
+from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import Grammar, GrammarKind, Submit, TokenLogprob
 
 _TOKEN_ID_PREFIX = "token_id:"  # Source: `return_tokens_as_token_ids`
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 class _Details(msgspec.Struct):
@@ -52,6 +54,7 @@ class _GenerateChunk(msgspec.Struct):
     choices: list[_GenerateChoice] = []
     usage: _Usage | None = None
     error: _Error | None = None
+    kv_transfer_params: dict[str, Any] | None = None  # of whole answers only
 
 
 class _TextLogprobs(msgspec.Struct):
@@ -71,6 +74,14 @@ class _CompletionChunk(msgspec.Struct):
     choices: list[_CompletionChoice] = []
     usage: _Usage | None = None
     error: _Error | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class VllmDialect(Dialect, Protocol):
+    """Either of the two."""
+
+    def prefill_body(self, request: Submit, transfer: dict[str, Any]) -> bytes:
+        """JSON for an answer of one token in one piece, whatever that token is. `transfer`: what the connector is to do."""
 
 
 class GenerateDialect:
@@ -84,17 +95,23 @@ class GenerateDialect:
         self._decoder = msgspec.json.Decoder(_GenerateChunk)
 
     def body(self, request: Submit, max_tokens: int) -> bytes:
-        sampling = {**sampling_fields(request, max_tokens), "detokenize": False}
+        return msgspec.json.encode({**self._fields(request, sampling_fields(request, max_tokens)), **_STREAMED})
+
+    def prefill_body(self, request: Submit, transfer: dict[str, Any]) -> bytes:
+        fields = self._fields(request, _prefill_sampling_fields(request))
+        return msgspec.json.encode({**fields, "stream": False, "kv_transfer_params": transfer})
+
+    def _fields(self, request: Submit, sampling: dict[str, Any]) -> dict[str, Any]:
+        sampling["detokenize"] = False
         if request.sampling.top_logprobs is not None:
             sampling["logprobs"] = request.sampling.top_logprobs
-        body = {
+        return {
             "model": request.lora or self._model,  # vLLM knows an adapter by its name
             "request_id": request.request_id,
             "token_ids": request.token_ids,
             "sampling_params": sampling,
             **_common_fields(request, takes_priority=self._takes_priority),
         }
-        return msgspec.json.encode(body)
 
     def read(self, data: bytes) -> Chunk:
         chunk = _decode(self._decoder, data)
@@ -103,10 +120,10 @@ class GenerateDialect:
         usage = _usage(chunk.usage)
         if not chunk.choices:
             return Chunk(usage=usage)
-        choice = chunk.choices[0]
+        choice, params = chunk.choices[0], chunk.kv_transfer_params
         content = (choice.logprobs.content if choice.logprobs is not None else None) or []
         logprobs = [TokenLogprob(one.token_id, one.logprob, _best_first(_pairs(one.top_logprobs))) for one in content]
-        return Chunk(choice.token_ids or (), logprobs, choice.finish_reason, choice.stop_reason, usage)
+        return Chunk(choice.token_ids or (), logprobs, choice.finish_reason, choice.stop_reason, usage, offer_params=params)
 
 
 class CompletionsDialect:
@@ -120,16 +137,23 @@ class CompletionsDialect:
         self._decoder = msgspec.json.Decoder(_CompletionChunk)
 
     def body(self, request: Submit, max_tokens: int) -> bytes:
-        body = {
+        return msgspec.json.encode({**self._fields(request, sampling_fields(request, max_tokens)), **_STREAMED})
+
+    def prefill_body(self, request: Submit, transfer: dict[str, Any]) -> bytes:
+        fields = self._fields(request, _prefill_sampling_fields(request))
+        return msgspec.json.encode({**fields, "stream": False, "kv_transfer_params": transfer})
+
+    def _fields(self, request: Submit, sampling: dict[str, Any]) -> dict[str, Any]:
+        fields = {
             "model": request.lora or self._model,  # vLLM knows an adapter by its name
             "prompt": request.token_ids,
-            **sampling_fields(request, max_tokens),
+            **sampling,
             **_common_fields(request, takes_priority=self._takes_priority),
             "return_token_ids": True,
         }
         if request.sampling.top_logprobs is not None:
-            body |= {"logprobs": request.sampling.top_logprobs, "return_tokens_as_token_ids": True}
-        return msgspec.json.encode(body)
+            fields |= {"logprobs": request.sampling.top_logprobs, "return_tokens_as_token_ids": True}
+        return fields
 
     def read(self, data: bytes) -> Chunk:
         chunk = _decode(self._decoder, data)
@@ -142,7 +166,9 @@ class CompletionsDialect:
         if choice.token_ids is None and choice.finish_reason is None:
             raise WireError("this vLLM does not tell token ids over /v1/completions (return_token_ids); it is too old for Polyphase")
         token_ids = choice.token_ids or []
-        return Chunk(token_ids, _named_logprobs(token_ids, choice.logprobs), choice.finish_reason, choice.stop_reason, usage)
+        logprobs = _named_logprobs(token_ids, choice.logprobs)
+        params = chunk.kv_transfer_params
+        return Chunk(token_ids, logprobs, choice.finish_reason, choice.stop_reason, usage, offer_params=params)
 
 
 def sampling_fields(request: Submit, max_tokens: int) -> dict[str, Any]:
@@ -176,6 +202,11 @@ def sampling_fields(request: Submit, max_tokens: int) -> dict[str, Any]:
     return fields
 
 
+def _prefill_sampling_fields(request: Submit) -> dict[str, Any]:
+    """For the one token of a prefill leg, at which nothing may stop: older versions keep no blocks of a sequence that has ended."""
+    return {**sampling_fields(request, 1), "ignore_eos": True, "stop_token_ids": []}
+
+
 def _structured_outputs(grammar: Grammar) -> dict[str, Any]:
     """Source: vLLM's StructuredOutputsParams, which both ways to ask have under this name since 0.11."""
     match grammar.kind:
@@ -198,7 +229,9 @@ def _seed(seed: int, already: int) -> int:
 
 
 def _common_fields(request: Submit, *, takes_priority: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    fields: dict[str, Any] = {}
+    if isinstance(request.offer, EngineOffer):
+        fields["kv_transfer_params"] = request.offer.params
     if request.cache_salt:
         fields["cache_salt"] = request.cache_salt
     if takes_priority and request.priority:
@@ -252,6 +285,6 @@ def _ids(top: dict[str, float]) -> list[tuple[int, float]]:
     return [(int(name), logprob) for name, logprob in named.items()]
 
 
-def dialect_of(model: str, *, has_generate: bool, takes_priority: bool) -> Dialect:
+def dialect_of(model: str, *, has_generate: bool, takes_priority: bool) -> VllmDialect:
     kind = GenerateDialect if has_generate else CompletionsDialect
     return kind(model, takes_priority=takes_priority)

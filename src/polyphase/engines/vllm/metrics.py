@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
 from collections.abc import Iterator
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from polyphase.core.errors import EngineFailed
 from polyphase.engines.served.dialect import Gauges, Sink
+from polyphase.engines.served.polling import INTERVAL_S, LoadPoll
 
-log = logging.getLogger(__name__)
-
-INTERVAL_S = 0.5
-TIMEOUT_S = 2.0
-MAX_UNREACHABLE = 6  # in a row: it has gone. One that only does not answer may be busy, or hang, which is seen by its steps
 _PREFIX = "vllm:"
 
 
 class MetricsObserver:
     """Implements `Observer`."""
 
-    def __init__(self, interval_s: float = INTERVAL_S) -> None:
-        self._interval_s = interval_s
+    def __init__(self, interval_s: float = INTERVAL_S, rank: int | None = None) -> None:
+        """`rank`: look at this data-parallel rank only."""
+        self._poll = LoadPoll("vLLM", "/metrics", lambda page: gauges_of(page.decode(), rank), interval_s)
 
     async def watch(self, client: httpx.AsyncClient, sink: Sink) -> None:
-        unreachable = 0
-        while True:
-            try:
-                response = await client.get("/metrics", timeout=TIMEOUT_S)
-                if response.status_code == 200:
-                    sink.note_gauges(gauges_of(response.text))
-                unreachable = 0
-            except httpx.ConnectError as error:
-                unreachable += 1
-                if unreachable >= MAX_UNREACHABLE:
-                    raise EngineFailed(f"vLLM at {client.base_url} cannot be reached any more: {error}") from None
-            except httpx.HTTPError as error:
-                log.debug("no metrics: %s", error)
-            await asyncio.sleep(self._interval_s)
+        await self._poll.watch(client, sink)
 
 
-def gauges_of(text: str) -> Gauges:
-    """Over all data-parallel ranks: counts add up, and the fullest cache counts."""
+def gauges_of(text: str, rank: int | None = None) -> Gauges:
+    """Of one data-parallel rank, or of all: then counts add up, and the fullest cache counts."""
     gauges = Gauges()
-    for name, value, _ in _samples(text):
+    for name, value, labels in _samples(text):
+        if rank is not None and labels.get("engine") != str(rank):
+            continue
         match name:
             case "num_requests_running":
                 gauges.running_count += int(value)
@@ -68,6 +51,15 @@ def cache_of(text: str) -> tuple[int, int]:
         if name == "cache_config_info":
             return _whole(labels.get("block_size")), _whole(labels.get("num_gpu_blocks"))
     return 0, 0
+
+
+def cache_dtype_of(text: str) -> str:
+    return next((labels.get("cache_dtype", "auto") for name, _, labels in _samples(text) if name == "cache_config_info"), "auto")
+
+
+def ranks_of(text: str) -> int:
+    """Data-parallel ranks, at least 1."""
+    return max(1, len({labels.get("engine") for name, _, labels in _samples(text) if name == "num_requests_running"}))
 
 
 def _samples(text: str) -> Iterator[tuple[str, float, dict[str, str]]]:

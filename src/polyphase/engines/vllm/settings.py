@@ -26,4 +26,6 @@ class VllmSettings:
     max_batch_tokens: int | None = None
     max_running: int | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA: folder by name
+    hands_over: bool = False  # with vLLM's NIXL connector, between prefill and decode
+    api_key: str | None = field(default=None, repr=False)  # that the server wants
     start_timeout_s: float = 1800.0  # a first download of the weights counts

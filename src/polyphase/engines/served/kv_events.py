@@ -1,4 +1,4 @@
-"""Listens to vLLM's KV events: every batch once and in order, those that were missed asked for again.
+"""Listens to the KV events of vLLM and SGLang: every batch once and in order, those that were missed asked for again.
 
     SUB     [topic][sequence, 8 bytes big-endian][msgpack]      from the engine, without end
     DEALER  [][start, 8 bytes] ──►  ◄── [][topic][sequence][msgpack] … [][][ff × 8][]      what it keeps of the past; older ones: no topic
@@ -20,12 +20,13 @@ import zmq.asyncio
 
 from polyphase.core.errors import WireError
 from polyphase.engines.served.dialect import Sink
-from polyphase.engines.vllm.translation import Batch, Translator, decode_batch
+from polyphase.engines.served.kv_translation import Batch, Translator, decode_batch
 from polyphase.wire.events import KvEvent
 
 log = logging.getLogger(__name__)
 
 REPLAY_TIMEOUT_S = 3.0
+LOOPBACK = ("tcp://127.", "tcp://localhost:", "tcp://[::1]:")
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -56,7 +57,7 @@ class KvEventObserver:
     """Implements `Observer`. The translator outlives `watch`, and so does the place in the stream."""
 
     def __init__(self, endpoint: str, replay_endpoint: str | None, topic: str, block_size: int) -> None:
-        """Endpoints to connect to; the engine binds both."""
+        """Endpoints as seen from here; the engine binds the second, and the first or not (`meet`)."""
         self._endpoint = endpoint
         self._replay_endpoint = replay_endpoint
         self._topic = topic
@@ -70,7 +71,7 @@ class KvEventObserver:
             socket.linger = 0
             socket.rcvhwm = 0  # a slow reader loses nothing that memory can hold
             socket.subscribe(self._topic)
-            socket.connect(self._endpoint)
+            meet(socket, self._endpoint)
             await self._catch_up(context, sink)
             while True:
                 frames = await socket.recv_multipart()
@@ -82,14 +83,14 @@ class KvEventObserver:
     async def _take(self, context: zmq.asyncio.Context, frames: Sequence[bytes], sink: Sink) -> None:
         sequence, batch = parse_frames(frames)
         if self.order.is_new_life(sequence, batch):
-            log.warning("vLLM numbers its KV events anew: it was started again, and what it held is forgotten")
+            log.warning("the engine numbers its KV events anew: it was started again, and what it held is forgotten")
             self.order.begin_anew()
             sink.note_events(self.translator.clear())
         if self.order.missing_before(sequence):
             self.gap_count += 1
             await self._catch_up(context, sink)
             if self.order.missing_before(sequence):
-                log.warning("KV events %d to %d are lost; what vLLM holds is learnt anew", self.order.next, sequence - 1)
+                log.warning("KV events %d to %d are lost; what the engine holds is learnt anew", self.order.next, sequence - 1)
                 sink.note_events(self.translator.clear())
         if self.order.is_news(sequence):
             self._apply(sequence, batch, sink)
@@ -107,7 +108,7 @@ class KvEventObserver:
         first = self.order.next
         replayed = await self._replay(context, first)
         if replayed and replayed[0][0] > first:
-            log.warning("vLLM keeps its KV events from number %d on; blocks stored before are not known", replayed[0][0])
+            log.warning("the engine keeps its KV events from number %d on; blocks stored before are not known", replayed[0][0])
             sink.note_events(self.translator.clear())
         for sequence, batch in replayed:
             if self.order.is_news(sequence):
@@ -130,7 +131,7 @@ class KvEventObserver:
                         return found
                     found.append(parse_frames(body))
             except TimeoutError:
-                log.warning("vLLM does not answer the question for its past KV events within %.0f s", REPLAY_TIMEOUT_S)
+                log.warning("the engine does not answer the question for its past KV events within %.0f s", REPLAY_TIMEOUT_S)
             except WireError as error:
                 log.warning("past KV events are left out: %s", error.message)
         return found
@@ -139,8 +140,24 @@ class KvEventObserver:
 def parse_frames(frames: Sequence[bytes]) -> tuple[int, Batch]:
     """Number and content; the topic may be missing. Raises: WireError."""
     if len(frames) not in (2, 3) or len(frames[-2]) != 8:
-        raise WireError(f"a message of {len(frames)} frames is no batch of vLLM's KV events")
+        raise WireError(f"a message of {len(frames)} frames is no batch of KV events")
     return int.from_bytes(frames[-2], "big"), decode_batch(frames[-1])
+
+
+def meet(socket: zmq.asyncio.Socket, endpoint: str) -> None:
+    """Connect, or bind where the engine connects: to TCP endpoints that name an address.
+
+    Whether it does cannot be seen: it may have bound any port, and then told which. If the port is free, it has not.
+    Source: vLLM's `ZmqEventPublisher._is_bind_endpoint`, and SGLang's.
+    """
+    if endpoint.startswith(LOOPBACK):
+        try:
+            socket.bind(endpoint.replace("tcp://localhost:", "tcp://127.0.0.1:"))
+        except zmq.ZMQError as error:
+            log.debug("KV events at %s: %s, so the engine has bound it", endpoint, error)
+        else:
+            return
+    socket.connect(endpoint)
 
 
 def connectable(endpoint: str, host: str) -> str:

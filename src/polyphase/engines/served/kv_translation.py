@@ -1,11 +1,12 @@
-"""vLLM's KV events in our words. Its hashes are opaque: the token ids in its events are hashed anew, as routers hash prompts.
+"""KV events of vLLM and SGLang in our words. Their hashes are opaque: the token ids that come with them are hashed as routers hash prompts.
 
     stored(hash, parent, tokens, extra keys) ──► named[hash] = (our sequence hash, namespace) ──► BlocksStored
     removed(hash)                            ──► named[hash]                                  ──► BlocksRemoved
 
-Events come as maps (0.32) or arrays (older versions). A block may lie in several KV groups or physical blocks at once: it is held until
-the last of them is gone. What cannot be named is left out, and its descendants with it: blocks whose parent is not known (history that was
-lost), blocks with media, and those of other than full attention, which hold a window of the prefix and not the prefix.
+Events come as maps or, of older versions, arrays; what makes equal tokens differ is in their `extra_keys` (vLLM) or `cache_salt` (SGLang).
+A block may lie in several KV groups or physical blocks at once: it is held until the last of them is gone. What cannot be named is left
+out, and its descendants with it: blocks whose parent is not known (history that was lost), blocks with media, and those of other than full
+attention, which hold a window of the prefix and not the prefix.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from polyphase.wire.events import AllCleared, BlocksRemoved, BlocksStored, KvEve
 
 EngineHash = int | bytes
 
-_TIERS = {"gpu": Tier.DEVICE, "cpu": Tier.HOST, "storage": Tier.DISK, "disk": Tier.DISK}
+_TIERS = {"gpu": Tier.DEVICE, "cpu": Tier.HOST, "storage": Tier.DISK, "disk": Tier.DISK, "cpu_pinned": Tier.HOST, "external": Tier.OBJECT}
 _WHOLE_PREFIX = {None, "full_attention", "mla_attention", "sink_full_attention"}
-# Source: the order of fields in vLLM's structs, which older versions send as arrays
+# Source: the order of fields in vLLM's structs, which older versions send as arrays; SGLang's begins alike
 _FIELDS = {
     "BlockStored": (
         "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name", "extra_keys", "group_idx",
@@ -49,7 +50,7 @@ def decode_batch(payload: bytes) -> Batch:
         time_s, events = msgspec.msgpack.decode(payload)[:2]
         return Batch(float(time_s), [_as_map(event) for event in events])
     except (msgspec.DecodeError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise WireError(f"vLLM sent a batch of KV events that cannot be understood: {error!r}") from error
+        raise WireError(f"the engine sent a batch of KV events that cannot be understood: {error!r}") from error
 
 
 def _as_map(event: Any) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class Translator:
                     case "AllBlocksCleared":
                         found += self.clear()
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                raise WireError(f"a KV event of vLLM cannot be understood ({error!r}): {str(event)[:200]}") from error
+                raise WireError(f"a KV event of the engine cannot be understood ({error!r}): {str(event)[:200]}") from error
         return found
 
     def clear(self) -> list[KvEvent]:
@@ -102,9 +103,21 @@ class Translator:
         self._names.clear()
         return [AllCleared()]
 
+    def move(self, hash_: EngineHash, source: Tier, target: Tier, group: int) -> list[KvEvent]:
+        """A block went from one tier to another; for engines that tell it in one event."""
+        if (hash_, source, group) not in self._places:
+            return []  # one that was left out
+        name = self._names[hash_]
+        is_new = self._hold(hash_, name, target, group)
+        _take_one(self._places, (hash_, source, group))
+        _take_one(self._uses, hash_)
+        is_gone = _take_one(self._held, (name.sequence_hash, source))
+        stored: list[KvEvent] = [BlocksStored([int(name.sequence_hash)], target)] if is_new else []
+        return [*stored, *([BlocksRemoved([int(name.sequence_hash)], source)] if is_gone else [])]
+
     def _stored(self, event: dict[str, Any]) -> list[KvEvent]:
         hashes: Sequence[EngineHash] = event["block_hashes"]
-        token_ids: list[int] = event["token_ids"]
+        token_ids = _token_ids(event["token_ids"])
         tier, group = _tier(event), event.get("group_idx") or 0
         is_whole = len(token_ids) == len(hashes) * self._block_size and event["block_size"] == self._block_size
         if not is_whole or event.get("kv_cache_spec_kind") not in _WHOLE_PREFIX or tier is None:
@@ -119,7 +132,11 @@ class Translator:
         lora = event.get("lora_name")
         namable = next((place for place, extra in enumerate(keys) if _has_media(extra)), len(hashes))
         self.unnamed_count += len(hashes) - namable
-        namespace = parent.namespace if parent is not None else namespace_of(_salt(keys[0], lora) if keys else None, lora)
+        namespace = (
+            parent.namespace
+            if parent is not None
+            else namespace_of(event.get("cache_salt") or (_salt(keys[0], lora) if keys else None), lora)
+        )
         ours = sequence_hashes(
             token_ids[: namable * self._block_size],
             self._block_size,
@@ -164,6 +181,11 @@ def _take_one(counter: Counter[Any], key: Any) -> bool:
 def _tier(event: dict[str, Any]) -> Tier | None:
     """None: a place that we have no word for."""
     return _TIERS.get(str(event.get("medium") or "GPU").lower())
+
+
+def _token_ids(told: list[Any]) -> list[int]:
+    """Of SGLang with speculation, each token comes with the one behind it."""
+    return [token[0] for token in told] if told and isinstance(told[0], list | tuple) else told
 
 
 def _has_media(extra: Sequence[Any] | None) -> bool:
