@@ -10,6 +10,7 @@ import torch
 from polyphase.core.errors import ConfigurationError, ForeignDescriptor
 from polyphase.transfer import Agent, device
 from polyphase.transfer.backends.cuda import CudaBackend
+from polyphase.transfer.backends.shm import ShmBackend
 from polyphase.transfer.backends.tcp import TcpBackend
 from polyphase.transfer.device import CudaMemory, copy_rows
 from polyphase.wire.transfer import AgentCard, BackendCard
@@ -21,8 +22,13 @@ def test_where_there_is_no_device_the_reason_is_told(monkeypatch: pytest.MonkeyP
         assert a.unavailable == {"cuda": "there is no CUDA device here that torch can use"}
         with a.connect(b.card) as session:
             assert "cuda: not possible: there is no CUDA device here that torch can use" in session.why()
-        with pytest.raises(ForeignDescriptor, match="no backend of this agent moves cuda memory"):
-            a.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4))
+        with a.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4)) as region:
+            assert region.card.backends == ["tcp"]  # through the host
+    with (
+        Agent("c", backends=[CudaBackend(), ShmBackend()]) as c,
+        pytest.raises(ForeignDescriptor, match="no backend of this agent moves cuda memory"),
+    ):
+        c.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4))
 
 
 @pytest.mark.parametrize("threshold", [1, 1 << 20])
