@@ -22,9 +22,13 @@ def test_where_there_is_no_device_the_reason_is_told(monkeypatch: pytest.MonkeyP
         assert a.unavailable == {"cuda": "there is no CUDA device here that torch can use"}
         with a.connect(b.card) as session:
             assert "cuda: not possible: there is no CUDA device here that torch can use" in session.why()
-    refused = pytest.raises(ForeignDescriptor, match="no backend of this agent moves cuda memory")
-    with Agent("a", backends=[CudaBackend(), ShmBackend()]) as a, refused:  # tcp would take it through the host
-        a.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4))
+        with a.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4)) as region:
+            assert region.card.backends == ["tcp"]  # through the host
+    with (
+        Agent("c", backends=[CudaBackend(), ShmBackend()]) as c,
+        pytest.raises(ForeignDescriptor, match="no backend of this agent moves cuda memory"),
+    ):
+        c.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4))
 
 
 @pytest.mark.parametrize("threshold", [1, 1 << 20])
