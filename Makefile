@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-chaos test-engines test-engines-sglang test-nixl test-cuda check sanitize bench headlines clean
+.PHONY: help venv demo test test-chaos test-engines test-engines-vllm test-engines-sglang test-nixl test-cuda check sanitize bench headlines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,7 +44,9 @@ test: $(STAMP) ## all tests; PYTEST_ARGS="tests/unit -x" for some
 test-chaos: $(STAMP) ## hundreds of faults over thousands of requests, some minutes; SEED=7 for others. The last line is JSON
 	@$(BIN)/python -m tests.chaos --seed $(SEED)
 
-test-engines: $(STAMP) ## Polyphase before a real vLLM (CPU): 2.3 GB in ENGINES, resumable, then some minutes; PYTEST_ARGS="-k split" for some
+test-engines: test-engines-vllm test-engines-sglang ## both of the next two
+
+test-engines-vllm: $(STAMP) ## Polyphase before a real vLLM (CPU): 2.3 GB in ENGINES, resumable, then some minutes; PYTEST_ARGS="-k split" for some
 	@$(PYTHON) tools/install_vllm.py $(ENGINES)/vllm $(PIP_ARGS) > /dev/null
 	@test -f $(ENGINES)/tiny/config.json || $(BIN)/python tools/make_tiny_model.py $(ENGINES)/tiny
 	@ENGINE_PYTHON=$(ENGINES)/vllm/bin/python ENGINE_MODEL=$(ENGINES)/tiny timeout $(ENGINES_LIMIT_S) \

@@ -7,7 +7,7 @@ Added: one server; the same requests are sent to it directly and through a Polyp
 Brought: two servers, people who talk over several turns under one system prompt; policy `kv` against `round-robin`, in turn.
 `recomputed_ratio`: prompt tokens that the engines computed (their own count of cached ones), `kv` over `round-robin`.
 
-The engine: `--python` (default: the one that `make test-engines` installs), its tiny model `--model`. Starting takes a minute or two.
+The engine: `--python` (default: the one that `make test-engines-vllm` installs), its tiny model `--model`. Starting takes a minute or two.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=6, help="conversations in one round (default 6)")
     options = parser.parse_args()
     if not Path(options.python).exists() or not options.model.is_dir():
-        parser.error("there is no vLLM here; `make test-engines` installs one, or name it with --python and --model")
+        parser.error("there is no vLLM here; `make test-engines-vllm` installs one, or name it with --python and --model")
     figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory(prefix="pp-", dir="/tmp") as folder, ExitStack() as stack:
         with STDERR.status("starting two vLLM servers"):

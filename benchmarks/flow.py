@@ -12,6 +12,7 @@ import asyncio
 import random
 import time
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from typing import cast
 
 from harness import STDERR, Figure, arguments, percentile, report
@@ -26,7 +27,7 @@ from polyphase.worker.pulls_ahead import PullsAhead
 from polyphase.worker.sources import OfferSources
 
 PROMPT_TOKENS = (512, 2000, 8000)
-MODEL = "models/demo"
+MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
 GREEDY = SamplingParams(seed=0, temperature=0)
 
 

@@ -56,6 +56,7 @@ async def one_by_one(urls: dict[str, str], rounds: int) -> dict[str, dict[int, l
                     found = await stream_completion(client, prompt_of(length, 10_000 * turn + 10 * length + place), 8)
                 if turn >= 0:
                     times[name][length].append(found)
+        STDERR.print(f"round {turn + 1} of {rounds} (0 warms up)")
     return times
 
 
@@ -141,8 +142,7 @@ async def kill_workers(served: Deployment, rounds: int) -> Migrations:
             records = [await _migrated(streams, times) for times in moved]
             lengths = [next(route["tokens"] for route in reversed(record["routes"])) for record in records]
             for times, record, length in zip(moved, records, lengths, strict=True):
-                taken_back = [moment["at_ms"] for moment in record["timeline"] if moment["event"] == "broken off"]
-                found.notice.append((times.sent_s - died_s) * 1e3 + taken_back[-1])
+                found.notice.append((_taken_back_s(times, record) - died_s) * 1e3)
                 first_of_successor = length - 64  # so many tokens had come before
                 while len(times.token_s) <= first_of_successor:  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
@@ -160,6 +160,13 @@ async def _migrated(streams: Streams, times: StreamTimes) -> dict[str, Any]:
     while not (record := await streams.record(times))["migrations"]:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     return record
+
+
+def _taken_back_s(times: StreamTimes, record: dict[str, Any]) -> float:
+    """When the frontend took it back last, by our clock. Both saw the first token; its way here, a few ms, counts as notice."""
+    at_ms = {moment["event"]: moment["at_ms"] for moment in record["timeline"]}
+    since_first_token_ms: float = at_ms["broken off"] - at_ms["first token"]
+    return times.token_s[0] + since_first_token_ms / 1e3
 
 
 async def _known_workers(url: str) -> int:

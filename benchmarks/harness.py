@@ -90,7 +90,7 @@ async def stream_completion(
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(f"status {response.status_code}: {(await response.aread())[:500]!r}")
-        times.request_id = response.headers["x-request-id"]
+        times.request_id = response.headers.get("x-request-id", "")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue

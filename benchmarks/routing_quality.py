@@ -138,7 +138,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("trace", nargs="?", type=Path, help="file in Mooncake's form")
     parser.add_argument("--requests", type=int, default=1_000_000, help="of the trace, the first so many (default: all)")
-    parser.add_argument("--trace-speedup", type=float, default=4.0, help="by which arrivals of the trace are hastened (default 4)")
+    parser.add_argument("--trace-speedup", type=float, default=2.2, help="by which arrivals of the trace are hastened (default 2.2)")
     parser.add_argument("--conversations", type=int, default=300, help="chats (default 300)")
     parser.add_argument("--chat-rate", type=float, default=12.0, help="chats begun each second (default 12)")
     parser.add_argument("--bursts", type=int, default=40, help="bursts at four frontends (default 40)")

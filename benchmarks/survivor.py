@@ -67,8 +67,9 @@ async def deaths(served: Deployment, rounds: int) -> Found:
             while len(times.token_s) < DIES_AFTER:  # noqa: ASYNC110  filled without an event
                 await asyncio.sleep(0.005)
             worker = (await client.get(f"/debug/requests/{times.request_id}")).json()["decode_worker"]
+            pid = served.workers()[worker].pid  # looking it up takes a while
             died_s = time.perf_counter()
-            os.kill(served.workers()[worker].pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             await stream
             if times.token_ids != whole.token_ids:
                 raise RuntimeError("other tokens after the death")

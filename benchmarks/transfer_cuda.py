@@ -19,7 +19,8 @@ import torch
 
 from harness import Figure, arguments, report
 from polyphase.transfer import Agent
-from polyphase.transfer.backends.cuda import CudaBackend, CudaMemory, copy_rows
+from polyphase.transfer.backends.cuda import CudaBackend
+from polyphase.transfer.device import CudaMemory, copy_rows
 
 POOL_BYTES = 1 << 30
 SHAPES = {"16k": (16 << 10, 1024), "64k": (64 << 10, 512), "1m": (1 << 20, 64)}

@@ -1,6 +1,6 @@
 """Installs SGLang for CPUs in an environment of its own: `python tools/install_sglang.py FOLDER [PIP ARGUMENTS…]`. Prints its interpreter.
 
-For `make test-engines`: 3.1 GB. Can be broken off and called again: what is there is not fetched anew. Needs CPython 3.11 on x86-64.
+For `make test-engines-sglang`: 3.1 GB. Can be broken off and called again: what is there is not fetched anew. Needs CPython 3.11 on x86-64.
 The pins in sglang-cpu-lock.txt leave out CUDA's packages; what SGLang imports of those and never calls, stands in sglang_cpu_stand_ins.
 """
 

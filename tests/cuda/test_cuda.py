@@ -9,7 +9,8 @@ import torch
 
 from polyphase.testing.transfer import BLOCK_BYTES, BLOCK_COUNT, ThreadWorld, TransferConformance
 from polyphase.transfer import Agent, BlockMemory, Verdict
-from polyphase.transfer.backends.cuda import CudaBackend, CudaMemory
+from polyphase.transfer.backends.cuda import CudaBackend
+from polyphase.transfer.device import CudaMemory
 from tests.unit.transfer.peers import OWNER, PeerProcess
 
 
@@ -42,7 +43,13 @@ class TestCuda(TransferConformance):
 
 CUDA_OWNER = (
     OWNER.replace("backends = [ShmBackend(), TcpBackend()]", "backends = [CudaBackend()]")
-    .replace("import base64", "import torch\nfrom polyphase.transfer.backends.cuda import CudaBackend, CudaMemory\nimport base64")
+    .replace(
+        "import base64",
+        "import base64, torch\n"
+        "from polyphase.transfer.backends.cuda import CudaBackend\n"
+        "from polyphase.transfer.device import CudaMemory\n"
+        "import base64",
+    )
     .replace(
         'pool = SharedPool.create(options["block_count"], options["block_bytes"])',
         'pool = CudaMemory(torch.zeros(options["block_count"] * options["block_bytes"], dtype=torch.uint8, device="cuda"), '

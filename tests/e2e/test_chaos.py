@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 
-from polyphase.testing import Deployment
+from polyphase.testing import Deployment, connections
 from polyphase.testing.ledger import Account, Ledger
 from polyphase.testing.planting import planted_environment
 from polyphase.testing.tripwires import Tripwires
@@ -89,6 +90,17 @@ def test_a_connection_may_break_only_while_its_frontend_is_away() -> None:
     assert outages.touch("a", 0.0), "it was away while this request waited"
     assert not outages.touch("a", time.monotonic() + 1)
     assert not outages.touch("b", 0.0)
+
+
+def test_what_closes_while_it_is_cut_does_not_end_all_cutting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(connections, "_socket_fds", lambda pid, inodes: [9999])  # it had this one a moment ago
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            assert connections.cut_connections(other.pid, tmp_path) == 0
+        finally:
+            other.kill()
+    with pytest.raises(ProcessLookupError):
+        connections.cut_connections(other.pid, tmp_path)
 
 
 def output(request_id: str, finish_reason: FinishReason | None = None, token_ids: tuple[int, ...] = (1,)) -> SequenceOutput:

@@ -1,4 +1,4 @@
-"""Polyphase before a real `vllm serve`: `make test-engines`. Not part of `make test`, whose vLLM is played from recordings.
+"""Polyphase before a real `vllm serve`: `make test-engines-vllm`. Not part of `make test`, whose vLLM is played from recordings.
 
 One server for all tests of this file: it starts in one to three minutes on a small machine, and wants an API key. The tests build on each
 other and run in this order.

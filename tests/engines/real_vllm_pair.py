@@ -1,4 +1,4 @@
-"""Two real vLLM servers, and a torch worker beside them, under one model name: `make test-engines PYTEST_ARGS="-k pair"`."""
+"""Two real vLLM servers, and a torch worker beside them, under one model name: `make test-engines-vllm PYTEST_ARGS="-k pair"`."""
 
 from __future__ import annotations
 

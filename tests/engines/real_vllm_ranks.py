@@ -1,4 +1,4 @@
-"""One real vLLM server with two data-parallel ranks, each a worker of its own: `make test-engines PYTEST_ARGS="-k ranks"`. About 5 GB."""
+"""One real vLLM server with two data-parallel ranks, each a worker of its own, 5 GB: `make test-engines-vllm PYTEST_ARGS="-k ranks"`."""
 
 from __future__ import annotations
 

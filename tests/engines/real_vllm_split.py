@@ -1,4 +1,4 @@
-"""Prefill and decode on two real vLLM servers, KV between them by NIXL: `make test-engines PYTEST_ARGS="-k split"`."""
+"""Prefill and decode on two real vLLM servers, KV between them by NIXL: `make test-engines-vllm PYTEST_ARGS="-k split"`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class _Reader:
         value = self.config[key]
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
             value = value[0]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= _GREATEST or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _GREATEST or value != int(value):
             raise ConfigurationError(f"the configuration of {self.name} has {key} = {value!r}, which is no count")
         return int(value)
 

@@ -43,7 +43,7 @@ _SERVER = "Server"
 _ROUTER = "Router"
 _ENGINE = "Engine"
 _MOCK = "Mock engine"
-_SERVED = "Engines that are servers of their own (vllm, openai); see docs/engines.md"
+_SERVED = "Engines that are servers of their own (vllm, sglang, trtllm, openai); see docs/engines.md"
 _QUEUE = "Waiting requests"
 
 
@@ -208,7 +208,8 @@ def serve(
         typer.Option(metavar="NAME=WEIGHT,…", help="Shares while requests wait. [default: 1 each]", rich_help_panel=_QUEUE),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="torch, vllm, or mock: step times without a model. [default: torch]", rich_help_panel=_ENGINE)
+        str | None,
+        typer.Option(help="torch, vllm, sglang, trtllm, openai, mock, or module:function. [default: torch]", rich_help_panel=_ENGINE),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: auto]", rich_help_panel=_ENGINE)] = None,
     accelerators: Annotated[
@@ -241,7 +242,9 @@ def serve(
         str | None,
         typer.Option(metavar="PROGRAM", help="Python of the environment that the engine is installed in.", rich_help_panel=_SERVED),
     ] = None,
-    engine_command: Annotated[str | None, typer.Option(metavar="COMMAND", help="In place of vllm serve.", rich_help_panel=_SERVED)] = None,
+    engine_command: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="In place of the engine's own, such as vllm serve.", rich_help_panel=_SERVED)
+    ] = None,
     engine_args: Annotated[
         str | None, typer.Option(metavar="FLAGS", help="Further flags of the engine's server, as in a shell.", rich_help_panel=_SERVED)
     ] = None,

@@ -217,6 +217,8 @@ class GroupSettings(BaseModel):
             )
         if self.attach and (self.engine_python or self.engine_command or self.engine_args):
             raise ValueError("a server that is attached to runs already: engine_python, engine_command and engine_args start one")
+        if self.engine == "trtllm" and self.lora:
+            raise ValueError("trtllm serves no LoRA adapters here; leave lora away, or take torch, vllm or sglang")
         if self.attach and self.lora:
             raise ValueError("a server that is attached to has loaded its adapters itself, and they are found there; leave lora away")
         if self.attach and (self.workers or (self.has_phases and (self.prefill or 0) + (self.decode or 0) != len(self.attach))):

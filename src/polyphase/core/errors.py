@@ -25,6 +25,7 @@
     │   └── DeadlineExceeded           504
     ├── TransferError                KV blocks could not be moved, or may not be used
     │   ├── TransferRefused            the two sides cannot work together: no common backend, token, version or layout
+    │   │   └── BackendUnusable          a backend that both have failed at the first try to reach the peer's memory
     │   ├── PeerLost                   the other agent died, went away or cannot be reached
     │   ├── TransferTimeout            not done by its deadline
     │   ├── StaleDescriptor            what it describes is gone: an earlier life of the peer, or blocks given to other content
@@ -204,6 +205,10 @@ class TransferError(PolyphaseError):
 class TransferRefused(TransferError):
     code = "transfer_refused"
     is_retryable = False
+
+
+class BackendUnusable(TransferRefused):
+    code = "backend_unusable"
 
 
 class PeerLost(TransferError):

@@ -7,6 +7,7 @@ ends then see the connection closed, with whatever was on its way lost. The proc
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import socket
@@ -34,7 +35,10 @@ def cut_connections(pid: int, socket_path: Path) -> int:
     inodes = _connected_inodes(str(socket_path))
     count = 0
     for fd in _socket_fds(pid, inodes):
-        with socket.socket(fileno=_copy_fd(pid, fd)) as copy:
+        copied = _copy_fd(pid, fd)
+        if copied is None:
+            continue
+        with socket.socket(fileno=copied) as copy:
             try:
                 copy.shutdown(socket.SHUT_RDWR)
             except OSError:
@@ -69,7 +73,8 @@ def _socket_fds(pid: int, inodes: set[str]) -> list[int]:
     return found
 
 
-def _copy_fd(pid: int, fd: int) -> int:
+def _copy_fd(pid: int, fd: int) -> int | None:
+    """None: it closed this moment. Raises: CannotCut; ProcessLookupError if the process ended meanwhile."""
     if pid == os.getpid():
         return os.dup(fd)
     pidfd = os.pidfd_open(pid)
@@ -77,6 +82,12 @@ def _copy_fd(pid: int, fd: int) -> int:
         copy = int(ctypes.CDLL(None, use_errno=True).syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0))
     finally:
         os.close(pidfd)
-    if copy < 0:
-        raise CannotCut(f"the connections of process {pid} cannot be reached: {os.strerror(ctypes.get_errno())}")
-    return copy
+    if copy >= 0:
+        return copy
+    match ctypes.get_errno():
+        case errno.EBADF:
+            return None
+        case errno.ESRCH:
+            raise ProcessLookupError(f"process {pid} has ended")
+        case error:
+            raise CannotCut(f"the connections of process {pid} cannot be reached: {os.strerror(error)}")

@@ -72,8 +72,7 @@ class WireFaults:
 
 def install(folder: Path) -> None:
     """In a worker's process, before its agent is made: a host of its own, reachable by loopback, and blocks that are damaged by order."""
-    from polyphase.transfer import agent
-    from polyphase.transfer.backends import tcp
+    from polyphase.transfer import agent, staging
     from polyphase.transfer.doors import Doors
     from polyphase.transfer.streaming import send_blocks
 
@@ -83,7 +82,7 @@ def install(folder: Path) -> None:
     patches: list[tuple[Any, str, Any]] = [
         (agent, "host_id", lambda: f"host of process {os.getpid()}"),
         (agent, "Doors", doors),
-        (tcp, "send_blocks", damaging(send_blocks, lambda: _take_order(folder))),
+        (staging, "send_blocks", damaging(send_blocks, lambda: _take_order(folder))),
     ]
     for module, name, replacement in patches:
         setattr(module, name, replacement)

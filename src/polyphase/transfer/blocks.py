@@ -44,6 +44,23 @@ class HostBlocks(Protocol):
     generation_words: memoryview
 
 
+@runtime_checkable
+class StagedBlocks(Protocol):
+    """Block memory that only a device can address: bytes pass through a buffer that it likes. Calls return when the bytes are there.
+
+    Raises: TransferError if the device fails.
+    """
+
+    generation_words: memoryview
+
+    def staging(self, block_count: int) -> memoryview:
+        """Host memory for so many blocks."""
+
+    def copy_out(self, block_ids: Sequence[int], into: memoryview) -> None: ...
+
+    def copy_in(self, data: memoryview, block_ids: Sequence[int]) -> None: ...
+
+
 class HostMemory:
     """Somebody else's buffer (numpy, bytearray, a tensor on the CPU) as blocks. Its generations are known to this process only.
 

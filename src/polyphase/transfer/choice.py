@@ -55,6 +55,11 @@ class Choice:
             for option in self.options
         )
 
+    def without(self, backend: str, reason: str) -> Choice:
+        """After it was tried, and cannot be used although both have it."""
+        left = [option for option in self.options if option.backend != backend]
+        return Choice((*left, Option(backend, None, reason)))
+
     def require(self, peer: str) -> None:
         """Raises: TransferRefused with all reasons if there is no way at all."""
         if not self.possible:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from polyphase.core.errors import ForeignDescriptor, HandleReleased, KvError
-from polyphase.transfer.blocks import BlockMemory, HostBlocks, LocalBlocks, checked_ids
+from polyphase.transfer.blocks import BlockMemory, HostBlocks, LocalBlocks, StagedBlocks, checked_ids
 from polyphase.transfer.lending import OnEnd
 from polyphase.wire.layout import KvLayout, KvShape
 from polyphase.wire.transfer import BlockOffer, RegionCard
@@ -36,6 +36,7 @@ class Region:
         self.card = RegionCard(region_id, memory.kind, memory.block_count, memory.block_bytes, list(reachable), layout, shape)
         self.usable_backends = tuple(usable)  # for this agent's own end of a transfer
         self._host_blocks = memory if isinstance(memory, HostBlocks) else None
+        self._staged_blocks = memory if isinstance(memory, StagedBlocks) else None
         self._is_released = False
         self._users: set[object] = set()
         self._lock = threading.Lock()
@@ -51,6 +52,11 @@ class Region:
         if self._host_blocks is None:
             raise ForeignDescriptor(f"region {self.region_id} is {self.memory.kind} memory, where host memory is needed")
         return self._host_blocks
+
+    @property
+    def sendable_blocks(self) -> HostBlocks | StagedBlocks:
+        """Raises: ForeignDescriptor if the blocks cannot be brought where the processor can address them."""
+        return self.host_blocks if self._staged_blocks is None else self._staged_blocks
 
     def blocks(self, block_ids: Iterable[int]) -> LocalBlocks:
         """A list of blocks, checked once. Raises: ForeignDescriptor, HandleReleased."""

@@ -184,6 +184,13 @@ class Session:
                     link = self._links[name] = self.agent.backend(name).connect(self.peer, self.session_id)
         return link
 
+    def exclude(self, link: Link, reason: str) -> None:
+        """A backend that both have cannot join these two processes after all: later transfers go by the next best."""
+        name = next((name for name, known in self._links.items() if known is link), None)
+        if name is not None and name in self.choice.possible:
+            log.warning("blocks of agent %s are no longer read by %s: %s", self.peer.agent_id, name, reason)
+            self.choice = self.choice.without(name, reason)
+
     def forget(self, transfer: Transfer) -> None:
         """The transfer has ended."""
         with self._lock:

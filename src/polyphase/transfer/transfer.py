@@ -17,7 +17,7 @@ from collections.abc import Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from polyphase.core.errors import HandleReleased, PeerLost, PolyphaseError, StaleDescriptor, TransferError, TransferTimeout
+from polyphase.core.errors import BackendUnusable, HandleReleased, PeerLost, PolyphaseError, StaleDescriptor, TransferError, TransferTimeout
 from polyphase.transfer.backends.interface import Job, Link
 from polyphase.transfer.reactor import Timer
 from polyphase.transfer.verdicts import Outcome, Verdict
@@ -136,7 +136,8 @@ class Transfer:
         """Move the blocks of one lane, unless somebody else does."""
         if not lane.claim():
             return
-        job, error = lane.job, None
+        job = lane.job
+        error: PolyphaseError | None = None
         try:
             if self._given_up is None:
                 job.local.enter(job)
@@ -144,6 +145,9 @@ class Transfer:
                     self._move(job)
                 finally:
                     job.local.leave(job)
+        except BackendUnusable as failure:
+            self._session.exclude(self._link, failure.message)
+            error = failure
         except PolyphaseError as failure:
             error = failure
         except Exception as failure:  # a backend may be anybody's: whatever it was, the transfer ends

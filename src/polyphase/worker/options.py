@@ -10,23 +10,26 @@ from pathlib import Path
 from polyphase.observe.logs import LEVELS
 from polyphase.wire.cards import Role
 
+DEFAULT_MAX_WAITING = 1024  # requests
+DEFAULT_LEASE_S = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What an engine is told; `None` and `auto` leave the choice to it. The torch engine's settings say what each means."""
 
     model: str
-    name: str | None
-    device: str
-    dtype: str
-    block_size: int | None
-    kv_bytes: int | None
-    max_batch_tokens: int | None
-    max_running: int | None
-    max_waiting: int
-    context_length: int | None
-    thread_count: int | None
-    lease_s: float
+    name: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    block_size: int | None = None
+    kv_bytes: int | None = None
+    max_batch_tokens: int | None = None
+    max_running: int | None = None
+    max_waiting: int = DEFAULT_MAX_WAITING
+    context_length: int | None = None
+    thread_count: int | None = None
+    lease_s: float = DEFAULT_LEASE_S
     mock_model: str = "llama-3.1-8b"
     mock_accelerator: str = "h100"
     mock_speedup: float = 1.0
@@ -137,10 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--kv-bytes", type=_count, help="memory of the KV cache in bytes (default: what suits model and machine)")
     engine.add_argument("--max-batch-tokens", type=_count, help="tokens in a step (default: 512 on cpu, 2048 on cuda)")
     engine.add_argument("--max-running", type=_count, help="sequences in a step (default: 64; vllm: 256)")
-    engine.add_argument("--max-waiting", type=_count, default=1024, help="requests that may wait; more are refused (default: 1024)")
+    engine.add_argument(
+        "--max-waiting", type=_count, default=DEFAULT_MAX_WAITING, help="requests that may wait; more are refused (default: 1024)"
+    )
     engine.add_argument("--context-length", type=_count, help="tokens of prompt and output together (default: the model's)")
     engine.add_argument("--thread-count", type=_count, help="threads that compute (default: all cores, up to 8)")
-    engine.add_argument("--lease-s", type=_seconds, default=30.0, help="how long handed-over blocks are kept (default: 30)")
+    engine.add_argument("--lease-s", type=_seconds, default=DEFAULT_LEASE_S, help="how long handed-over blocks are kept (default: 30)")
     served = parser.add_argument_group("engines that are servers of their own")
     served.add_argument("--attach", metavar="URL", help="a server that runs already, such as http://127.0.0.1:8000; else one is started")
     served.add_argument("--engine-python", metavar="PROGRAM", help="interpreter of the environment in which the engine is installed")

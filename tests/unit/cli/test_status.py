@@ -207,6 +207,6 @@ def test_workers_are_shown_by_model() -> None:
     assert [str(cell) for cell in shown] == ["demo", "w1", "large", "w0", "of no known model", "w2", "w3"]
     prefill = msgspec.structs.replace(status("w0", "large").entry, role=Role.PREFILL)
     others = [prefill, status("w1", "demo").entry]
-    assert _shortcomings(others) == ["large: no decode worker is there: prefill workers serve requests whole"]
+    assert _shortcomings(others) == ["large: no decode worker is there: prefill workers serve requests whole, if their engine can"]
     alone = status_table(["w0"], {"w0": answers["w0"]}, is_wide=False)
     assert [str(cell) for cell in alone.columns[0].cells] == ["w0"]

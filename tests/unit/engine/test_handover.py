@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
-import torch
 
 from polyphase.core.clock import ManualClock
 from polyphase.core.errors import TransferError
 from polyphase.engines.interface import BlockSource
 from polyphase.engines.torch.engine import TorchEngine
-from polyphase.engines.torch.storage import DeviceStorage
 from polyphase.transfer import HostMemory, SharedPool, Verdict
 from polyphase.wire.kv import KvOffer
 from polyphase.wire.requests import FinishReason, SamplingParams, StopConditions
@@ -303,15 +301,3 @@ class TestLeases:
         pair.prefill.release_lease(offer.lease_id)
         target = HostMemory(bytearray(4 * 8192), 8192)
         assert set(pair.source.read_blocks(offer.block_ids, offer.generations, target, range(4))) == {Verdict.DONE}
-
-
-def test_device_memory_takes_blocks_by_way_of_a_buffer(pair: Pair) -> None:
-    """The path of CUDA, on the CPU."""
-    _, offer = pair.offer("a", prompt_of(50))
-    host = pair.prefill._storage
-    device = DeviceStorage(host.layout, 12, torch.device("cpu"))
-    into = [7, 2, 3, 9]
-    assert set(device.read_from(pair.source, offer.block_ids, offer.generations, into)) == {Verdict.DONE}
-    copied = device.pages.view(12, -1)[torch.tensor(into)]
-    assert torch.equal(copied, host.pages.view(host.block_count, -1)[torch.tensor(offer.block_ids)])
-    assert device.shared is None

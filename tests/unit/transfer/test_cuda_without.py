@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from polyphase.core.errors import ConfigurationError, ForeignDescriptor
-from polyphase.transfer import Agent
-from polyphase.transfer.backends import cuda
-from polyphase.transfer.backends.cuda import CudaBackend, CudaMemory, copy_rows
+from polyphase.transfer import Agent, device
+from polyphase.transfer.backends.cuda import CudaBackend
+from polyphase.transfer.backends.shm import ShmBackend
 from polyphase.transfer.backends.tcp import TcpBackend
+from polyphase.transfer.device import CudaMemory, copy_rows
 from polyphase.wire.transfer import AgentCard, BackendCard
 
 
@@ -21,13 +22,14 @@ def test_where_there_is_no_device_the_reason_is_told(monkeypatch: pytest.MonkeyP
         assert a.unavailable == {"cuda": "there is no CUDA device here that torch can use"}
         with a.connect(b.card) as session:
             assert "cuda: not possible: there is no CUDA device here that torch can use" in session.why()
-        with pytest.raises(ForeignDescriptor, match="no backend of this agent moves cuda memory"):
-            a.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4))
+    refused = pytest.raises(ForeignDescriptor, match="no backend of this agent moves cuda memory")
+    with Agent("a", backends=[CudaBackend(), ShmBackend()]) as a, refused:  # tcp would take it through the host
+        a.register(CudaMemory(torch.zeros(8, dtype=torch.uint8), 4))
 
 
 @pytest.mark.parametrize("threshold", [1, 1 << 20])
 def test_rows_go_where_they_should(threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "SINGLE_FROM_BYTES", threshold)
+    monkeypatch.setattr(device, "SINGLE_FROM_BYTES", threshold)
     source, target = CudaMemory(torch.arange(40, dtype=torch.float32), 16), CudaMemory(torch.zeros(60, dtype=torch.float32), 16)
     sources, targets = random.Random(1).sample(range(10), 7), random.Random(2).sample(range(15), 7)
     copy_rows(torch, source.rows, sources, target.rows, targets)

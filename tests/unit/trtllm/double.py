@@ -12,7 +12,8 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import xxhash
 
@@ -37,8 +38,43 @@ def next_token(tokens: Sequence[int], seed: int = 0) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps([seed, *tokens]).encode()) % (VOCAB - 32) + 32
 
 
+def write_model(folder: Path) -> None:
+    """The files beside the weights of a model whose tokens are called t0, t1, …"""
+    vocab = {f"t{number}": number for number in range(VOCAB)}
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}, "decoder": decoder}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = {"vocab_size": VOCAB, "eos_token_id": 1, "max_position_embeddings": 4096, "num_hidden_layers": 2, "hidden_size": 64}
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+
+
+class Contexts(Protocol):
+    """Prompts whose KV waits at one of several servers, by opaque state."""
+
+    def put(self, state: str, prompt: list[int]) -> None: ...
+
+    def take(self, state: str) -> list[int] | None: ...
+
+
+class LocalContexts:
+    """Of the servers of this process."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[str, list[int]] = {}
+
+    def put(self, state: str, prompt: list[int]) -> None:
+        self._prompts[state] = prompt
+
+    def take(self, state: str) -> list[int] | None:
+        return self._prompts.pop(state, None)
+
+
 class TrtllmDouble:
-    def __init__(self, *, block_size: int = 32, block_count: int = 512, pause_s: float = 0.0) -> None:
+    def __init__(
+        self, *, block_size: int = 32, block_count: int = 512, pause_s: float = 0.0, model: str = "tiny", contexts: Contexts | None = None
+    ) -> None:
+        self.model = model
+        self._contexts = contexts or _LOCAL
         self.block_size = block_size
         self.block_count = block_count
         self.pause_s = pause_s  # before each token
@@ -46,7 +82,7 @@ class TrtllmDouble:
         self.refused: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.closed_by_client = asyncio.Event()  # in the middle of an answer
-        self.kept: dict[str, list[int]] = {}  # by opaque state: prompts whose KV waits for a generation server
+        self.kept: dict[str, list[int]] = {}  # by opaque state: prompts that it has computed for a generation server
         self._cached: dict[tuple[int, ...], int] = {}  # prefix -> block hash
         self._events: list[dict[str, Any]] = []
         self._event_count = 0
@@ -124,7 +160,9 @@ class TrtllmDouble:
             case "GET", "/version":
                 _write(writer, 200, json.dumps({"version": "1.3.0"}))
             case "GET", "/v1/models":
-                _write(writer, 200, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model", "owned_by": "tensorrt_llm"}]}))
+                _write(
+                    writer, 200, json.dumps({"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "tensorrt_llm"}]})
+                )
             case "GET", "/metrics":
                 taken, self._iterations = self._iterations, []
                 _write(writer, 200, json.dumps(taken))
@@ -150,7 +188,7 @@ class TrtllmDouble:
             return
         if params.get("request_type") == "generation_only":
             state = params["encoded_opaque_state"]
-            if self.kept.pop(state, None) != prompt and _OTHERS.pop(state, None) != prompt:
+            if self._contexts.take(state) != prompt:
                 _write(writer, 500, json.dumps({"object": "error", "message": "no such context", "type": "InternalError", "code": 500}))
                 return
         cached = self._compute(prompt)
@@ -183,7 +221,7 @@ class TrtllmDouble:
         state = base64.b64encode(json.dumps([self.port, len(self.kept), prompt[:3]]).encode()).decode()
         if not ends:
             self.kept[state] = prompt
-            _OTHERS[state] = prompt
+            self._contexts.put(state, prompt)
         offered = {
             "request_type": "context_only",
             "first_gen_tokens": [first],
@@ -248,7 +286,7 @@ class TrtllmDouble:
         writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
 
 
-_OTHERS: dict[str, list[int]] = {}  # what servers of this process can fetch from each other
+_LOCAL = LocalContexts()
 
 
 def _what_is_wrong(asked: dict[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ from polyphase.wire.cards import Role
 from polyphase.wire.events import Tier
 from polyphase.wire.kv import EngineOffer
 from polyphase.wire.requests import FinishReason, Grammar, GrammarKind, SamplingParams, StopConditions, Submit
-from tests.unit.trtllm.double import CUT, DIE, HANG, MUTE, VOCAB, TrtllmDouble, next_token, serving
+from tests.unit.trtllm.double import CUT, DIE, HANG, MUTE, TrtllmDouble, next_token, serving, write_model
 
 PROMPT = list(range(100, 200))
 Attach = Callable[..., Any]
@@ -29,14 +29,8 @@ Attach = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files beside the weights of a model whose tokens are called t0, t1, …"""
     folder = tmp_path_factory.mktemp("model")
-    vocab = {f"t{number}": number for number in range(VOCAB)}
-    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}, "decoder": decoder}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config = {"vocab_size": VOCAB, "eos_token_id": 1, "max_position_embeddings": 4096, "num_hidden_layers": 2, "hidden_size": 64}
-    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    write_model(folder)
     return folder
 
 

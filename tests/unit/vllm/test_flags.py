@@ -16,7 +16,7 @@ from polyphase.engines.served.model_files import read_model_facts
 from polyphase.engines.vllm import VllmSettings
 from polyphase.engines.vllm.assembly import load_vllm_engines
 from polyphase.engines.vllm.dialects import CompletionsDialect, GenerateDialect
-from polyphase.engines.vllm.flags import environment, progress_of, serve_command, unusable_flags
+from polyphase.engines.vllm.flags import environment, host_kv_bytes, progress_of, serve_command, unusable_flags
 from polyphase.engines.vllm.metrics import cache_of, gauges_of
 from polyphase.engines.vllm.probe import adapters_of
 from polyphase.launch.model_source import resolve_model
@@ -44,6 +44,31 @@ def test_what_is_said_becomes_flags() -> None:
     assert "ipc:///run/w/events" in value_of(command, "--kv-events-config")
     assert command[-2:] == ["--tensor-parallel-size", "2"], "last, so that they win"
     assert "--dtype" not in command
+
+
+def test_a_cache_of_a_given_size_does_not_want_the_accelerator_for_itself() -> None:
+    assert float(value_of(serve_command(settings(kv_bytes=1 << 30), "m", 1), "--gpu-memory-utilization")) < 0.1
+    theirs = serve_command(settings(kv_bytes=1 << 30, arguments="--gpu-memory-utilization=0.4"), "m", 1)
+    assert [part for part in theirs if "utilization" in part] == ["--gpu-memory-utilization=0.4"]
+    assert "--gpu-memory-utilization" not in serve_command(settings(), "m", 1), "vLLM's choice, on an accelerator of its own"
+
+
+@pytest.mark.parametrize(
+    ("changes", "inherited", "wanted"),
+    [
+        ({}, {}, 16 * 1000),
+        ({"kv_bytes": 5}, {}, 5),
+        ({"device": "cuda"}, {}, None),
+        ({"arguments": "--gpu-memory-utilization 0.3"}, {}, None),
+        ({"arguments": "--kv-cache-memory-bytes=77"}, {}, None),
+        ({}, {"VLLM_CPU_KVCACHE_SPACE": "4"}, None),
+    ],
+)
+def test_in_host_memory_there_is_room_for_others(changes: dict[str, Any], inherited: dict[str, str], wanted: int | None) -> None:
+    given = settings(**{"device": "cpu", **changes})
+    assert host_kv_bytes(given, 1000, 1 << 30, inherited) == wanted
+    if wanted == 16 * 1000:
+        assert host_kv_bytes(given, 0, 1 << 30, inherited) == host_kv_bytes(given, 1 << 30, 1 << 30, inherited) == int(0.2 * (1 << 30))
 
 
 def test_flags_that_a_version_does_not_know_are_left_away() -> None:

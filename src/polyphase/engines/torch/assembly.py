@@ -78,7 +78,7 @@ def assemble(settings: TorchSettings) -> TorchEngine:
         block_count=size.block_count,
         max_batch_tokens=max_batch_tokens,
         max_running=settings.max_running,
-        can_hand_over=storage.shared is not None,
+        can_hand_over=True,
         takes_grammars=grammars is not None,
         block_bytes=layout.block_bytes,
         default_temperature=generation.temperature,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from polyphase.core.clock import Clock, MonotonicClock
-from polyphase.core.errors import KvError
 from polyphase.core.ids import ContentKey
 from polyphase.engines.batching.core import EngineCore
 from polyphase.engines.batching.exports import OfferOrigin
@@ -23,7 +22,7 @@ from polyphase.engines.torch.execution import execute
 from polyphase.engines.torch.runner import ModelRunner
 from polyphase.engines.torch.storage import KvStorage
 from polyphase.text import Tokenizer
-from polyphase.transfer import SharedPool
+from polyphase.transfer import BlockMemory
 from polyphase.wire.cards import ModelCard
 from polyphase.wire.events import Load
 from polyphase.wire.kv import KvLayout, KvPart
@@ -45,7 +44,7 @@ class EngineParts:
 
 
 class TorchEngine:
-    """Implements `engines.interface.Engine`, `KvImporter`, and `KvExporter` where its blocks are in shared memory."""
+    """Implements `engines.interface.Engine`, `KvImporter` and `KvExporter`."""
 
     def __init__(self, parts: EngineParts, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
@@ -144,7 +143,5 @@ class TorchEngine:
         return self.core.exports.find(first_block, keys)
 
     @property
-    def kv_memory(self) -> SharedPool:
-        if self._storage.shared is None:
-            raise KvError("the blocks of this engine lie in device memory: no other process can read them")
+    def kv_memory(self) -> BlockMemory:
         return self._storage.shared

@@ -19,15 +19,23 @@ from polyphase.engines.torch.storage import KvStorage
 
 
 def execute(plan: StepPlan, storage: KvStorage, runner: ModelRunner) -> StepOutcome:
-    """Does not raise: what goes wrong ends the requests of this step only."""
+    """Does not raise: what goes wrong ends the requests of this step only.
+
+    On return the blocks hold what was computed. A device might otherwise still write into blocks that the bookkeeping shows to other
+    workers, as with the chunks of a long prompt, whose steps sample nothing and so wait for nothing; or, after a step that was broken off,
+    into blocks that belong to others meanwhile.
+    """
     outcome = StepOutcome()
     try:
-        outcome.pulls = [pull_blocks(pull, storage) for pull in plan.pulls]
-        failed = {result.pull.sequence for result in outcome.pulls if result.error is not None}
-        rows = [row for row in plan.rows if row.sequence not in failed]
-        if rows:
-            outcome.samples = _compute(rows, runner, lambda: plan.is_interrupted)
-        outcome.computed = rows
+        try:
+            outcome.pulls = [pull_blocks(pull, storage) for pull in plan.pulls]
+            failed = {result.pull.sequence for result in outcome.pulls if result.error is not None}
+            rows = [row for row in plan.rows if row.sequence not in failed]
+            if rows:
+                outcome.samples = _compute(rows, runner, lambda: plan.is_interrupted)
+            outcome.computed = rows
+        finally:
+            storage.settle()
     except Exception as error:  # noqa: BLE001  the root of the engine's work: a model may raise anything
         # A recorded model wraps what attention raises, so the flag says whether it was the interruption.
         if not plan.is_interrupted:

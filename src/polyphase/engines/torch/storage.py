@@ -17,7 +17,8 @@ from torch import Tensor
 
 from polyphase.engines.batching.storage import BlockStorage
 from polyphase.engines.interface import BlockSource
-from polyphase.transfer import HostMemory, SharedPool
+from polyphase.transfer import BlockMemory, SharedPool
+from polyphase.transfer.device import CudaMemory, wait_for_device
 from polyphase.wire.kv import KvLayout
 
 
@@ -28,7 +29,11 @@ class KvStorage(BlockStorage, Protocol):
     slots: Tensor
 
     @property
-    def shared(self) -> SharedPool | None: ...
+    def shared(self) -> BlockMemory:
+        """What others read: to be registered with a transfer agent."""
+
+    def settle(self) -> None:
+        """Wait until what the calling thread has enqueued is in the blocks, so that others may read and write them."""
 
     def close(self) -> None: ...
 
@@ -49,6 +54,9 @@ class HostStorage:
     def zero(self, block_ids: Sequence[int]) -> None:
         _zero(self, block_ids)
 
+    def settle(self) -> None:
+        """The processor is done when it returns."""
+
     def close(self) -> None:
         """The tensors must not be used any more."""
         empty = torch.empty(0)
@@ -57,30 +65,34 @@ class HostStorage:
 
 
 class DeviceStorage:
-    """Blocks in the memory of an accelerator; offered blocks reach them by way of a staging buffer."""
-
-    shared: SharedPool | None = None
+    """Blocks in the memory of a GPU: other processes of this host open it, and for others it is copied through host memory."""
 
     def __init__(self, layout: KvLayout, block_count: int, device: torch.device) -> None:
         self.layout = layout
         self.block_count = block_count
+        if device.type == "cuda":
+            # Who opens the blocks opens all of the allocation that they are in: it should not be one left over from loading the weights.
+            torch.cuda.empty_cache()
         elements = block_count * layout.block_bytes // torch_dtype(layout).itemsize
-        self._blocks = torch.zeros(elements, dtype=torch_dtype(layout), device=device)
-        self.pages, self.slots = _views(self._blocks, layout)
+        blocks = torch.zeros(elements, dtype=torch_dtype(layout), device=device)
+        self.shared = CudaMemory(blocks, layout.block_bytes)
+        self.pages, self.slots = _views(blocks, layout)
+        self.settle()
 
     def read_from(self, source: BlockSource, block_ids: list[int], generations: list[int], into: Sequence[int]) -> bytes:
-        staging = bytearray(len(block_ids) * self.layout.block_bytes)
-        verdicts = source.read_blocks(block_ids, generations, HostMemory(staging, self.layout.block_bytes), range(len(block_ids)))
-        blocks = torch.frombuffer(staging, dtype=torch.uint8).view(self._blocks.dtype).view(len(block_ids), -1)
-        index = torch.tensor(list(into), device=self._blocks.device)
-        self._blocks.view(self.block_count, -1)[index] = blocks.to(self._blocks.device)
-        return verdicts
+        return source.read_blocks(block_ids, generations, self.shared, into)
 
     def zero(self, block_ids: Sequence[int]) -> None:
         _zero(self, block_ids)
+        self.settle()
+
+    def settle(self) -> None:
+        wait_for_device(self.pages.device)
 
     def close(self) -> None:
-        self._blocks = self.pages = self.slots = torch.empty(0)
+        """The memory is given back once no other process has it open."""
+        self.pages = self.slots = torch.empty(0)
+        self.shared.close()
 
 
 def torch_dtype(layout: KvLayout) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from polyphase.engines.served.access import Passes
@@ -21,6 +22,7 @@ from polyphase.engines.vllm.hand_over import NixlPrefill, kind_of
 from polyphase.engines.vllm.metrics import MetricsObserver
 from polyphase.engines.vllm.probe import EventSource, ServerFacts, is_up, probe
 from polyphase.engines.vllm.settings import VllmSettings
+from polyphase.transfer.memory import available_memory_bytes
 from polyphase.wire.cards import ModelCard
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def load_vllm_engines(settings: VllmSettings) -> list[ServedEngine]:
         return _engines(settings, model, facts, url, None, takes_priority=False)
     name = settings.name or settings.model
     settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    settings = replace(settings, kv_bytes=_kv_bytes(settings, model))
     launched = _launcher(settings, name).launch(settings.start_timeout_s)
     try:
         facts = probe(launched.url, name, headers)
@@ -53,6 +56,11 @@ def load_vllm_engines(settings: VllmSettings) -> list[ServedEngine]:
     except BaseException:
         launched.server.stop()
         raise
+
+
+def _kv_bytes(settings: VllmSettings, model: ModelFacts) -> int | None:
+    context_bytes = model.kv_bytes_per_token * (settings.context_length or model.context_length or 0)
+    return flags.host_kv_bytes(settings, context_bytes, available_memory_bytes(), os.environ)
 
 
 def _launcher(settings: VllmSettings, name: str) -> Launcher:

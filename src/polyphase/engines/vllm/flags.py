@@ -20,6 +20,9 @@ from polyphase.engines.vllm.settings import VllmSettings
 EVENT_TOPIC = "kv-events"
 ANY_PORT = "tcp://*:0"
 CONNECTOR = "--kv-transfer-config"
+CHECKED_SHARE = 0.05  # of the accelerator's memory: all that a server with a cache of a given size has to find free when it starts
+DEFAULT_CONTEXTS = 16  # whole contexts that the cache holds on a CPU, unless memory is short
+HOST_SHARE = 0.2  # of the memory that is available: there may be other workers on this machine
 DEFAULT_MAX_RUNNING = 256  # Source: vLLM's for servers on most accelerators; given, so that the card is true
 
 # What we would like and can do without.
@@ -29,6 +32,8 @@ OPTIONAL = {
     "--scheduling-policy": ("priority",),
     "--disable-uvicorn-access-log": (),  # it would hold little more than that we ask for its metrics
 }
+_UTILIZATION = "--gpu-memory-utilization"
+_KV_BYTES = "--kv-cache-memory-bytes"
 _UNKNOWN = re.compile(r"unrecognized arguments: (.+)")
 
 
@@ -54,10 +59,7 @@ def base_command(settings: VllmSettings) -> list[str]:
 
 def serve_command(settings: VllmSettings, name: str, port: int, without: Collection[str] = ()) -> list[str]:
     """All of it. `without`: optional flags, those that this vLLM does not know or cannot use. Raises: ConfigurationError."""
-    try:
-        further = shlex.split(settings.arguments)
-    except ValueError as error:
-        raise ConfigurationError(f"--engine-args cannot be read as a shell would: {error}") from error
+    further = further_arguments(settings)
     has_connector = settings.hands_over and CONNECTOR not in without and not _names(further, CONNECTOR)
     given: dict[str, object] = {
         "--served-model-name": name,
@@ -67,7 +69,9 @@ def serve_command(settings: VllmSettings, name: str, port: int, without: Collect
         "--kv-events-config": json.dumps(event_config(settings.folder, has_ranks=rank_count(further) > 1)),
         CONNECTOR: json.dumps(connector_config(is_on_cpu=is_on_cpu(settings))) if has_connector else None,
         "--block-size": settings.block_size,
-        "--kv-cache-memory-bytes": settings.kv_bytes,
+        _KV_BYTES: settings.kv_bytes,
+        # Of no account for a cache of a given size, but checked, and then nobody else could be on the accelerator.
+        _UTILIZATION: CHECKED_SHARE if settings.kv_bytes and not _names(further, _UTILIZATION) else None,
         "--max-model-len": settings.context_length,
         "--max-num-batched-tokens": settings.max_batch_tokens,
         "--dtype": None if settings.dtype == "auto" else settings.dtype,
@@ -78,6 +82,14 @@ def serve_command(settings: VllmSettings, name: str, port: int, without: Collect
         flags += ["--lora-modules", *(f"{name}={folder}" for name, folder in settings.adapters.items())]
     flags += [part for flag, values in OPTIONAL.items() if flag not in without for part in (flag, *values)]
     return [*base_command(settings), settings.model, *flags, *further]
+
+
+def further_arguments(settings: VllmSettings) -> list[str]:
+    """Raises: ConfigurationError."""
+    try:
+        return shlex.split(settings.arguments)
+    except ValueError as error:
+        raise ConfigurationError(f"--engine-args cannot be read as a shell would: {error}") from error
 
 
 def event_config(folder: Path, *, has_ranks: bool = False) -> dict[str, object]:
@@ -108,8 +120,22 @@ def is_on_cpu(settings: VllmSettings) -> bool:
     return settings.device == "cpu" or (settings.device == "auto" and not has_accelerator())
 
 
-def _names(arguments: Sequence[str], flag: str) -> bool:
-    return any(argument.partition("=")[0] == flag for argument in arguments)
+def host_kv_bytes(settings: VllmSettings, context_bytes: int, available_bytes: int | None, inherited: Mapping[str, str]) -> int | None:
+    """For a cache in host memory of which nobody has said how large it is. `context_bytes`: of a whole context, 0 if not known.
+
+    vLLM itself would take 92 % of the memory, and not start where so much is not free; for two servers on a machine it never is.
+
+    Raises: ConfigurationError if the further flags cannot be read.
+    """
+    is_said = "VLLM_CPU_KVCACHE_SPACE" in inherited or _names(further_arguments(settings), _UTILIZATION, _KV_BYTES)
+    if settings.kv_bytes or is_said or available_bytes is None or not is_on_cpu(settings):
+        return settings.kv_bytes
+    limit = int(available_bytes * HOST_SHARE)
+    return min(limit, DEFAULT_CONTEXTS * context_bytes) if context_bytes else limit
+
+
+def _names(arguments: Sequence[str], *flags: str) -> bool:
+    return any(argument.partition("=")[0] in flags for argument in arguments)
 
 
 def environment(settings: VllmSettings, inherited: Mapping[str, str]) -> dict[str, str]:

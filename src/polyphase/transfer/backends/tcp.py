@@ -11,7 +11,8 @@
            ◄── Verdicts ────────────────  which arrived whole
 
 A reader asks for as much as it can place, so a slow one makes nobody buffer. On one host the same streams run over the Unix socket, for
-memory that cannot be shared. A token keeps strangers out (greeting.py); it does not encrypt: that is the network's part.
+memory that cannot be shared. Device memory passes through a buffer at its end (transfer/staging.py). A token keeps strangers out
+(greeting.py); it does not encrypt: that is the network's part.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from operator import eq
 
 from polyphase.core.errors import PolyphaseError, WireError
 from polyphase.transfer.backends.interface import Job, Judgement, Services
-from polyphase.transfer.blocks import BlockMemory, HostBlocks, checked_ids, pack_words, unpack_words
+from polyphase.transfer.blocks import BlockMemory, HostBlocks, StagedBlocks, checked_ids, pack_words, unpack_words
 from polyphase.transfer.channel import Channel
 from polyphase.transfer.doors import why_not_by_unix
 from polyphase.transfer.region import Region
 from polyphase.transfer.shelf import Shelf
-from polyphase.transfer.streaming import receive_blocks, send_blocks
+from polyphase.transfer.staging import receive_into, send_from
 from polyphase.transfer.verdicts import Verdict
 from polyphase.transfer.wire import Wire, expect, refusal_of
 from polyphase.wire.transfer import AgentCard, BackendCard, Greeting, Read, Sums, Verdicts, Write, request_digest
@@ -54,10 +55,10 @@ class TcpBackend:
         return BackendCard(self.name)
 
     def moves(self, kind: str) -> bool:
-        return kind == "host"
+        return kind in ("host", "cuda")
 
     def why_not(self, memory: BlockMemory) -> str | None:
-        return None if isinstance(memory, HostBlocks) else f"{memory.kind} memory cannot be sent from where it lies"
+        return None if isinstance(memory, HostBlocks | StagedBlocks) else f"{memory.kind} memory cannot be copied to the host"
 
     def attach(self, region: Region) -> None:
         """Nothing to do: bytes go from where they lie."""
@@ -100,13 +101,13 @@ class TcpBackend:
     def _send(self, wire: Wire, request: Read) -> None:
         region, ids, expected = self._target(request)
         wire.deadline_ns = self._services.clock.now_ns() + request.time_left_ms * 1_000_000
-        memory = region.host_blocks
+        memory = region.sendable_blocks
         region.enter(request)
         try:
             verdicts = _compare(memory, ids, expected)
             wire.send(Verdicts(bytes(verdicts)))
             good = array("Q", [block_id for block_id, verdict in zip(ids, verdicts, strict=True) if verdict == Verdict.DONE])
-            sums = send_blocks(wire, memory.blocks, region.card.block_bytes, good)
+            sums = send_from(wire, memory, region.card.block_bytes, good)
             wire.send(Sums(pack_words(sums), bytes(_compare(memory, ids, expected)), request_digest(request)))
         finally:
             region.leave(request)
@@ -114,13 +115,13 @@ class TcpBackend:
     def _receive(self, wire: Wire, request: Write) -> None:
         region, ids, expected = self._target(request)
         wire.deadline_ns = self._services.clock.now_ns() + request.time_left_ms * 1_000_000
-        memory = region.host_blocks
+        memory = region.sendable_blocks
         region.enter(request)
         try:
             verdicts = _compare(memory, ids, expected)
             wire.send(Verdicts(bytes(verdicts)))
             places = [place for place, verdict in enumerate(verdicts) if verdict == Verdict.DONE]
-            sums = receive_blocks(wire, memory.blocks, region.card.block_bytes, array("Q", [ids[place] for place in places]))
+            sums = receive_into(wire, memory, region.card.block_bytes, array("Q", [ids[place] for place in places]))
             _judge_sums(verdicts, places, sums, expect(wire.receive(), Sums), request)
             for place, verdict in enumerate(_compare(memory, ids, expected)):
                 if verdict != Verdict.DONE:
@@ -150,7 +151,7 @@ class TcpLink:
         self._services = services
 
     def read(self, job: Job) -> None:
-        memory, width = job.local.host_blocks, job.remote.block_bytes
+        memory, width = job.local.sendable_blocks, job.remote.block_bytes
         parts = iter(_parts(len(job.remote_ids), width))
         with self._shelf.wire(job.deadline_ns) as wire:
             job.on_stop = wire.break_off
@@ -161,7 +162,7 @@ class TcpLink:
                 _check_count(verdicts, part)
                 places = [place for place, verdict in enumerate(verdicts) if verdict == Verdict.DONE]
                 local_ids = array("Q", [job.local_ids[part.start + place] for place in places])
-                sums = receive_blocks(wire, memory.blocks, width, local_ids)
+                sums = receive_into(wire, memory, width, local_ids)
                 sent = expect(wire.receive(), Sums)
                 for following in islice(parts, 1):
                     asked.append(self._ask(wire, job, following))
@@ -183,7 +184,7 @@ class TcpLink:
         return part, request
 
     def write(self, job: Job) -> None:
-        memory, width = job.local.host_blocks, job.remote.block_bytes
+        memory, width = job.local.sendable_blocks, job.remote.block_bytes
         with self._shelf.wire(job.deadline_ns) as wire:
             job.on_stop = wire.break_off
             for part in _parts(len(job.remote_ids), width):
@@ -197,7 +198,7 @@ class TcpLink:
                 allowed = expect(wire.receive(), Verdicts).verdicts
                 _check_count(allowed, part)
                 places = [part.start + place for place, verdict in enumerate(allowed) if verdict == Verdict.DONE]
-                sums = send_blocks(wire, memory.blocks, width, array("Q", [job.local_ids[place] for place in places]))
+                sums = send_from(wire, memory, width, array("Q", [job.local_ids[place] for place in places]))
                 wire.send(Sums(pack_words(sums), bytes(allowed), request_digest(request)))
                 verdicts = expect(wire.receive(), Verdicts).verdicts
                 _check_count(verdicts, part)
@@ -216,7 +217,7 @@ def _parts(count: int, block_bytes: int) -> list[slice]:
     return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
-def _compare(memory: HostBlocks, ids: array[int], expected: array[int]) -> bytearray:
+def _compare(memory: HostBlocks | StagedBlocks, ids: array[int], expected: array[int]) -> bytearray:
     found = map(memory.generation_words.__getitem__, ids)
     return bytearray(map(eq, found, expected)).replace(b"\0", bytes([Verdict.STALE]))  # a match is 1, which is DONE
 
