@@ -186,7 +186,7 @@ def why_nothing_fits(inquiry: Inquiry, settings: Sequence[Setting]) -> str:
     worst: list[tuple[float, Setting, ParallelMapping]] = []
     for setting in settings:
         pool = next(pool for pool in inquiry.fleet.pools if pool.accelerator == setting.accelerator)
-        for mapping in mappings_of(setting.shape, min(pool.count, MAX_ENGINE_GPUS)):
+        for mapping in mappings_of(setting.shape, min(pool.count, MAX_ENGINE_GPUS), backend=setting.backend):
             lacks = missing_bytes(setting.shape, setting.accelerator, setting.precision, mapping, inquiry.traffic.whole_tokens)
             worst.append((lacks, setting, mapping))
     lacks, setting, mapping = min(worst, key=lambda entry: entry[0])

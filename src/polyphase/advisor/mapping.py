@@ -69,8 +69,9 @@ class Mappings:
         return Mappings(self.tp[index], self.pp[index], self.dp[index], self.moe_tp[index], self.moe_ep[index])
 
 
-def mappings_of(shape: ModelShape, max_gpus: int, *, with_pipeline: bool = True) -> list[ParallelMapping]:
-    """Every mapping that engines can run on at most `max_gpus`, smallest first.
+def mappings_of(shape: ModelShape, max_gpus: int, *, with_pipeline: bool = True, backend: str = "") -> list[ParallelMapping]:
+    """Every mapping that engines can run on at most `max_gpus`, smallest first. `backend`: the engine, of which vLLM spreads experts over
+    all of its accelerators or none.
 
     Query heads divide by tp; a pipeline stage holds a whole number of layers; experts divide by moe_ep, and expert columns by moe_tp. Data
     parallel attention is for mixtures: a dense model's replicas are engines of their own.
@@ -86,7 +87,7 @@ def mappings_of(shape: ModelShape, max_gpus: int, *, with_pipeline: bool = True)
             for dp in _group_sizes(max_gpus // (tp * pp)):
                 world = tp * dp
                 for moe_ep in _divisors(shape.experts.expert_count, world):
-                    if world % moe_ep:
+                    if world % moe_ep or (backend == "vllm" and moe_ep not in (1, world)):
                         continue
                     moe_tp = world // moe_ep
                     if moe_tp > 16 or shape.experts.intermediate_size % moe_tp or (dp > 1 and tp > 8):

@@ -77,7 +77,7 @@ def engines_for(calibration: Calibration, settings: Sequence[Setting], fleet: Fl
     found = []
     for setting in settings:
         pool = next(n for n, pool in enumerate(fleet.pools) if pool.accelerator == setting.accelerator)
-        every = Mappings.of(mappings_of(setting.shape, min(fleet.pools[pool].count, MAX_ENGINE_GPUS)))
+        every = Mappings.of(mappings_of(setting.shape, min(fleet.pools[pool].count, MAX_ENGINE_GPUS), backend=setting.backend))
         if not len(every):
             continue
         limit = batch_limit(setting.shape, setting.accelerator, setting.precision, every, traffic.whole_tokens)

@@ -146,6 +146,9 @@ def test_mappings_divide_what_they_divide(model: str, max_gpus: int) -> None:
             assert shape.experts.intermediate_size % m.moe_tp == 0
         else:
             assert m.dp == m.moe_tp == m.moe_ep == 1
+    for m in mappings_of(shape, max_gpus, backend="vllm"):
+        assert m in found
+        assert m.moe_ep in (1, m.tp * m.dp), "it spreads experts over all of its accelerators or none"
 
 
 @given(models, st.integers(2, 72))
