@@ -34,6 +34,7 @@ from polyphase.cli.scatter import scatter
 from polyphase.core.errors import ConfigurationError
 
 _AMOUNT = re.compile(r"\s*\$?(\d+(?:\.\d+)?(?:e\d+)?|\.\d+)\s*([a-zA-Z%/]*)\s*")
+_WIDTH_FOR_INTERVALS = 105  # columns
 _TIME_UNITS_MS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "sec": 1e3, "min": 6e4}
 _POWER_UNITS_KW = {"w": 1e-3, "kw": 1.0, "mw": 1e3}
 _BOUND_WORDS = {
@@ -342,12 +343,19 @@ def _print_answer(answer: Advice, console: Console) -> None:
         return
     console.print(_table(answer.best, console.width, len(q.fleet.pools) > 1))
     for number_, option in enumerate(answer.best[:3], start=1):
-        console.print(f"{number_}. {'; '.join(reasons(option, answer))}.", style="dim", markup=False)
+        said = reasons(option, answer)
+        if console.width < _WIDTH_FOR_INTERVALS:
+            e = option.estimate
+            said.append(f"in 80 of 100 cases TTFT {_range(e.ttft_ms)} and ITL {_range(e.itl_ms)}")
+        console.print(f"{number_}. {'; '.join(said)}.", style="dim", markup=False)
 
 
 def _table(options: Sequence[Option], width: int, is_mixed: bool) -> Table:
-    """Narrow terminals get no intervals; wide ones also what a megawatt and a dollar give. `is_mixed`: of a fleet of several kinds."""
-    has_intervals, is_wide = width >= 105, width >= 140
+    """Narrow terminals get no intervals, which stand below then; wide ones also what a megawatt and a dollar give.
+
+    `is_mixed`: of a fleet of several kinds.
+    """
+    has_intervals, is_wide = width >= _WIDTH_FOR_INTERVALS, width >= 140
     table = Table(box=None, padding=(0, 2 if has_intervals else 1, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("#", justify="right")
     table.add_column("deployment", overflow="fold")
@@ -375,6 +383,10 @@ def _where(option: Option) -> str:
     decode = option.decode.setting.accelerator.name
     prefill = option.prefill.setting.accelerator.name if option.prefill else decode
     return f"on {decode}" if prefill == decode else f"prefill on {prefill}, decode on {decode}"
+
+
+def _range(figure: Figure) -> str:
+    return f"{_ms(figure.low)} to {_ms(figure.high)}"
 
 
 def _interval(figure: Figure) -> str:
@@ -453,7 +465,21 @@ def _show_sizes(flags: Flags, calibration: Calibration, inquiries: Sequence[Inqu
         )
         if not size.is_within_fleet:
             console.print(f"[yellow]That is {size.gpu_count - inquiry.fleet.gpu_count} more than the fleet has.[/]")
+        for line in _broken_bounds(size, inquiry):
+            console.print(f"[yellow]{line}[/]")
         console.print(_table([size.option], console.width, len(inquiry.fleet.pools) > 1))
+
+
+def _broken_bounds(size: Sizing, inquiry: Inquiry) -> list[str]:
+    """Of the whole that a rate needs, which has the fewest accelerators, not the least power or price."""
+    power_kw, dollars = size.units * size.option.power_kw, size.units * size.option.dollars_per_hour
+    bounds = inquiry.goal
+    said = []
+    if bounds.power_kw is not None and power_kw > bounds.power_kw:
+        said.append(f"That takes {power_kw:.4g} kW where {bounds.power_kw:.4g} kW are allowed.")
+    if bounds.dollars_per_hour is not None and dollars > bounds.dollars_per_hour:
+        said.append(f"That costs ${dollars:.4g} an hour where ${bounds.dollars_per_hour:.4g} are allowed.")
+    return said
 
 
 def _size_record(size: Sizing, inquiry: Inquiry, rate: float) -> dict[str, object]:
@@ -464,5 +490,8 @@ def _size_record(size: Sizing, inquiry: Inquiry, rate: float) -> dict[str, objec
         "units": size.units,
         "is_within_fleet": size.is_within_fleet,
         "slots_used": round(size.slots_used, 3),
+        "power_kw": round(size.units * size.option.power_kw, 3),
+        "dollars_per_hour": round(size.units * size.option.dollars_per_hour, 2),
+        "broken_bounds": _broken_bounds(size, inquiry),
         "unit": record_of(size.option),
     }

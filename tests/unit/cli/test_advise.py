@@ -45,6 +45,17 @@ def test_how_many_accelerators_a_rate_needs() -> None:
     assert size["slots_used"] < 1
 
 
+def test_what_a_rate_needs_is_held_against_power_and_price() -> None:
+    words = ("advise", "llama-3.1-8b", "--fleet", "64xh200", *QUICK, "--itl", "30ms", "--rate", "200")
+    code, said = run(*words, "--power", "1kW", "--cost", "1")
+    assert code == 0
+    assert "kW where 1 kW are allowed" in said
+    assert "an hour where $1 are allowed" in said
+    code, said = run(*words, "--power", "10MW", "--json")
+    assert code == 0
+    assert json.loads(said)[0]["broken_bounds"] == []
+
+
 def test_nothing_meets_the_goal() -> None:
     code, said = run("advise", "llama-3.1-8b", "--fleet", "1xh100", *QUICK, "--itl", "0.1ms")
     assert code == 0
