@@ -124,15 +124,15 @@ def test_the_ledger_and_tripwires_work_in_a_real_worker(tmp_path: Path) -> None:
     with Deployment("demo", "--engine", "mock", "--workers", "2", environment=planted_environment(tmp_path)) as served:
         body = {"model": "demo", "prompt": "hello", "max_tokens": 40}
         whole = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()
-        assert ledger.ended_count() == 1
+        served.wait_for(lambda: ledger.ended_count() == 1, "the end in the ledger")  # it is noted behind the answer
         victims = [worker.pid for worker in served.workers().values()]
         for pid in victims:
             wires.order("kill", "accepting", pid)
         with pytest.raises(ValueError, match="moments: accepting"):
             wires.order("kill", "sleeping", victims[0])
         answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
-        assert {trip.pid for trip in wires.carried_out()} <= set(victims)
-        assert wires.carried_out()
+        carried_out = served.wait_for(wires.carried_out, "a kill that is noted")
+        assert {trip.pid for trip in carried_out} <= set(victims)
         if answer.status_code == 200:  # a third life was there in time
             assert answer.json()["choices"] == whole["choices"]
         wires.withdraw()
