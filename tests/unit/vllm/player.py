@@ -34,8 +34,10 @@ def main() -> None:
         parser.add_argument(flag, required=True)
     for flag in ("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"):
         parser.add_argument(flag, action="store_true")
-    if "PLAYER_IS_NEW" in os.environ:  # else a version that does not know it, and says so as argparse does
+    parser.add_argument("--gpu-memory-utilization", type=float)
+    if "PLAYER_IS_NEW" in os.environ:  # else a version that does not know these, and says so as argparse does
         parser.add_argument("--enable-scale-out", action="store_true")
+        parser.add_argument("--kv-cache-memory-bytes", type=int)
     given = parser.parse_args()
     folder = Path(given.kv_events_config["endpoint"].removeprefix("ipc://")).parent
     print("Starting vLLM server", flush=True)

@@ -61,6 +61,7 @@ def serve_command(settings: VllmSettings, name: str, port: int, without: Collect
     """All of it. `without`: optional flags, those that this vLLM does not know or cannot use. Raises: ConfigurationError."""
     further = further_arguments(settings)
     has_connector = settings.hands_over and CONNECTOR not in without and not _names(further, CONNECTOR)
+    kv_bytes = settings.kv_bytes if _KV_BYTES not in without else None
     given: dict[str, object] = {
         "--served-model-name": name,
         "--host": "127.0.0.1",
@@ -69,9 +70,9 @@ def serve_command(settings: VllmSettings, name: str, port: int, without: Collect
         "--kv-events-config": json.dumps(event_config(settings.folder, has_ranks=rank_count(further) > 1)),
         CONNECTOR: json.dumps(connector_config(is_on_cpu=is_on_cpu(settings))) if has_connector else None,
         "--block-size": settings.block_size,
-        _KV_BYTES: settings.kv_bytes,
+        _KV_BYTES: kv_bytes,
         # Of no account for a cache of a given size, but checked, and then nobody else could be on the accelerator.
-        _UTILIZATION: CHECKED_SHARE if settings.kv_bytes and not _names(further, _UTILIZATION) else None,
+        _UTILIZATION: CHECKED_SHARE if kv_bytes and not _names(further, _UTILIZATION) else None,
         "--max-model-len": settings.context_length,
         "--max-num-batched-tokens": settings.max_batch_tokens,
         "--dtype": None if settings.dtype == "auto" else settings.dtype,
@@ -155,7 +156,7 @@ def environment(settings: VllmSettings, inherited: Mapping[str, str]) -> dict[st
 def unusable_flags(lines: Sequence[str]) -> set[str]:
     """Flags of ours that a server which ended had complained of, and that it can do without."""
     said = {word for line in lines if (found := _UNKNOWN.search(line)) for word in found[1].split()}
-    return (said & {*OPTIONAL, CONNECTOR}) | ({CONNECTOR} if is_for_want_of_nixl(lines) else set())
+    return (said & {*OPTIONAL, CONNECTOR, _KV_BYTES}) | ({CONNECTOR} if is_for_want_of_nixl(lines) else set())
 
 
 def progress_of(lines: Sequence[str]) -> str:
