@@ -88,7 +88,6 @@ def test_a_start_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"prefill": 1}, "need decode workers"),
         ({"prefill": 1, "decode": 1, "workers": 1}, "cannot be combined"),
         ({"attach": "http://x:1", "prefill": 1, "decode": 1}, "together be as many"),
         ({"attach": "http://x:1", "engine_command": "trtllm-serve"}, "runs already"),
