@@ -29,11 +29,11 @@ from subprocess import PIPE
 from harness import STDERR, Figure, arguments, report
 from polyphase.advisor.advice import Inquiry, advise
 from polyphase.advisor.calibrate import CrossValidation, cross_validated
+from polyphase.advisor.catalog import shipped_calibration, shipped_library
 from polyphase.advisor.deployment import Serving, Setting, Traffic
 from polyphase.advisor.estimate import Question, estimate
 from polyphase.advisor.evaluation import Prediction
 from polyphase.advisor.fleet import parse_fleet
-from polyphase.advisor.library import shipped_calibration, shipped_library
 from polyphase.advisor.mapping import ParallelMapping
 from polyphase.advisor.measurements import read_measurements
 from polyphase.advisor.operator_tables import arguments_of

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from polyphase.advisor.advice import Advice, Inquiry, Option, advise
+from polyphase.advisor.catalog import shipped_calibration, shipped_library
 from polyphase.advisor.deployment import Serving, Setting, Speculation, Traffic
 from polyphase.advisor.estimate import Question, estimate
 from polyphase.advisor.fleet import parse_fleet
 from polyphase.advisor.goal import Goal
-from polyphase.advisor.library import shipped_calibration, shipped_library
 from polyphase.advisor.mapping import ParallelMapping
 from polyphase.advisor.precision import parse_precision
 

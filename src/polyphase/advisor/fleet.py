@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from polyphase.advisor.accelerators import Accelerator
-from polyphase.advisor.library import Library
+from polyphase.advisor.catalog import Library
 from polyphase.core.errors import ConfigurationError
 
 _POOL = re.compile(r"\s*(\d+)\s*[x×*]\s*(\S+)\s*")

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from polyphase.advisor.catalog import Library
 from polyphase.advisor.deployment import Serving, Setting
-from polyphase.advisor.library import Library
 from polyphase.advisor.mapping import ParallelMapping
 from polyphase.advisor.precision import Precision, weight_format
 from polyphase.core.errors import ConfigurationError

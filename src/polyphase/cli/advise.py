@@ -17,11 +17,11 @@ from rich.table import Table
 
 from polyphase.advisor.advice import Advice, Inquiry, Option, advise, question_of, reasons
 from polyphase.advisor.calibration import Calibration
+from polyphase.advisor.catalog import Library, model_from_text
 from polyphase.advisor.deployment import Serving, Speculation, Traffic
 from polyphase.advisor.estimate import Figure
 from polyphase.advisor.fleet import parse_fleet
 from polyphase.advisor.goal import Goal, traffic_from_requests
-from polyphase.advisor.library import Library, model_from_text
 from polyphase.advisor.operator_tables import AIConfiguratorTables
 from polyphase.advisor.outputs.launch_files import launch_files
 from polyphase.advisor.outputs.page import as_page

@@ -16,8 +16,8 @@ from rich.table import Table
 from polyphase import __version__
 from polyphase.advisor.calibrate import cross_validated
 from polyphase.advisor.calibration import Calibration, from_json, to_json
+from polyphase.advisor.catalog import Library, accelerator_from_text, shipped_calibration, shipped_library
 from polyphase.advisor.evaluation import errors, errors_by_group, predict
-from polyphase.advisor.library import Library, accelerator_from_text, shipped_calibration, shipped_library
 from polyphase.advisor.measurements import MeasuredTable, read_measurements
 from polyphase.core.errors import ConfigurationError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from polyphase.advisor.catalog import shipped_library
 from polyphase.advisor.deployment import Serving, Setting
-from polyphase.advisor.library import shipped_library
 from polyphase.advisor.precision import parse_precision
 
 LIBRARY = shipped_library()

@@ -7,11 +7,11 @@ import pytest
 
 from polyphase.advisor.calibrate import KERNEL, calibrate, cross_validated, held_out_folds
 from polyphase.advisor.calibration import Basis, from_json, to_json
+from polyphase.advisor.catalog import shipped_calibration
 from polyphase.advisor.deployment import Traffic
 from polyphase.advisor.efficiency import ITL_PRIORS, fit_efficiency
 from polyphase.advisor.estimate import Question, estimate
 from polyphase.advisor.evaluation import Prediction, errors, errors_by_group, predict, quantile_scale
-from polyphase.advisor.library import shipped_calibration
 from polyphase.advisor.mapping import ParallelMapping
 from polyphase.advisor.measurements import read_measurements, throughput
 from polyphase.advisor.residual import Points, choose_support, fit_residual, kernel

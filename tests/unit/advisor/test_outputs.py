@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from polyphase.advisor.advice import Advice, Inquiry, Part, advise
+from polyphase.advisor.catalog import shipped_calibration
 from polyphase.advisor.deployment import Serving, Speculation, Traffic
 from polyphase.advisor.fleet import parse_fleet
 from polyphase.advisor.goal import Goal
-from polyphase.advisor.library import shipped_calibration
 from polyphase.advisor.mapping import ParallelMapping
 from polyphase.advisor.outputs.launch_files import launch_files
 from polyphase.advisor.outputs.page import as_page

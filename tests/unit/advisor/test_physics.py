@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyphase.advisor.calibration import uncalibrated
+from polyphase.advisor.catalog import shipped_calibration
 from polyphase.advisor.counts import DECODE_TERMS, decode_terms, kv_bytes_of_sequence
 from polyphase.advisor.deployment import Serving, Speculation, Traffic
 from polyphase.advisor.estimate import Question, estimate
-from polyphase.advisor.library import shipped_calibration
 from polyphase.advisor.mapping import Mappings, ParallelMapping, mappings_of
 from polyphase.advisor.memory import batch_limit, missing_bytes, weight_bytes
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from polyphase.advisor.advice import Inquiry, advise, reasons
 from polyphase.advisor.calibration import uncalibrated
+from polyphase.advisor.catalog import shipped_calibration
 from polyphase.advisor.deployment import Serving, Traffic
 from polyphase.advisor.fleet import parse_fleet
 from polyphase.advisor.goal import Goal, traffic_from_requests
-from polyphase.advisor.library import shipped_calibration
 from polyphase.advisor.points import NO_PREFILL, pareto, worst_excess
 from polyphase.advisor.search import candidate_chunks, engines_for, search
 from polyphase.advisor.sizing import size_for

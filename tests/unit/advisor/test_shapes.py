@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from polyphase.advisor.library import accelerator_from_text, model_from_text, shipped_library
+from polyphase.advisor.catalog import accelerator_from_text, model_from_text, shipped_library
 from polyphase.advisor.model_config import shape_from_config
 from polyphase.advisor.precision import parse_precision
 from polyphase.advisor.shapes import AttentionKind

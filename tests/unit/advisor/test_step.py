@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyphase.advisor.calibration import uncalibrated
+from polyphase.advisor.catalog import shipped_calibration
 from polyphase.advisor.deployment import Serving, Traffic
 from polyphase.advisor.estimate import Question, estimate
-from polyphase.advisor.library import shipped_calibration
 from polyphase.advisor.mapping import ParallelMapping
 from polyphase.advisor.step import step_times
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from polyphase.advisor.library import shipped_calibration
+from polyphase.advisor.catalog import shipped_calibration
 from polyphase.advisor.step import step_times
 from polyphase.core.clock import ManualClock
 from polyphase.core.errors import ConfigurationError, ModelLoadError

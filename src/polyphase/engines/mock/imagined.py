@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 
 from polyphase.advisor.accelerators import Accelerator, accelerator_from_table
+from polyphase.advisor.catalog import Library, shipped_library
 from polyphase.advisor.counts import kv_bytes_of_sequence
 from polyphase.advisor.deployment import Setting
-from polyphase.advisor.library import Library, shipped_library
 from polyphase.advisor.mapping import Mappings, ParallelMapping, kv_heads_share
 from polyphase.advisor.memory import weight_bytes
 from polyphase.advisor.precision import parse_precision

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from polyphase.advisor.library import shipped_calibration
+from polyphase.advisor.catalog import shipped_calibration
 from polyphase.advisor.step import StepTimes, step_times
 from polyphase.engines.batching.scheduler import Pull, Row
 from polyphase.engines.mock.imagined import Imagined
